@@ -1,0 +1,473 @@
+"""The layers of GPT-2 on the CPU, each forward and backward pass written out by hand for Numba.
+
+How to read a kernel
+    Arguments run: outputs, saved statistics, inputs, weights, dimensions. A name that starts with `d` is the gradient of
+    the loss with respect to the tensor named after it. Each backward stands right under its forward, and its docstring
+    derives it.
+
+Shapes
+    B sequences, T positions, N = B*T rows (one per token), C channels, NH heads of HS = C/NH channels, OC output channels,
+    V tokens in the vocabulary, Vp rows in the padded token table. Arrays are float32 and C-contiguous; token ids are int32.
+
+What is added and what is overwritten
+    Gradients of weights are added to (+=), so that several micro-batches, and both uses of `wte`, sum up by themselves.
+    Gradients of activations are overwritten (=). The one exception is `layernorm_backward`, whose result joins the gradient
+    that already flows down the residual stream.
+
+Threads
+    There is one thread pool, Numba's. Matrix products are BLAS calls made from inside it: every thread computes its own
+    block of the result with a single-threaded `sgemm`. Two pools, BLAS's and Numba's, would take turns at spinning and
+    make a training step about twice as slow. No two threads ever add into the same number, and every sum runs in a fixed
+    order, so the same input gives the same bits.
+"""
+import os
+
+# Read when SciPy loads its BLAS just below: one BLAS thread for each thread of Numba's that calls it.
+for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+    os.environ[variable] = "1"
+
+import numpy as np
+import scipy.linalg.cython_blas  # noqa: F401  (loads the BLAS that `numba_xxgemm` calls)
+from numba import njit, prange, types
+
+# Sums may be reordered and products fused into sums, which is what lets a loop run on vector registers. Unlike
+# `fastmath=True`, this set does not assume the absence of NaN, which must come out wherever it went in.
+FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
+
+kernel = njit(parallel=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+helper = njit(cache=True, fastmath=FASTMATH, error_model="numpy")
+
+LAYERNORM_EPSILON = np.float32(1e-5)
+GELU_SCALE = np.float32(np.sqrt(2 / np.pi))
+GELU_CUBIC = np.float32(0.044715)
+QUERY_TILE = 64     # rows of the attention matrix that exist at any one time, per thread
+COLUMN_BLOCK = 64   # channels a thread sums over tokens at a time, when a sum over tokens is shared among threads
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Building blocks
+
+float_pointer = types.CPointer(types.float32)
+numba_xxgemm = types.ExternalFunction("numba_xxgemm", types.intc(
+    types.char, types.char, types.char,          # kind, transa, transb
+    types.intp, types.intp, types.intp,          # m, n, k
+    float_pointer, float_pointer, types.intp,    # alpha, a, lda
+    float_pointer, types.intp, float_pointer,    # b, ldb, beta
+    float_pointer, types.intp))                  # c, ldc
+SINGLE, PLAIN, TRANSPOSED = np.int8(ord("s")), np.int8(ord("n")), np.int8(ord("t"))
+
+
+@helper
+def sgemm(c, alpha, a, transpose_a, b, transpose_b, beta):
+    """c (m, n) = alpha * op(a) (m, k) @ op(b) (k, n) + beta * c on one thread, op being the transpose where asked.
+
+    The arrays are 2-D views whose last axis is contiguous, so column blocks and heads need no copies. BLAS counts columns
+    first: to it, our row-major arrays are their own transposes, and c.T = op(b).T @ op(a).T is what it is asked for.
+    """
+    m, n = c.shape
+    k = a.shape[0] if transpose_a else a.shape[1]
+    scalars = np.array([alpha, beta], dtype=np.float32)
+    numba_xxgemm(SINGLE, TRANSPOSED if transpose_b else PLAIN, TRANSPOSED if transpose_a else PLAIN, n, m, k,
+                 scalars[:1].ctypes, b.ctypes, b.strides[0] // 4, a.ctypes, a.strides[0] // 4,
+                 scalars[1:].ctypes, c.ctypes, c.strides[0] // 4)
+
+
+@helper
+def share(part, parts, length):
+    """The [start, stop) of one of `parts` equal shares of a row, cut at multiples of a 64-byte cache line."""
+    lines = (length + 15) // 16
+    return min(lines * part // parts * 16, length), min(lines * (part + 1) // parts * 16, length)
+
+
+@helper
+def add_to(total, term):
+    """total += term, for two 1-D views of the same length."""
+    for i in range(total.size):
+        total[i] += term[i]
+
+
+@njit(inline="always", fastmath=FASTMATH)
+def exp(x):
+    """e**x to 3e-7 relative, in arithmetic that vectorises (Numba would call the C library once per element).
+
+    x = n*ln(2) + r with |r| <= ln(2)/2, so e**x = 2**n * e**r: a polynomial (coefficients of Cephes' expf; ln(2) in two
+    parts, to keep r exact) times a power of two made by writing n into a float's exponent bits. Below -87 the answer is 0
+    and above 88 it stays at e**88, both for the sake of n. The comparisons are put so that NaN passes through.
+    """
+    y = np.float32(88) if x > np.float32(88) else (np.float32(-87) if x < np.float32(-87) else x)
+    n = np.floor(y * np.float32(1.44269504088896341) + np.float32(0.5))
+    r = y - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1)
+    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return np.float32(0) if x < np.float32(-87) else p * power
+
+
+@njit(cache=True, fastmath=FASTMATH | {"nnan"})
+def row_max(row):
+    """The largest element. It only shifts a softmax, so a NaN may be passed over here: it comes out in the sum."""
+    largest = row[0]
+    for i in range(row.size):
+        if row[i] > largest:
+            largest = row[i]
+    return largest
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoder: token and position embedding
+
+@kernel
+def encoder_forward(out, tokens, wte, wpe):
+    """out (N, C) = wte[token] + wpe[position], for tokens (B, T), wte (Vp, C) and wpe (maxT, C)."""
+    B, T = tokens.shape
+    for n in prange(B * T):
+        b, t = n // T, n % T
+        token = tokens[b, t]
+        for c in range(out.shape[1]):
+            out[n, c] = wte[token, c] + wpe[t, c]
+
+
+@kernel
+def encoder_backward(dwte, dwpe, dout, tokens):
+    """dwte[token] += dout and dwpe[position] += dout, summed over every row that read them.
+
+    A token can occur many times, so threads that shared out the rows would race. They share out the channels instead.
+    """
+    B, T = tokens.shape
+    C = dout.shape[1]
+    for block in prange((C + COLUMN_BLOCK - 1) // COLUMN_BLOCK):
+        columns = slice(block * COLUMN_BLOCK, min((block + 1) * COLUMN_BLOCK, C))
+        for n in range(B * T):
+            b, t = n // T, n % T
+            add_to(dwte[tokens[b, t], columns], dout[n, columns])
+            add_to(dwpe[t, columns], dout[n, columns])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layer normalisation (Ba, Kiros and Hinton 2016)
+
+@kernel
+def layernorm_forward(out, mean, rstd, inp, weight, bias):
+    """Each row of inp (N, C), shifted to mean 0 and scaled to variance 1, then to the learned scale and offset.
+
+        norm = (inp - mean) * rstd          rstd = 1 / sqrt(variance + 1e-5)
+        out  = norm * weight + bias
+
+    mean (N) and rstd (N) are saved: with them the backward pass recomputes norm from inp without another reduction.
+    """
+    N, C = inp.shape
+    for n in prange(N):
+        total = np.float32(0)
+        for c in range(C):
+            total += inp[n, c]
+        m = total / np.float32(C)
+        squares = np.float32(0)
+        for c in range(C):
+            squares += (inp[n, c] - m) * (inp[n, c] - m)
+        r = np.float32(1) / np.sqrt(squares / np.float32(C) + LAYERNORM_EPSILON)
+        for c in range(C):
+            out[n, c] = (inp[n, c] - m) * r * weight[c] + bias[c]
+        mean[n] = m
+        rstd[n] = r
+
+
+@kernel
+def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
+    """dinp (N, C) += the gradient through the normalisation; dweight (C) and dbias (C) += sums over the rows.
+
+    With dnorm = dout * weight, one element of inp acts on the loss in three ways: directly, through the row's mean and
+    through the row's rstd. From dmean/dinp = 1/C and drstd/dinp = -rstd**2 * norm / C the three terms are
+
+        dinp = rstd * (dnorm - mean_c(dnorm) - norm * mean_c(dnorm * norm))
+
+    that is, dnorm without its components along the two directions the normalisation took away: the constant and norm.
+    """
+    N, C = inp.shape
+    for n in prange(N):
+        m, r = mean[n], rstd[n]
+        dnorm_sum = np.float32(0)
+        dnorm_norm_sum = np.float32(0)
+        for c in range(C):
+            dnorm = dout[n, c] * weight[c]
+            dnorm_sum += dnorm
+            dnorm_norm_sum += dnorm * (inp[n, c] - m) * r
+        dnorm_mean = dnorm_sum / np.float32(C)
+        dnorm_norm_mean = dnorm_norm_sum / np.float32(C)
+        for c in range(C):
+            norm = (inp[n, c] - m) * r
+            dinp[n, c] += r * (dout[n, c] * weight[c] - dnorm_mean - norm * dnorm_norm_mean)
+    for block in prange((C + COLUMN_BLOCK - 1) // COLUMN_BLOCK):
+        columns = slice(block * COLUMN_BLOCK, min((block + 1) * COLUMN_BLOCK, C))
+        dw, db = dweight[columns], dbias[columns]
+        for n in range(N):
+            m, r = mean[n], rstd[n]
+            do, x = dout[n, columns], inp[n, columns]
+            for c in range(dw.size):
+                dw[c] += do[c] * (x[c] - m) * r
+                db[c] += do[c]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Matrix product: the linear layers, and the logits
+
+@kernel
+def matmul_forward(out, inp, weight, bias, threads):
+    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC). An empty bias array means there is none.
+
+    By far the most time is spent in this kernel and the next. Each thread owns a block of output columns, so each row of
+    the weight, which is read only once, is read by one thread only.
+    """
+    N, OC = out.shape
+    for thread in prange(threads):
+        start, stop = share(thread, threads, OC)
+        if start < stop:
+            if bias.size > 0:
+                for n in range(N):
+                    out[n, start:stop] = bias[start:stop]
+            sgemm(out[:, start:stop], 1.0, inp, False, weight[start:stop], True, 1.0 if bias.size > 0 else 0.0)
+
+
+@kernel
+def matmul_backward(dinp, dweight, dbias, dout, inp, weight, threads):
+    """dinp (N, C) = dout @ weight; dweight (OC, C) += dout.T @ inp; dbias (OC) += sum of dout (N, OC) over its rows.
+
+    From out[n, o] = sum_c inp[n, c] * weight[o, c] + bias[o]: inp[n, c] reaches the loss through every o, weight[o, c]
+    and bias[o] through every n. Threads share out the columns of dinp and the rows of dweight.
+    """
+    N, OC = dout.shape
+    C = inp.shape[1]
+    for thread in prange(threads):
+        start, stop = share(thread, threads, C)
+        if start < stop:
+            sgemm(dinp[:, start:stop], 1.0, dout, False, weight[:, start:stop], False, 0.0)
+        start, stop = share(thread, threads, OC)
+        if start < stop:
+            sgemm(dweight[start:stop], 1.0, dout[:, start:stop], True, inp, False, 1.0)
+            if dbias.size > 0:
+                for n in range(N):
+                    add_to(dbias[start:stop], dout[n, start:stop])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention: causal, multi-head, without a (T, T) tensor (Dao et al. 2022)
+
+@kernel
+def attention_forward(out, lse, qkv):
+    """Each position of out (N, C) averages the values of the positions before it and its own, weighted by softmax.
+
+        score[i, j] = q[i] . k[j] / sqrt(HS)   for j <= i
+        p[i, j]     = exp(score[i, j] - lse[i])                lse[i] = log(sum_j exp(score[i, j]))
+        out[i]      = sum_j p[i, j] * v[j]
+
+    qkv (N, 3C) holds queries, keys and values side by side, each with its heads side by side. lse (B, NH, T) is saved:
+    one number a row is all it takes to rebuild p, so the scores exist for one tile of queries at a time. The columns to
+    the right of the tile's last row are never computed; the few inside the tile are set to zero.
+    """
+    B, NH, T = lse.shape
+    C = out.shape[1]
+    HS = C // NH
+    scale = 1.0 / np.sqrt(HS)
+    for head in prange(B * NH):
+        b, h = head // NH, head % NH
+        q = qkv[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
+        k = qkv[b * T:(b + 1) * T, C + h * HS:C + (h + 1) * HS]
+        v = qkv[b * T:(b + 1) * T, 2 * C + h * HS:2 * C + (h + 1) * HS]
+        o = out[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
+        buffer = np.empty(min(QUERY_TILE, T) * T, dtype=np.float32)
+        for start in range(0, T, QUERY_TILE):
+            stop = min(start + QUERY_TILE, T)
+            p = buffer[:(stop - start) * stop].reshape(stop - start, stop)
+            sgemm(p, scale, q[start:stop], False, k[:stop], True, 0.0)
+            for i in range(stop - start):
+                visible = start + i + 1
+                largest = row_max(p[i, :visible])
+                total = np.float32(0)
+                for j in range(visible):
+                    p[i, j] = exp(p[i, j] - largest)
+                    total += p[i, j]
+                for j in range(visible):
+                    p[i, j] /= total
+                p[i, visible:] = 0
+                lse[b, h, start + i] = largest + np.log(total)
+            sgemm(o[start:stop], 1.0, p, False, v[:stop], False, 0.0)
+
+
+@kernel
+def attention_backward(dqkv, dout, out, lse, qkv):
+    """dqkv (N, 3C) from dout (N, C), tile by tile, with p rebuilt from lse.
+
+    out = p @ v gives                        dv[j] = sum_i p[i, j] * dout[i]      dp[i, j] = dout[i] . v[j]
+    The softmax of a row gives               dscore[i, j] = p[i, j] * (dp[i, j] - delta[i])
+    where delta[i] = sum_j p[i, j] * dp[i, j] = dout[i] . out[i], which is why out is kept: no second pass over the row.
+    score = q @ k.T / sqrt(HS) gives         dq[i] = sum_j dscore[i, j] * k[j] / sqrt(HS)
+                                             dk[j] = sum_i dscore[i, j] * q[i] / sqrt(HS)
+
+    Keys and values collect from every tile that saw them. Going through the tiles from the last, which saw all of them,
+    the first product overwrites (beta = 0) and the later ones add (beta = 1).
+    """
+    B, NH, T = lse.shape
+    C = out.shape[1]
+    HS = C // NH
+    scale = 1.0 / np.sqrt(HS)
+    for head in prange(B * NH):
+        b, h = head // NH, head % NH
+        q = qkv[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
+        k = qkv[b * T:(b + 1) * T, C + h * HS:C + (h + 1) * HS]
+        v = qkv[b * T:(b + 1) * T, 2 * C + h * HS:2 * C + (h + 1) * HS]
+        o = out[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
+        dq = dqkv[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
+        dk = dqkv[b * T:(b + 1) * T, C + h * HS:C + (h + 1) * HS]
+        dv = dqkv[b * T:(b + 1) * T, 2 * C + h * HS:2 * C + (h + 1) * HS]
+        do = dout[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
+        buffer = np.empty(2 * min(QUERY_TILE, T) * T, dtype=np.float32)
+        tiles = (T + QUERY_TILE - 1) // QUERY_TILE
+        for tile in range(tiles - 1, -1, -1):
+            start, stop = tile * QUERY_TILE, min((tile + 1) * QUERY_TILE, T)
+            size = (stop - start) * stop
+            p = buffer[:size].reshape(stop - start, stop)
+            dscore = buffer[size:2 * size].reshape(stop - start, stop)
+            sgemm(p, scale, q[start:stop], False, k[:stop], True, 0.0)
+            sgemm(dscore, 1.0, do[start:stop], False, v[:stop], True, 0.0)
+            for i in range(stop - start):
+                visible = start + i + 1
+                row_lse = lse[b, h, start + i]
+                delta = np.float32(0)
+                for c in range(HS):
+                    delta += do[start + i, c] * o[start + i, c]
+                for j in range(visible):
+                    p[i, j] = exp(p[i, j] - row_lse)
+                    dscore[i, j] = p[i, j] * (dscore[i, j] - delta)
+                p[i, visible:] = 0
+                dscore[i, visible:] = 0
+            beta = 0.0 if tile == tiles - 1 else 1.0
+            sgemm(dv[:stop], 1.0, p, True, do[start:stop], False, beta)
+            sgemm(dk[:stop], scale, dscore, True, q[start:stop], False, beta)
+            sgemm(dq[start:stop], scale, dscore, False, k[:stop], False, 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GELU, the tanh approximation GPT-2 was trained with (Hendrycks and Gimpel 2016)
+
+@kernel
+def gelu_forward(out, inp):
+    """out = x * (1 + tanh(u)) / 2 with u = sqrt(2/pi) * (x + 0.044715 x**3), for every x of inp (N, C).
+
+    Since (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)) = s, this is x * s: one exponential and no cancellation for x << 0.
+    """
+    N, C = inp.shape
+    for n in prange(N):
+        for c in range(C):
+            x = inp[n, c]
+            u = GELU_SCALE * (x + GELU_CUBIC * x * x * x)
+            out[n, c] = x / (np.float32(1) + exp(np.float32(-2) * u))
+
+
+@kernel
+def gelu_backward(dinp, dout, inp):
+    """dinp = dout * (s + x * s * (1 - s) * 2u') with u' = sqrt(2/pi) * (1 + 3 * 0.044715 x**2).
+
+    The product rule on x * s, and ds/du = 2 s (1 - s), the logistic function's own derivative. dinp may be dout itself.
+    """
+    N, C = inp.shape
+    for n in prange(N):
+        for c in range(C):
+            x = inp[n, c]
+            u = GELU_SCALE * (x + GELU_CUBIC * x * x * x)
+            s = np.float32(1) / (np.float32(1) + exp(np.float32(-2) * u))
+            slope = GELU_SCALE * (np.float32(1) + np.float32(3) * GELU_CUBIC * x * x)
+            dinp[n, c] = dout[n, c] * (s + x * s * (np.float32(1) - s) * np.float32(2) * slope)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Residual connection
+
+@kernel
+def residual_forward(out, inp1, inp2):
+    """out (N, C) = inp1 + inp2.
+
+    There is no residual_backward: d(inp1 + inp2) hands dout to both sides unchanged, so both simply read the same array.
+    """
+    N, C = out.shape
+    for n in prange(N):
+        for c in range(C):
+            out[n, c] = inp1[n, c] + inp2[n, c]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Softmax and cross entropy, forward and backward at once
+
+@kernel
+def fused_classifier(losses, logits, targets, dloss, vocab_size):
+    """losses (N) from logits (N, Vp) and targets (N), the logits being overwritten by their gradients.
+
+        loss = -log(p[target])       p = softmax(logits over the first vocab_size columns)
+        dlogits = (p - onehot(target)) * dloss
+
+    since dlog(sum_j exp(logit_j))/dlogit_i = p_i. dloss is the weight of one token's loss in the total, 1/N for a mean.
+    The padding columns take no part in the sum and get a gradient of exactly 0, so the padding rows of wte never move.
+    """
+    N, Vp = logits.shape
+    for n in prange(N):
+        row = logits[n]
+        target = targets[n]
+        largest = row_max(row[:vocab_size])
+        target_logit = row[target] - largest
+        total = np.float32(0)
+        for i in range(vocab_size):
+            row[i] = exp(row[i] - largest)
+            total += row[i]
+        losses[n] = np.log(total) - target_logit
+        factor = np.float32(dloss) / total
+        for i in range(vocab_size):
+            row[i] *= factor
+        row[target] -= np.float32(dloss)
+        row[vocab_size:] = 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The optimiser
+
+@kernel
+def global_norm(grads):
+    """The Euclidean norm of grads, one flat array, summed in float64 block by block so that no thread count changes it."""
+    size = 65536
+    blocks = (grads.size + size - 1) // size
+    partial = np.empty(blocks)
+    for block in prange(blocks):
+        total = 0.0
+        part = grads[block * size:(block + 1) * size]
+        for i in range(part.size):
+            total += np.float64(part[i]) * np.float64(part[i])
+        partial[block] = total
+    return np.sqrt(np.sum(partial))
+
+
+@kernel
+def adamw_update(params, grads, m, v, learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step):
+    """One step of AdamW (Loshchilov and Hutter 2019) on flat arrays; step counts from 1. The gradients are cleared.
+
+        g = grads * grad_scale                       grad_scale < 1 where the gradient was too long: clipping by norm
+        m = beta1 * m + (1 - beta1) * g              v = beta2 * v + (1 - beta2) * g**2
+        params -= learning_rate * (m_hat / (sqrt(v_hat) + eps) + weight_decay * params)
+
+    m and v start at zero and so are too small at first, by exactly the factors that m_hat = m / (1 - beta1**step) and
+    v_hat = v / (1 - beta2**step) undo. This loop waits for memory, not for arithmetic: setting grads to zero here, while
+    it is in cache, spares another pass over it.
+    """
+    keep_m, take_m = np.float32(beta1), np.float32(1 - beta1)
+    keep_v, take_v = np.float32(beta2), np.float32(1 - beta2)
+    rate = np.float32(learning_rate / (1 - beta1 ** step))
+    unbias_v = np.float32(1 / (1 - beta2 ** step))
+    decay = np.float32(learning_rate * weight_decay)
+    scale, epsilon = np.float32(grad_scale), np.float32(eps)
+    for i in prange(params.size):
+        g = grads[i] * scale
+        m[i] = keep_m * m[i] + take_m * g
+        v[i] = keep_v * v[i] + take_v * g * g
+        params[i] -= rate * m[i] / (np.sqrt(v[i] * unbias_v) + epsilon) + decay * params[i]
+        grads[i] = 0

@@ -1,0 +1,218 @@
+"""Train GPT-2 on the CPU: `python train_gpt2.py`, or `python train_gpt2.py --help` for what can be chosen.
+
+Read it from the top: the model's memory, its forward pass, its backward pass, the update, and the training loop. The
+forward and backward passes are flat lists of kernel calls (kernels_cpu.py) that mirror each other; each trailing comment
+gives the shape of what the call writes.
+"""
+import kernels_cpu as kernels  # first: it sets how many threads BLAS takes, before NumPy or SciPy load one
+
+import time
+
+import numba
+import numpy as np
+
+from dataloader import DataLoader
+from files import UserError, run_program
+from gpt2 import WEIGHT_DECAYED, Tensors, activation_shapes, initialize, model_config, parameter_shapes
+from training import (TrainingLog, check_finite, due, learning_rate, parse_options, prepare_data, print_configuration,
+                      sample_text)
+
+CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time: 512 * 50304 * 4 bytes = 103 MB
+NO_BIAS = np.empty(0, dtype=np.float32)
+BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
+
+
+class GPT2:
+    """A GPT-2 with its gradients, moments and activations, for batches of up to (batch_size, sequence_length) tokens."""
+
+    def __init__(self, config, batch_size, sequence_length, threads):
+        self.config = config
+        self.threads = threads
+        shapes = parameter_shapes(config)
+        self.params, self.grads, self.adam_m, self.adam_v = (Tensors(shapes) for _ in range(4))
+        self.acts = Tensors(activation_shapes(config, batch_size, sequence_length))
+        N, C = batch_size * sequence_length, config.channels
+        # Scratch that lives for one layer only, and so is not kept layer by layer.
+        self.scratch = Tensors({
+            "proj": (N, C),                   # what a projection adds to the residual stream
+            "dresidual": (N, C),              # the gradient that flows down the residual stream
+            "dln": (N, C),
+            "datt": (N, C),
+            "dqkv": (N, 3 * C),
+            "dfch": (N, 4 * C),
+            "logits": (min(N, CLASSIFIER_ROWS), config.padded_vocab_size),
+        })
+        self.tokens = None
+
+    def initialize(self, seed):
+        """GPT-2's random initialisation."""
+        initialize(self.params, self.config, seed)
+
+    def forward(self, tokens):
+        """From tokens (B, T) to the normalised output of the last block, `acts.lnf` (N, C). Any B*T up to the model's."""
+        B, T = tokens.shape
+        N = B * T
+        buffer = self.acts.flat
+        self.acts = Tensors(activation_shapes(self.config, B, T), allocate=lambda size: buffer)
+        self.tokens = tokens
+        params, acts, threads = self.params, self.acts, self.threads
+        proj = self.scratch.proj[:N]
+
+        kernels.encoder_forward(acts.encoded, tokens, params.wte, params.wpe)                                    # (N, C)
+        residual = acts.encoded
+        for l in range(self.config.num_layers):
+            kernels.layernorm_forward(acts.ln1[l], acts.ln1_mean[l], acts.ln1_rstd[l],
+                                      residual, params.ln1w[l], params.ln1b[l])                                  # (N, C)
+            kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l], threads)            # (N, 3C)
+            kernels.attention_forward(acts.att[l], acts.att_lse[l], acts.qkv[l])                                 # (N, C)
+            kernels.matmul_forward(proj, acts.att[l], params.attprojw[l], params.attprojb[l], threads)           # (N, C)
+            kernels.residual_forward(acts.residual2[l], residual, proj)                                          # (N, C)
+            kernels.layernorm_forward(acts.ln2[l], acts.ln2_mean[l], acts.ln2_rstd[l],
+                                      acts.residual2[l], params.ln2w[l], params.ln2b[l])                         # (N, C)
+            kernels.matmul_forward(acts.fch[l], acts.ln2[l], params.fcw[l], params.fcb[l], threads)              # (N, 4C)
+            kernels.gelu_forward(acts.fch_gelu[l], acts.fch[l])                                                  # (N, 4C)
+            kernels.matmul_forward(proj, acts.fch_gelu[l], params.fcprojw[l], params.fcprojb[l], threads)        # (N, C)
+            kernels.residual_forward(acts.residual3[l], acts.residual2[l], proj)                                 # (N, C)
+            residual = acts.residual3[l]
+        kernels.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd,
+                                  residual, params.lnfw, params.lnfb)                                            # (N, C)
+
+    def classifier_chunks(self):
+        """The rows of the batch in slices of at most CLASSIFIER_ROWS, so that no logits of size (N, Vp) ever exist."""
+        N, size = self.tokens.size, len(self.scratch.logits)
+        return [slice(start, min(start + size, N)) for start in range(0, N, size)]
+
+    def loss(self, targets):
+        """Mean cross entropy of the last forward pass against targets (B, T), without a backward pass."""
+        params, acts, threads = self.params, self.acts, self.threads
+        targets = targets.reshape(-1)
+        for rows in self.classifier_chunks():
+            logits = self.scratch.logits[:rows.stop - rows.start]
+            kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, threads)                         # (rows, Vp)
+            kernels.fused_classifier(acts.losses[rows], logits, targets[rows], 0.0, self.config.vocab_size)      # (rows)
+        return float(np.mean(acts.losses, dtype=np.float64))
+
+    def backward(self, targets, accumulation_steps=1):
+        """Add the gradients of the mean loss against targets (B, T), over accumulation_steps, to `grads`; return that mean.
+
+        The forward pass in reverse. It starts with the classifier, whose logits serve the loss and the gradients at once.
+        """
+        N = self.tokens.size
+        params, grads, acts, threads = self.params, self.grads, self.acts, self.threads
+        targets = targets.reshape(-1)
+        dresidual, dln, datt, dqkv, dfch = (getattr(self.scratch, name)[:N]
+                                            for name in ("dresidual", "dln", "datt", "dqkv", "dfch"))
+
+        for rows in self.classifier_chunks():
+            logits = self.scratch.logits[:rows.stop - rows.start]
+            kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, threads)                         # (rows, Vp)
+            kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
+                                     1 / (N * accumulation_steps), self.config.vocab_size)                       # (rows, Vp)
+            kernels.matmul_backward(dln[rows], grads.wte, NO_BIAS,
+                                    logits, acts.lnf[rows], params.wte, threads)                                 # (rows, C)
+        residual = acts.residual3[-1]
+        dresidual[...] = 0
+        kernels.layernorm_backward(dresidual, grads.lnfw, grads.lnfb,
+                                   dln, acts.lnf_mean, acts.lnf_rstd, residual, params.lnfw)                     # (N, C)
+        for l in reversed(range(self.config.num_layers)):
+            residual = acts.residual3[l - 1] if l > 0 else acts.encoded
+            # residual3 = residual2 + proj: dresidual is the gradient of both.
+            kernels.matmul_backward(dfch, grads.fcprojw[l], grads.fcprojb[l],
+                                    dresidual, acts.fch_gelu[l], params.fcprojw[l], threads)                     # (N, 4C)
+            kernels.gelu_backward(dfch, dfch, acts.fch[l])                                                       # (N, 4C)
+            kernels.matmul_backward(dln, grads.fcw[l], grads.fcb[l],
+                                    dfch, acts.ln2[l], params.fcw[l], threads)                                   # (N, C)
+            kernels.layernorm_backward(dresidual, grads.ln2w[l], grads.ln2b[l],
+                                       dln, acts.ln2_mean[l], acts.ln2_rstd[l], acts.residual2[l], params.ln2w[l])  # (N, C)
+            # residual2 = residual + proj: dresidual is the gradient of both.
+            kernels.matmul_backward(datt, grads.attprojw[l], grads.attprojb[l],
+                                    dresidual, acts.att[l], params.attprojw[l], threads)                         # (N, C)
+            kernels.attention_backward(dqkv, datt, acts.att[l], acts.att_lse[l], acts.qkv[l])                    # (N, 3C)
+            kernels.matmul_backward(dln, grads.qkvw[l], grads.qkvb[l],
+                                    dqkv, acts.ln1[l], params.qkvw[l], threads)                                  # (N, C)
+            kernels.layernorm_backward(dresidual, grads.ln1w[l], grads.ln1b[l],
+                                       dln, acts.ln1_mean[l], acts.ln1_rstd[l], residual, params.ln1w[l])        # (N, C)
+        kernels.encoder_backward(grads.wte, grads.wpe, dresidual, self.tokens)
+        return float(np.mean(acts.losses, dtype=np.float64))
+
+    def gradient_norm(self):
+        """The Euclidean norm of all gradients together."""
+        return float(kernels.global_norm(self.grads.flat))
+
+    def update(self, step, learning_rate, weight_decay, grad_scale=1.0):
+        """One AdamW step (counted from 1) on the gradients times grad_scale, which are cleared for the next step."""
+        for name, param in self.params.items():
+            kernels.adamw_update(param.reshape(-1), getattr(self.grads, name).reshape(-1),
+                                 getattr(self.adam_m, name).reshape(-1), getattr(self.adam_v, name).reshape(-1),
+                                 learning_rate, BETA1, BETA2, EPSILON,
+                                 weight_decay if name in WEIGHT_DECAYED else 0.0, grad_scale, step)
+
+    def next_token_logits(self, tokens):
+        """The logits (V,) of the token that follows tokens (1, T)."""
+        self.forward(tokens)
+        logits = self.scratch.logits[:1]
+        kernels.matmul_forward(logits, self.acts.lnf[-1:], self.params.wte, NO_BIAS, self.threads)
+        return logits[0, :self.config.vocab_size].copy()
+
+
+def evaluate(model, loader, max_steps):
+    """Mean loss over the first max_steps batches of the validation tokens (fewer if there are fewer)."""
+    loader.reset()
+    steps = min(max_steps, loader.batches)
+    total = 0.0
+    for _ in range(steps):
+        inputs, targets = loader.next_batch()
+        model.forward(inputs)
+        total += model.loss(targets)
+    return total / steps
+
+
+def train(model, options, train_loader, val_loader, log):
+    """The training loop, for any model with GPT2's methods. `options` are the flags, `log` a TrainingLog."""
+    n = options.num_iterations
+    if due(options.val_loss_every, 0, n):
+        log.validation(0, evaluate(model, val_loader, options.val_max_steps))
+
+    for step in range(1, n + 1):
+        started = time.perf_counter()
+        if options.overfit_single_batch:
+            train_loader.reset()
+        loss = 0.0
+        for _ in range(options.accumulation_steps):
+            inputs, targets = train_loader.next_batch()
+            model.forward(inputs)
+            loss += model.backward(targets, options.accumulation_steps) / options.accumulation_steps
+        norm = model.gradient_norm()
+        check_finite(step, loss, norm, model)
+        clip = options.grad_clip / norm if 0 < options.grad_clip < norm else 1.0
+        rate = learning_rate(step, options)
+        model.update(step, rate, options.weight_decay, clip)
+        log.step(step, loss, norm, rate, time.perf_counter() - started)
+
+        if due(options.val_loss_every, step, n):
+            log.validation(step, evaluate(model, val_loader, options.val_max_steps))
+        if due(options.sample_every, step, n):
+            log.sample(sample_text(model, options))
+
+
+def main():
+    options = parse_options(description="Train GPT-2 on the CPU.")
+    cores = numba.config.NUMBA_NUM_THREADS
+    options.threads = options.threads or cores
+    if options.threads > cores:
+        raise UserError(f"--threads is {options.threads}, expected at most {cores}, this machine's cores", status=2)
+    numba.set_num_threads(options.threads)
+    prepare_data(options)
+    config = model_config(options.model)
+    train_loader, val_loader = (
+        DataLoader(pattern, options.batch_size, options.sequence_length, config.vocab_size) if pattern else None
+        for pattern in (options.input_bin, options.input_val_bin))
+    model = GPT2(config, options.batch_size, options.sequence_length, options.threads)
+    model.initialize(options.seed)
+    print_configuration(options, model, train_loader, val_loader)
+    with TrainingLog(options) as log:
+        train(model, options, train_loader, val_loader, log)
+
+
+if __name__ == "__main__":
+    run_program(main)
