@@ -1,0 +1,115 @@
+"""Token files, and the batches of inputs and targets read from them in llm.c's order.
+
+A token file is a header of 256 little-endian int32 (magic, version, number of tokens, then zeros) followed by the tokens as
+little-endian uint16. A text larger than memory is split over several such files, the shards.
+"""
+
+import glob
+import os
+
+import numpy as np
+
+from files import UserError, whole_file
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+TOKEN_BYTES = 2
+HOW_TO_MEND = "write it again with prepare_tinyshakespeare.py"
+
+
+def write_tokens(path, tokens):
+    """Write `tokens` (a sequence of integers below 65,536) as one token file. Raises UserError if it cannot be written."""
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    with whole_file(path) as file:
+        file.write(header.tobytes())
+        file.write(np.asarray(tokens, dtype="<u2").tobytes())
+
+
+def open_tokens(path, vocab_size):
+    """Return the tokens of a file, (n,) uint16, mapped from the disk rather than read into memory.
+
+    Raises UserError if it is no token file of this version, is cut short, or holds a token that is not below `vocab_size`.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
+            size = file.seek(0, 2)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {HOW_TO_MEND}") from error
+    if size < HEADER_BYTES:
+        raise UserError(f"{path} has {size:,} bytes, expected a header of {HEADER_BYTES:,} and tokens; {HOW_TO_MEND}")
+    magic, version, num_tokens = (int(field) for field in header.view("<i4")[:3])
+    if magic != MAGIC:
+        raise UserError(f"{path} begins with {magic}, expected the magic number {MAGIC} of a token file; {HOW_TO_MEND}")
+    if version != VERSION:
+        raise UserError(f"{path} is a token file of version {version}, expected version {VERSION}; {HOW_TO_MEND}")
+    expected_size = HEADER_BYTES + TOKEN_BYTES * num_tokens
+    if size != expected_size:
+        raise UserError(f"{path} has {size:,} bytes, expected {expected_size:,} for the {num_tokens:,} tokens of its header; "
+                        f"{HOW_TO_MEND}")
+    if num_tokens == 0:
+        raise UserError(f"{path} holds no tokens; {HOW_TO_MEND}")
+
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+    # An id outside the vocabulary would make the embedding kernel read past its table. One pass over the file, reading only.
+    largest = int(tokens.max())
+    if largest >= vocab_size:
+        where = int(tokens.argmax())
+        raise UserError(f"{path} holds token {largest:,} at position {where:,}, expected tokens below the model's vocabulary "
+                        f"of {vocab_size:,}; prepare it with the model's tokenizer")
+    return tokens
+
+
+class DataLoader:
+    """Batches from every token file that `pattern` (a path or a glob) matches, in the order of their names.
+
+    A step takes B*T tokens for each of `world_size` processes, one process after the other; `rank` is this process. A file is
+    left when too few of its tokens remain for a whole step, and after the last file comes the first again.
+
+    num_tokens: tokens in all files together
+    batches: steps before the first batch comes again
+    shard, position: where the next step starts, a file's index and a token in it; may be saved and set again
+
+    Raises UserError if no file matches, a file is not sound (see open_tokens) or one is too short for a step.
+    """
+
+    def __init__(self, pattern, batch_size, sequence_length, vocab_size, rank=0, world_size=1):
+        self.batch_size = batch_size
+        self.sequence_length = sequence_length
+        self.offset = rank * batch_size * sequence_length
+        self.step_tokens = world_size * batch_size * sequence_length
+
+        # A plain path first: a folder's own name may hold a glob's brackets.
+        paths = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(str(pattern)))
+        if not paths:
+            raise UserError(f"no file matches {pattern}, expected token files; write them with prepare_tinyshakespeare.py")
+        self.shards = [open_tokens(path, vocab_size) for path in paths]
+        for path, tokens in zip(paths, self.shards):
+            if len(tokens) < self.step_tokens + 1:  # the last input's target is one token further
+                raise UserError(f"{path} holds {len(tokens):,} tokens, expected at least {self.step_tokens + 1:,} for one step "
+                                f"(batch size {batch_size} x sequence length {sequence_length} x processes {world_size} + 1); "
+                                "lower --batch-size or --sequence-length")
+        self.num_tokens = sum(len(tokens) for tokens in self.shards)
+        self.batches = sum((len(tokens) - 1) // self.step_tokens for tokens in self.shards)
+        self.reset()
+
+    def reset(self):
+        """Start again at the first token of the first file."""
+        self.shard = 0
+        self.position = 0
+
+    def next_batch(self):
+        """Return inputs (B, T) and targets (B, T), two new int32 arrays; a target is the token after its input."""
+        if self.position + self.step_tokens + 1 > len(self.shards[self.shard]):
+            self.shard = (self.shard + 1) % len(self.shards)
+            self.position = 0
+        B, T = self.batch_size, self.sequence_length
+        start = self.position + self.offset
+        tokens = self.shards[self.shard][start : start + B * T + 1]
+        inputs = tokens[:-1].astype(np.int32).reshape(B, T)
+        targets = tokens[1:].astype(np.int32).reshape(B, T)
+        self.position += self.step_tokens
+        return inputs, targets

@@ -1,0 +1,154 @@
+"""The token file format byte by byte, the order of the batches, and a readable error for every way a file can be wrong."""
+
+import struct
+
+import numpy as np
+import pytest
+
+from dataloader import DataLoader, write_tokens
+from files import UserError
+
+VOCAB_SIZE = 50257
+
+
+def header(magic=20240520, version=1, num_tokens=0):
+    return struct.pack("<256i", magic, version, num_tokens, *[0] * 253)
+
+
+def write_counting_file(path, first, num_tokens):
+    """Tokens first, first + 1, ...: a batch then shows where it was read."""
+    write_tokens(path, range(first, first + num_tokens))
+    return path
+
+
+def test_file_format_byte_by_byte(tmp_path):
+    path = tmp_path / "new folder" / "tokens.bin"
+    write_tokens(path, [50256, 1, 258])
+    assert path.read_bytes() == header(num_tokens=3) + b"\x50\xc4" + b"\x01\x00" + b"\x02\x01"
+    assert [file.name for file in path.parent.iterdir()] == ["tokens.bin"]  # no temporary file left
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = write_counting_file(tmp_path / "tokens.bin", 0, 10)
+    before = path.read_bytes()
+    with pytest.raises((OverflowError, ValueError)):
+        write_tokens(path, [65_536])
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["tokens.bin"]
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot write .*tokens.bin.*choose another folder"):
+        write_tokens(tmp_path / "file" / "tokens.bin", [1])
+
+
+def test_batches(tmp_path):
+    loader = DataLoader(write_counting_file(tmp_path / "tokens.bin", 0, 25), 2, 3, VOCAB_SIZE)
+    assert loader.num_tokens == 25
+    inputs, targets = loader.next_batch()
+    assert inputs.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert targets.tolist() == [[1, 2, 3], [4, 5, 6]]
+    for array in inputs, targets:
+        assert array.dtype == np.int32 and array.flags.c_contiguous and array.flags.writeable
+    inputs[:] = -1  # its own memory: neither the targets nor the file change
+    assert targets.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert loader.next_batch()[0][0, 0] == 6
+    loader.reset()
+    assert loader.next_batch()[0].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("num_tokens, steps", [(12, 1), (13, 2), (18, 2), (19, 3)])
+def test_one_file_wraps_when_too_few_tokens_remain(tmp_path, num_tokens, steps):
+    loader = DataLoader(write_counting_file(tmp_path / "tokens.bin", 0, num_tokens), 2, 3, VOCAB_SIZE)
+    starts = [int(loader.next_batch()[0][0, 0]) for _ in range(steps + 1)]
+    assert starts == [6 * step for step in range(steps)] + [0]
+
+
+def test_shards_follow_each_other_by_name(tmp_path):
+    write_counting_file(tmp_path / "train_1.bin", 100, 13)
+    write_counting_file(tmp_path / "train_0.bin", 0, 12)
+    write_counting_file(tmp_path / "val_0.bin", 900, 12)
+    loader = DataLoader(tmp_path / "train_*.bin", 2, 3, VOCAB_SIZE)
+    assert loader.num_tokens == 25
+    starts = [int(loader.next_batch()[0][0, 0]) for _ in range(5)]
+    assert starts == [0, 100, 106, 0, 100]
+    loader.reset()
+    assert loader.next_batch()[0][0, 0] == 0
+
+
+def test_ranks_together_read_the_single_process_stream(tmp_path):
+    path = write_counting_file(tmp_path / "tokens.bin", 0, 3 * 2 * 4 * 5 + 1)
+    single = DataLoader(path, 2, 4, VOCAB_SIZE)
+    ranks = [DataLoader(path, 2, 4, VOCAB_SIZE, rank, 3) for rank in range(3)]
+    for step in range(7):  # the file holds five steps, so this wraps
+        for rank in ranks:
+            for mine, expected in zip(rank.next_batch(), single.next_batch()):
+                np.testing.assert_array_equal(mine, expected)
+
+
+def test_position_can_be_saved_and_set(tmp_path):
+    write_counting_file(tmp_path / "0.bin", 0, 13)
+    write_counting_file(tmp_path / "1.bin", 100, 13)
+    loader, resumed = (DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE) for _ in range(2))
+    for _ in range(3):
+        loader.next_batch()
+    resumed.shard, resumed.position = loader.shard, loader.position
+    np.testing.assert_array_equal(resumed.next_batch()[0], loader.next_batch()[0])
+
+
+def test_path_with_glob_characters(tmp_path):
+    folder = tmp_path / "run [1]"
+    write_counting_file(folder / "tokens.bin", 0, 13)
+    assert DataLoader(folder / "tokens.bin", 2, 3, VOCAB_SIZE).num_tokens == 13
+
+
+BAD_FILES = {
+    "empty": (b"", "has 0 bytes, expected a header of 1,024"),
+    "header cut short": (header()[:1000], "has 1,000 bytes, expected a header of 1,024"),
+    "other magic": (header(magic=20240801, num_tokens=7) + bytes(14), "begins with 20240801, expected the magic number 20240520"),
+    "other version": (header(version=2, num_tokens=7) + bytes(14), "of version 2, expected version 1"),
+    "truncated": (header(num_tokens=7) + bytes(13), "has 1,037 bytes, expected 1,038 for the 7 tokens"),
+    "too long": (header(num_tokens=7) + bytes(16), "has 1,040 bytes, expected 1,038 for the 7 tokens"),
+    "negative count": (header(num_tokens=-1), "has 1,024 bytes, expected 1,022 for the -1 tokens"),
+    "no tokens": (header(num_tokens=0), "holds no tokens"),
+    "token past the vocabulary": (header(num_tokens=7) + struct.pack("<7H", 0, 1, 50256, 50257, 2, 3, 4),
+                                  "holds token 50,257 at position 3, expected tokens below the model's vocabulary of 50,257"),
+    "shorter than a step": (header(num_tokens=6) + bytes(12), "holds 6 tokens, expected at least 7 for one step"),
+}
+
+
+@pytest.mark.parametrize("contents, message", BAD_FILES.values(), ids=BAD_FILES)
+def test_error_names_file_finding_and_remedy(tmp_path, contents, message):
+    path = tmp_path / "tokens.bin"
+    path.write_bytes(contents)
+    with pytest.raises(UserError) as caught:
+        DataLoader(path, 2, 3, VOCAB_SIZE)
+    text = str(caught.value)
+    assert text.startswith(str(path)) and message in text and "\n" not in text
+    assert any(remedy in text for remedy in ("prepare_tinyshakespeare.py", "prepare it with", "lower --batch-size"))
+    assert caught.value.status == 1
+
+
+def test_every_shard_is_checked(tmp_path):
+    write_counting_file(tmp_path / "0.bin", 0, 13)
+    (tmp_path / "1.bin").write_bytes(header(num_tokens=13) + bytes(25))
+    with pytest.raises(UserError, match="1.bin has 1,049 bytes, expected 1,050"):
+        DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE)
+
+
+def test_all_processes_need_tokens_for_a_step(tmp_path):
+    path = write_counting_file(tmp_path / "tokens.bin", 0, 12)
+    with pytest.raises(UserError, match="12 tokens, expected at least 13 .*processes 2"):
+        DataLoader(path, 2, 3, VOCAB_SIZE, rank=0, world_size=2)
+
+
+def test_no_file_matches(tmp_path):
+    with pytest.raises(UserError, match=r"no file matches .*none_\*.bin.*prepare_tinyshakespeare.py"):
+        DataLoader(tmp_path / "none_*.bin", 2, 3, VOCAB_SIZE)
+
+
+def test_folder_in_place_of_a_file(tmp_path):
+    (tmp_path / "folder.bin").mkdir()
+    with pytest.raises(UserError, match="cannot read .*folder.bin"):
+        DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE)
