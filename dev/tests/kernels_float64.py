@@ -1,0 +1,176 @@
+"""
+Every kernel a second time: slow, in float64 NumPy, written from the mathematics and not from kernels_cpu.py.
+
+The names and the arguments are those of the kernels, but results are returned instead of written, and a backward
+function takes the inputs of its forward alone (not its saved statistics), so that nothing can be wrong in both.
+Backward functions return the gradient itself: adding it to what was there before is the caller's business.
+
+Rows are handled one at a time, attention looks only at the keys a query may see, and softmax and layernorm are
+differentiated through their explicit Jacobian matrices. test_kernels.py checks each backward function here against
+finite differences of its forward function.
+"""
+import math
+
+import numpy as np
+
+LAYERNORM_EPS = 1e-5
+
+
+def float64(array):
+    return np.asarray(array, dtype=np.float64)
+
+
+# encoder: out[b,t] = wte[tokens[b,t]] + wpe[t]
+
+def encoder_forward(tokens, wte, wpe):
+    B, T = tokens.shape
+    out = [float64(wte)[tokens[b, t]] + float64(wpe)[t] for b in range(B) for t in range(T)]
+    return np.array(out)                                            # (B*T, C)
+
+
+def encoder_backward(dout, tokens, wte_shape, wpe_shape):
+    dwte, dwpe = np.zeros(wte_shape), np.zeros(wpe_shape)
+    B, T = tokens.shape
+    for b in range(B):
+        for t in range(T):
+            dwte[tokens[b, t]] += dout[b * T + t]
+            dwpe[t] += dout[b * T + t]
+    return dwte, dwpe
+
+
+# layernorm: out = weight * (inp - mean) * rstd + bias over each row
+
+def layernorm_forward(inp, weight, bias):
+    inp = float64(inp)
+    mean = inp.mean(axis=1)
+    rstd = 1 / np.sqrt(inp.var(axis=1) + LAYERNORM_EPS)
+    return (inp - mean[:, None]) * rstd[:, None] * float64(weight) + float64(bias), mean, rstd
+
+
+def layernorm_backward(dout, inp, weight):
+    dout, inp, weight = float64(dout), float64(inp), float64(weight)
+    N, C = inp.shape
+    dinp, dweight = np.zeros((N, C)), np.zeros(C)
+    for n in range(N):
+        rstd = 1 / math.sqrt(inp[n].var() + LAYERNORM_EPS)
+        norm = (inp[n] - inp[n].mean()) * rstd
+        # dnorm_i/dinp_j: through inp_i itself, through the mean, and through rstd (drstd/dinp_j = -rstd^2 norm_j / C)
+        jacobian = rstd * (np.eye(C) - 1 / C - np.outer(norm, norm) / C)
+        dinp[n] = (dout[n] * weight) @ jacobian
+        dweight += dout[n] * norm
+    return dinp, dweight, dout.sum(axis=0)
+
+
+# matmul: out = inp @ weight.T + bias
+
+def matmul_forward(inp, weight, bias):
+    out = np.einsum("nc,oc->no", float64(inp), float64(weight), optimize=True)
+    return out + float64(bias) if bias.size else out
+
+
+def matmul_backward(dout, inp, weight):
+    dout = float64(dout)
+    dinp = np.einsum("no,oc->nc", dout, float64(weight), optimize=True)
+    dweight = np.einsum("no,nc->oc", dout, float64(inp), optimize=True)
+    return dinp, dweight, dout.sum(axis=0)
+
+
+# attention: each query t of each head averages the values of the keys 0..t, weighted by softmax(q.k / sqrt(HS))
+
+def split_heads(qkv, B, T, NH):
+    """(B*T, 3*C) -> q, k, v, each (B, NH, T, HS)."""
+    return float64(qkv).reshape(B, T, 3, NH, -1).transpose(2, 0, 3, 1, 4)
+
+
+def join_heads(heads):
+    """(B, NH, T, HS) -> (B*T, C)."""
+    B, NH, T, HS = heads.shape
+    return heads.transpose(0, 2, 1, 3).reshape(B * T, NH * HS)
+
+
+def softmax(scores):
+    exponentials = np.exp(scores - scores.max())
+    return exponentials / exponentials.sum()
+
+
+def attention_forward(qkv, B, T, NH):
+    q, k, v = split_heads(qkv, B, T, NH)
+    out, lse = np.zeros(q.shape), np.zeros((B, NH, T))
+    for b, h, t in np.ndindex(B, NH, T):
+        seen = slice(0, t + 1)
+        scores = k[b, h, seen] @ q[b, h, t] / math.sqrt(q.shape[-1])
+        out[b, h, t] = softmax(scores) @ v[b, h, seen]
+        lse[b, h, t] = scores.max() + np.log(np.exp(scores - scores.max()).sum())
+    return join_heads(out), lse
+
+
+def attention_backward(dout, qkv, B, T, NH):
+    q, k, v = split_heads(qkv, B, T, NH)
+    dout = float64(dout).reshape(B, T, NH, -1).transpose(0, 2, 1, 3)
+    dq, dk, dv = np.zeros(q.shape), np.zeros(q.shape), np.zeros(q.shape)
+    scale = 1 / math.sqrt(q.shape[-1])
+    for b, h, t in np.ndindex(B, NH, T):
+        seen = slice(0, t + 1)
+        p = softmax(k[b, h, seen] @ q[b, h, t] * scale)
+        dp = v[b, h, seen] @ dout[b, h, t]
+        dscores = (np.diag(p) - np.outer(p, p)) @ dp
+        dq[b, h, t] = dscores @ k[b, h, seen] * scale
+        dk[b, h, seen] += np.outer(dscores, q[b, h, t]) * scale
+        dv[b, h, seen] += np.outer(p, dout[b, h, t])
+    return np.concatenate([join_heads(dq), join_heads(dk), join_heads(dv)], axis=1)      # (B*T, 3*C)
+
+
+# gelu, tanh approximation. (1 + tanh u)/2 is the logistic function of 2u, which gives both formulas below.
+
+def gelu_gate(x):
+    """(1 + tanh u)/2 with u = sqrt(2/pi) (x + 0.044715 x^3), and du/dx."""
+    u = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    with np.errstate(over="ignore"):
+        gate = 1 / (1 + np.exp(-2 * u))
+    return gate, math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
+
+
+def gelu_forward(inp):
+    inp = float64(inp)
+    return inp * gelu_gate(inp)[0]
+
+
+def gelu_backward(dout, inp):
+    inp = float64(inp)
+    gate, du = gelu_gate(inp)
+    return float64(dout) * (gate + inp * gate * (1 - gate) * 2 * du)
+
+
+def residual_forward(inp1, inp2):
+    return float64(inp1) + float64(inp2)
+
+
+# classifier: cross entropy over the first V of the Vp columns, and its gradient times dloss
+
+def fused_classifier(logits, targets, dloss, V):
+    N, Vp = logits.shape
+    losses, dlogits = np.zeros(N), np.zeros((N, Vp))
+    for n in range(N):
+        p = softmax(float64(logits[n, :V]))
+        # not -log(p[target]): p may underflow to zero where the loss is still finite
+        largest = float64(logits[n, :V]).max()
+        losses[n] = largest - float64(logits[n, targets[n]]) - np.log(p.max())
+        p[targets[n]] -= 1
+        dlogits[n, :V] = p * dloss
+    return losses, dlogits
+
+
+# optimiser
+
+def global_norm(grads):
+    return math.sqrt(math.fsum(float(g) * float(g) for g in grads.reshape(-1)))
+
+
+def adamw_update(params, grads, m, v, learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step):
+    params, grads = float64(params), float64(grads) * grad_scale
+    m = beta1 * float64(m) + (1 - beta1) * grads
+    v = beta2 * float64(v) + (1 - beta2) * grads**2
+    m_hat = m / (1 - beta1**step)
+    v_hat = v / (1 - beta2**step)
+    params = params - learning_rate * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * params)
+    return params, m, v
