@@ -1,0 +1,193 @@
+"""The first weights, the learning rate, and the training loop: that it averages, clips, stops and learns as it says."""
+import numpy as np
+import pytest
+
+from dataloader import DataLoader, write_tokens
+from files import UserError
+from gpt2 import Config, Tensors, initialize, parameter_shapes
+from train_gpt2 import GPT2, evaluate, train
+from training import learning_rate, parse_options
+
+T = 8
+CONFIG = Config(max_seq_len=T, vocab_size=60, padded_vocab_size=128, num_layers=2, num_heads=2, channels=16)
+
+
+def options(*flags):
+    return parse_options("", ["--input-bin", "train", "--sequence-length", str(T), "--sample-every", "0", *flags])
+
+
+# Initialisation
+
+def test_first_weights():
+    """Standard deviations to 3 %, of which the largest sampling error here is a third."""
+    config = Config(64, 500, 512, num_layers=3, num_heads=2, channels=64)
+    params = Tensors(parameter_shapes(config))
+    initialize(params, config, seed=0)
+    for name, tensor in params.items():
+        if name in ("ln1w", "ln2w", "lnfw"):
+            assert (tensor == 1).all(), name
+        elif name.endswith("b"):
+            assert (tensor == 0).all(), name
+        else:
+            tensor = tensor[:config.vocab_size] if name == "wte" else tensor
+            expected = 0.02 / np.sqrt(2 * 3) if name in ("attprojw", "fcprojw") else 0.02
+            assert tensor.std() == pytest.approx(expected, rel=0.03), name
+            assert abs(tensor.mean()) < 0.05 * expected, name
+    assert not params.wte[config.vocab_size:].any()
+
+
+def test_first_weights_depend_on_the_seed_alone():
+    def first_weights(seed):
+        params = Tensors(parameter_shapes(CONFIG))
+        initialize(params, CONFIG, seed)
+        return params.flat
+    assert np.array_equal(first_weights(3), first_weights(3))
+    assert not np.array_equal(first_weights(3), first_weights(4))
+
+
+# Learning rate
+
+def rates(*flags):
+    """The learning rates of steps 1 ... 100, of which 10 are warm-up; the highest is 2, a tenth of it is left."""
+    settings = options("--num-iterations", "100", "--warmup-iters", "10", "--learning-rate", "2",
+                       "--learning-rate-decay-frac", "0.1", *flags)
+    return [learning_rate(step, settings) for step in range(1, 101)]
+
+
+@pytest.mark.parametrize("schedule, middle, end",
+                         [("cosine", 1.1, 0.2), ("linear", 1.1, 0.2), ("constant", 2, 2), ("wsd", 2, 0.2)])
+def test_schedule(schedule, middle, end):
+    r = rates("--schedule", schedule)
+    assert r[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert r[54] == pytest.approx(middle)            # half-way between the end of the warm-up and the end
+    assert r[99] == pytest.approx(end)
+    assert r[9:] == sorted(r[9:], reverse=True)
+
+
+def test_cosine_is_slow_at_both_ends():
+    r = rates("--schedule", "cosine")
+    assert r[9] - r[10] < 1e-3 and r[98] - r[99] < 1e-3 and r[54] - r[55] > 0.03
+
+
+def test_wsd_falls_in_the_last_fifth():
+    r = rates("--schedule", "wsd")
+    assert r[79] == 2 and r[80] < 2
+    assert r[84] == pytest.approx(1.1)               # a quarter into it, the square root has come half-way
+
+
+def test_no_warmup():
+    assert rates("--warmup-iters", "0")[0] == pytest.approx(2, rel=1e-3)
+
+
+# The training loop
+
+class Log:
+    """Keeps what the training loop reports."""
+
+    def __init__(self):
+        self.losses, self.norms, self.rates, self.validations = [], [], [], {}
+
+    def step(self, step, loss, norm, rate, seconds):
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.rates.append(rate)
+
+    def validation(self, step, loss):
+        self.validations[step] = loss
+
+
+class ModelWithNorm:
+    """Stands in for a model, with a given gradient norm at every step; keeps the arguments of the updates."""
+
+    def __init__(self, norm):
+        self.norm = norm
+        self.updates = []
+
+    def forward(self, tokens):
+        pass
+
+    def backward(self, targets, accumulation_steps):
+        return 1.0
+
+    def gradient_norm(self):
+        return self.norm
+
+    def update(self, *arguments):
+        self.updates.append(arguments)
+
+
+@pytest.fixture
+def loader(tmp_path):
+    """Makes a loader of batches of batch_size sequences of 4*8 random tokens."""
+    write_tokens(tmp_path / "tokens.bin", np.random.default_rng(0).integers(CONFIG.vocab_size, size=4 * T + 1))
+    return lambda batch_size: DataLoader(tmp_path / "tokens.bin", batch_size, T, CONFIG.vocab_size)
+
+
+def small_model(batch_size):
+    model = GPT2(CONFIG, batch_size, T, threads=2)
+    model.initialize(seed=0)
+    return model
+
+
+@pytest.mark.parametrize("norm, grad_clip, scale", [(4.0, 1.0, 0.25), (0.5, 1.0, 1.0), (4.0, 0.0, 1.0)])
+def test_long_gradients_are_clipped(loader, norm, grad_clip, scale):
+    model, settings = ModelWithNorm(norm), options("--num-iterations", "2", "--grad-clip", str(grad_clip))
+    train(model, settings, loader(4), None, Log())
+    assert model.updates == [(step, learning_rate(step, settings), 0.1, scale) for step in (1, 2)]
+
+
+def test_accumulated_batches_train_like_one_large_batch(loader):
+    logs = []
+    for batch_size in (4, 1):
+        settings = options("--batch-size", str(batch_size), "--total-batch-size", str(4 * T), "--num-iterations", "3")
+        logs.append(Log())
+        train(small_model(batch_size), settings, loader(batch_size), None, logs[-1])
+    assert logs[1].losses == pytest.approx(logs[0].losses, rel=1e-5)
+    assert logs[1].norms == pytest.approx(logs[0].norms, rel=1e-5)
+
+
+def test_a_single_batch_is_learned_by_heart(loader):
+    log = Log()
+    settings = options("--batch-size", "2", "--num-iterations", "150", "--overfit-single-batch", "--learning-rate", "1e-2")
+    train(small_model(2), settings, loader(2), None, log)
+    assert log.losses[0] == pytest.approx(np.log(CONFIG.vocab_size), rel=0.02)
+    assert log.losses[-1] < 0.05
+
+
+def test_validation_before_between_and_after(loader):
+    log, val_loader = Log(), loader(2)
+    settings = options("--batch-size", "2", "--num-iterations", "5", "--input-val-bin", "val", "--val-loss-every", "2")
+    model = small_model(2)
+    before = evaluate(model, val_loader, max_steps=20)
+    train(model, settings, loader(2), val_loader, log)
+    assert list(log.validations) == [0, 2, 4, 5]
+    assert log.validations[0] == before
+    assert log.validations[5] == evaluate(model, val_loader, max_steps=20) < before
+
+
+def test_evaluation_averages_batches_from_the_first(loader):
+    model, val_loader = small_model(1), loader(1)
+    losses = []
+    for _ in range(4):
+        inputs, targets = val_loader.next_batch()
+        model.forward(inputs)
+        losses.append(model.loss(targets))
+    assert evaluate(model, val_loader, max_steps=3) == pytest.approx(np.mean(losses[:3]))
+    assert evaluate(model, val_loader, max_steps=99) == pytest.approx(np.mean(losses))
+
+
+def test_nan_stops_training_and_is_located(loader):
+    model = small_model(2)
+    model.params.fcw[1, 3, 5] = np.nan
+    with pytest.raises(UserError, match="step 1: the loss is nan .*first non-finite tensor: parameter fcw"):
+        train(model, options("--batch-size", "2", "--num-iterations", "1"), loader(2), None, Log())
+
+
+def test_next_token_logits_of_a_prompt_of_any_length(loader):
+    """The last row of logits, whether one token was given or all of a sequence."""
+    model = small_model(1)
+    tokens = loader(1).next_batch()[0]
+    for length in (1, 5, T):
+        model.forward(tokens)
+        expected = model.acts.lnf[length - 1].astype(np.float64) @ model.params.wte[:CONFIG.vocab_size].T
+        np.testing.assert_allclose(model.next_token_logits(tokens[:, :length]), expected, rtol=1e-4, atol=1e-6)
