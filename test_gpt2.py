@@ -245,7 +245,9 @@ def write_reference(python, model, path):
         sys.exit(f"test_gpt2.py: --python {python}: {error.strerror}")
     if not has_torch:
         sys.exit(f"test_gpt2.py: {python} cannot import torch: name a Python that can with --python PATH")
-    subprocess.run([python, REFERENCE_SCRIPT, "--model", model, "--output", path], check=True)
+    # kernels_cpu.py gave BLAS one thread; PyTorch would inherit that.
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    subprocess.run([python, REFERENCE_SCRIPT, "--model", model, "--output", path], env=environment, check=True)
 
 
 def main():
