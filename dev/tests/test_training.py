@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+import train_gpt2
 from dataloader import DataLoader, write_tokens
 from files import UserError
 from gpt2 import Config, Tensors, initialize, parameter_shapes
@@ -147,11 +148,15 @@ def test_accumulated_batches_train_like_one_large_batch(loader):
 
 
 def test_a_single_batch_is_learned_by_heart(loader):
-    log = Log()
+    """And no other batch is seen, let alone learned."""
+    log, model, batches = Log(), small_model(2), loader(2)
     settings = options("--batch-size", "2", "--num-iterations", "150", "--overfit-single-batch", "--learning-rate", "1e-2")
-    train(small_model(2), settings, loader(2), None, log)
+    train(model, settings, batches, None, log)
     assert log.losses[0] == pytest.approx(np.log(CONFIG.vocab_size), rel=0.02)
     assert log.losses[-1] < 0.05
+    inputs, targets = batches.next_batch()
+    model.forward(inputs)
+    assert model.loss(targets) > np.log(CONFIG.vocab_size)
 
 
 def test_validation_before_between_and_after(loader):
@@ -172,7 +177,8 @@ def test_evaluation_averages_batches_from_the_first(loader):
         inputs, targets = val_loader.next_batch()
         model.forward(inputs)
         losses.append(model.loss(targets))
-    assert evaluate(model, val_loader, max_steps=3) == pytest.approx(np.mean(losses[:3]))
+    for _ in range(2):
+        assert evaluate(model, val_loader, max_steps=3) == pytest.approx(np.mean(losses[:3]))
     assert evaluate(model, val_loader, max_steps=99) == pytest.approx(np.mean(losses))
 
 
@@ -183,8 +189,22 @@ def test_nan_stops_training_and_is_located(loader):
         train(model, options("--batch-size", "2", "--num-iterations", "1"), loader(2), None, Log())
 
 
+def test_classifier_in_chunks(loader, monkeypatch):
+    """Loss and gradients do not depend on how many rows of logits exist at a time, the last chunk being shorter."""
+    inputs, targets = loader(2).next_batch()
+    losses, gradients = [], []
+    for rows in (512, 5):
+        monkeypatch.setattr(train_gpt2, "CLASSIFIER_ROWS", rows)
+        model = small_model(2)
+        model.forward(inputs)
+        losses += [model.loss(targets), model.backward(targets)]
+        gradients.append(model.grads.flat)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+    assert np.linalg.norm(gradients[1] - gradients[0]) <= 1e-6 * np.linalg.norm(gradients[0])
+
+
 def test_next_token_logits_of_a_prompt_of_any_length(loader):
-    """The last row of logits, whether one token was given or all of a sequence."""
+    """The logits of the last token, whether one token was given or all of a sequence."""
     model = small_model(1)
     tokens = loader(1).next_batch()[0]
     for length in (1, 5, T):
