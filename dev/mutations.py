@@ -197,7 +197,8 @@ def run_tests(folder, tests):
 
     Raises RuntimeError if the tests could not be run: a bug that does not even compile would prove nothing.
     """
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", *tests.split(maxsplit=2)]   # a file, and after -k an expression
+    selection = tests.split(maxsplit=2)     # a file, and perhaps -k and an expression
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", *selection]
     # Python takes a file of the same size and second for the same file, and would go on running its bytecode.
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
