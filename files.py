@@ -1,5 +1,6 @@
-"""Files the programs share: errors fit for a user, files written whole or not at all, downloads pinned by SHA-256."""
+"""What the programs share: errors fit for a user, files written whole or not at all, downloads pinned by SHA-256."""
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -23,6 +24,13 @@ class UserError(Exception):
     def __init__(self, message, status=1):
         super().__init__(message)
         self.status = status
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line like every other error's."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags", status=2)
 
 
 def run_program(main):

