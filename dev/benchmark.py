@@ -86,6 +86,32 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+class OtherPrograms:
+    """How many cores other programs kept busy since this was made. Two programs on the same cores slow each other down by more
+    than half, and unequally: such times say little.
+
+    On Linux; elsewhere `cores()` is None.
+    """
+
+    def __init__(self):
+        self.started = self.clocks()
+
+    def clocks(self):
+        """Seconds on the clock, of CPU time of this process, and of all CPU time, that stolen from a virtual machine included."""
+        try:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        except OSError:
+            return None
+        ticks = user + nice + system + irq + softirq + steal
+        return time.perf_counter(), time.process_time(), ticks / os.sysconf("SC_CLK_TCK")
+
+    def cores(self):
+        if self.started is None:
+            return None
+        wall, own, total = (now - then for now, then in zip(self.clocks(), self.started))
+        return round(max(0.0, (total - own) / wall), 1)  # Linux counts the total in hundredths of a second
+
+
 def versions(*packages):
     return {"python": platform.python_version()} | {package: importlib.metadata.version(package) for package in packages}
 
@@ -113,8 +139,10 @@ def measure_ours(task):
         train_gpt2.train(model, options, batches, None, log)
         return log
 
-    log = train(WARMUP_STEPS + task["steps"])
-    result = dict(seconds=log.seconds[WARMUP_STEPS:], loss=log.loss, peak_memory=peak_memory(),
+    train(WARMUP_STEPS)
+    others = OtherPrograms()
+    log = train(task["steps"])
+    result = dict(seconds=log.seconds, loss=log.loss, busy_cores=others.cores(), peak_memory=peak_memory(),
                   versions=versions("numpy", "numba", "scipy"))
     result["sgemm_flops"] = sgemm_flops(train_gpt2.kernels, task["threads"])
     result["kernels"] = time_kernels(train_gpt2.kernels)
@@ -200,23 +228,29 @@ def measure_pytorch(task, compiled, bf16):
     forward = torch.compile(model) if compiled else model
     batches = RandomBatches(task["shape"], config.vocab_size)
 
-    seconds = []
-    for _ in range(WARMUP_STEPS + task["steps"]):
-        started = time.perf_counter()
-        inputs, targets = (torch.from_numpy(tokens).long() for tokens in batches.next_batch())
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            loss = forward(inputs, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = loss.item()
-        seconds.append(time.perf_counter() - started)
-    return dict(seconds=seconds[WARMUP_STEPS:], loss=loss, peak_memory=peak_memory(), versions=versions("torch"))
+    def train(steps):
+        seconds = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            inputs, targets = (torch.from_numpy(tokens).long() for tokens in batches.next_batch())
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+                loss = forward(inputs, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss = loss.item()
+            seconds.append(time.perf_counter() - started)
+        return seconds, loss
+
+    train(WARMUP_STEPS)
+    others = OtherPrograms()
+    seconds, loss = train(task["steps"])
+    return dict(seconds=seconds, loss=loss, busy_cores=others.cores(), peak_memory=peak_memory(), versions=versions("torch"))
 
 
 class Program(NamedTuple):
-    measure: Callable        # task -> result with at least seconds, loss, peak_memory and versions
+    measure: Callable        # task -> result with at least seconds, loss, busy_cores, peak_memory and versions
     needs_torch: bool = False
     variants: tuple = ({},)  # what to add to the task: all are tried in the first round, then the fastest
 
@@ -278,7 +312,8 @@ def measure_shape(shape, options, programs):
                                                    threads=options.threads) | variant)
                     tried.append((median(result["seconds"]), variant, result))
                     progress(f"round {round_number}/{options.rounds} | {str(shape):>7} | {label(name, variant):<29} | "
-                             f"{steps} steps, median {1000 * tried[-1][0]:8,.1f} ms | loss {result['loss']:.3f}")
+                             f"{steps} steps, median {1000 * tried[-1][0]:8,.1f} ms | loss {result['loss']:.3f}"
+                             + (f" | others kept {result['busy_cores']} cores busy" if result["busy_cores"] else ""))
             except UserError as error:
                 if name == OURS:
                     raise
@@ -344,14 +379,15 @@ def cpu_name():
         return platform.processor() or platform.machine()
 
 
-def print_machine(options, load, results):
-    found = {}
-    for rounds in results.values():
+def print_machine(options, results):
+    found, busy = {}, []
+    for rounds in (rounds for programs in results.values() for rounds in programs.values()):
         found = rounds[0]["versions"] | found  # ours, the first, is the one whose Python is named
+        busy += [result["busy_cores"] for result in rounds if result["busy_cores"] is not None]
     print(f"GPT-2 {options.model}, training steps. {cpu_name()}, {options.threads} threads, {platform.system()}; "
           + ", ".join(f"{name} {version}" for name, version in found.items())
-          + f"; {options.rounds} {'round' if options.rounds == 1 else 'rounds'}, {date.today()}. "
-          f"Other programs kept {load:.1f} cores busy when it started.\n")
+          + f"; {options.rounds} {'round' if options.rounds == 1 else 'rounds'}, {date.today()}."
+          + (f" Meanwhile other programs kept {min(busy)} to {max(busy)} cores busy." if busy else "") + "\n")
 
 
 def print_steps(summaries):
@@ -463,7 +499,6 @@ def main():
     if sys.argv[1:2] == [MEASURE]:
         return measuring_process(json.loads(sys.argv[2]))
     options = parse_options()
-    load = os.getloadavg()[0]  # of the last minute: whoever reads the times should know whether the machine was quiet
     from gpt2 import model_config
     programs = list(PROGRAMS)
     if subprocess.run([options.python, "-c", "import torch"], capture_output=True).returncode != 0:
@@ -473,7 +508,7 @@ def main():
     results = {shape: measure_shape(shape, options, programs) for shape in dict.fromkeys(options.shapes)}
     summaries = {shape: summarize(by_program) for shape, by_program in results.items()}
     progress("")
-    print_machine(options, load, results[options.shapes[0]])
+    print_machine(options, results)
     print_steps(summaries)
     print_floor(model_config(options.model), results, summaries)
     for shape, by_program in results.items():

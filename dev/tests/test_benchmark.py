@@ -46,7 +46,8 @@ def test_without_pytorch_it_measures_the_program_alone(tmp_path):
     python, chart = tmp_path / "python", tmp_path / "chart.png"
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
-    finished = run("--model", "d2", "--shapes", "1x16", "2x16", "--rounds", 1, "--steps", 1, "--python", python, "--output", chart)
+    finished = run("--model", "d2", "--shapes", "1x16", "2x16", "--rounds", 1, "--steps", 1,
+                   "--python", python, "--output", chart)
     assert finished.returncode == 0, finished.stderr
     assert f"no PyTorch in {python}" in finished.stderr
     for shape in ("1x16", "2x16"):
@@ -56,7 +57,8 @@ def test_without_pytorch_it_measures_the_program_alone(tmp_path):
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("flags", [("--shapes", "4x"), ("--shapes", "1x2048"), ("--python", "/no/such/python"), ("--rounds", "0")])
+@pytest.mark.parametrize("flags", [("--shapes", "4x"), ("--shapes", "1x2048"), ("--python", "/no/such/python"),
+                                   ("--rounds", "0")])
 def test_a_mistake_on_the_command_line_is_one_line(flags):
     finished = run(*flags)
     assert finished.returncode == 2
