@@ -47,6 +47,7 @@ STEP_TOKENS = 256         # batches with more tokens than this get fewer steps
 PROFILED_STEPS = 3
 SGEMM_SIZE = 3072
 SGEMM_PRODUCTS = 5
+QUIET_CORES = 0.2         # as much as other programs may keep busy before times say little
 MEASURE = "--measure"     # starts this file as one of its own measuring processes, with a task in JSON
 
 
@@ -87,10 +88,11 @@ def peak_memory():
 
 
 class OtherPrograms:
-    """How many cores other programs kept busy since this was made. Two programs on the same cores slow each other down by more
-    than half, and unequally: such times say little.
+    """How many cores other programs kept busy since this was made; known on Linux, elsewhere `cores()` is None.
 
-    On Linux; elsewhere `cores()` is None.
+    Programs that share their cores slow down unequally: threads wait for each other by spinning, for longer or shorter, in the
+    very time that the one waited for needs. With 1.0 and 1.4 of 2 cores taken, the same two programs were seen to differ 3.4
+    and 1.6 times.
     """
 
     def __init__(self):
@@ -388,6 +390,8 @@ def print_machine(options, results):
           + ", ".join(f"{name} {version}" for name, version in found.items())
           + f"; {options.rounds} {'round' if options.rounds == 1 else 'rounds'}, {date.today()}."
           + (f" Meanwhile other programs kept {min(busy)} to {max(busy)} cores busy." if busy else "") + "\n")
+    if busy and max(busy) > QUIET_CORES:
+        print("**The machine was not quiet, which slows programs down unequally: measure again before quoting a ratio.**\n")
 
 
 def print_steps(summaries):
