@@ -19,11 +19,15 @@ from training import (TrainingLog, check_finite, due, learning_rate, parse_optio
 
 CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time: 512 * 50304 * 4 bytes = 103 MB
 NO_BIAS = np.empty(0, dtype=np.float32)
-BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
+BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8     # with small batches, a second moment of 0.95 forgets rare tokens too soon
 
 
 class GPT2:
-    """A GPT-2 with its gradients, moments and activations, for batches of up to (batch_size, sequence_length) tokens."""
+    """A GPT-2 with its gradients, moments and activations, for batches of up to (batch_size, sequence_length) tokens.
+
+    `threads` is how many blocks a matrix product is cut into: as many as Numba has threads. The parameters are zero until
+    they are filled, by `initialize` or through the views in `params`.
+    """
 
     def __init__(self, config, batch_size, sequence_length, threads):
         self.config = config
@@ -49,7 +53,10 @@ class GPT2:
         initialize(self.params, self.config, seed)
 
     def forward(self, tokens):
-        """From tokens (B, T) to the normalised output of the last block, `acts.lnf` (N, C). Any B*T up to the model's."""
+        """From tokens (B, T) to the normalised output of the last block, `acts.lnf` (N, C). Any B*T up to the model's.
+
+        `loss` and `backward` belong to the latest forward pass: the next one reuses its memory.
+        """
         B, T = tokens.shape
         N = B * T
         buffer = self.acts.flat
@@ -148,7 +155,7 @@ class GPT2:
                                  weight_decay if name in WEIGHT_DECAYED else 0.0, grad_scale, step)
 
     def next_token_logits(self, tokens):
-        """The logits (V,) of the token that follows tokens (1, T)."""
+        """The logits (V,) of the token that follows tokens (1, T), by a forward pass."""
         self.forward(tokens)
         logits = self.scratch.logits[:1]
         kernels.matmul_forward(logits, self.acts.lnf[-1:], self.params.wte, NO_BIAS, self.threads)

@@ -131,7 +131,7 @@ MUTATIONS = [Mutation(*row) for row in [
 
     # Model
     ("model: beta2 of PyTorch", "train_gpt2.py",
-     "BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8", "BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8", PARAMETERS),
+     "BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8", "BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8", PARAMETERS),
     ("model: biases decay", "train_gpt2.py",
      "weight_decay if name in WEIGHT_DECAYED else 0.0", "weight_decay", PARAMETERS),
     ("model: position embedding does not decay", "gpt2.py",
