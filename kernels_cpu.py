@@ -45,6 +45,7 @@ GELU_SCALE = np.float32(np.sqrt(2 / np.pi))
 GELU_CUBIC = np.float32(0.044715)
 QUERY_TILE = 64     # rows of the attention matrix that exist at any one time, per thread
 WEIGHT_ROWS = 384   # rows of a weight that a thread copies at a time, to have them in its cache
+LANES = 64          # running maxima side by side
 COLUMN_BLOCK = 64   # channels a thread sums over tokens at a time, when a sum over tokens is shared among threads
 
 
@@ -112,13 +113,24 @@ def exp(x):
     return np.float32(0) if x < np.float32(-87) else (np.float32(np.inf) if x > np.float32(88) else p * power)
 
 
-@njit(cache=True, fastmath=FASTMATH | {"nnan"})
+@helper
 def row_max(row):
-    """The largest element. It only shifts a softmax, so a NaN may be passed over here: it comes out in the sum."""
+    """The largest element. It only shifts a softmax, so a NaN may be passed over here: it comes out in the sum.
+
+    A loop with a single maximum would go one element at a time, since floating-point maxima may not be reordered when a
+    NaN is possible. LANES running maxima side by side fill a vector register without any reordering.
+    """
     largest = row[0]
-    for i in range(row.size):
-        if row[i] > largest:
-            largest = row[i]
+    lanes = np.full(LANES, largest)
+    whole = row.size // LANES * LANES
+    for start in range(0, whole, LANES):
+        part = row[start:start + LANES]
+        for i in range(LANES):
+            lanes[i] = part[i] if part[i] > lanes[i] else lanes[i]
+    for i in range(LANES):
+        largest = lanes[i] if lanes[i] > largest else largest
+    for i in range(whole, row.size):
+        largest = row[i] if row[i] > largest else largest
     return largest
 
 
