@@ -21,11 +21,14 @@ HOW_TO_MEND = "write it again with prepare_tinyshakespeare.py"
 
 def write_tokens(path, tokens):
     """Write `tokens` (a sequence of integers below 65,536) as one token file. Raises UserError if it cannot be written."""
+    tokens = np.asarray(tokens)
+    if tokens.size > 0 and not 0 <= tokens.min() <= tokens.max() < 65536:
+        raise ValueError(f"tokens run from {tokens.min()} to {tokens.max()}, expected 0 to 65535")
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     with whole_file(path) as file:
         file.write(header.tobytes())
-        file.write(np.asarray(tokens, dtype="<u2").tobytes())
+        file.write(tokens.astype("<u2").tobytes())
 
 
 def open_tokens(path, vocab_size):

@@ -34,12 +34,21 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run_program(main):
-    """Call `main()`; end the process with one line on standard error if it raises UserError or is interrupted."""
+    """Call `main()`; end the process with one line on standard error for a UserError, too little memory or an interruption."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal, or a file on Windows, may lack a letter that a model makes up
+    program = Path(sys.argv[0]).name
     try:
         main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except MemoryError as error:
+        print(f"{program}: error: not enough memory{f' ({error})' if str(error) else ''}; "
+              "choose a smaller --model, --batch-size or --sequence-length", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it exits
+        sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -59,7 +68,7 @@ def whole_file(path):
             yield file
         os.replace(unfinished, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space there or choose another folder") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; make room for it there or choose another folder") from error
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()

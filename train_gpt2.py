@@ -6,14 +6,17 @@ gives the shape of what the call writes.
 """
 import kernels_cpu as kernels  # first: it sets how many threads BLAS takes, before NumPy or SciPy load one
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numba
 import numpy as np
 
 from dataloader import DataLoader
 from files import UserError, run_program
-from gpt2 import WEIGHT_DECAYED, Tensors, activation_shapes, initialize, model_config, parameter_shapes
+from gpt2 import WEIGHT_DECAYED, Config, Tensors, activation_shapes, initialize, model_config, parameter_shapes
 from training import (TrainingLog, check_finite, due, learning_rate, parse_options, prepare_data, print_configuration,
                       sample_text)
 
@@ -53,12 +56,15 @@ class GPT2:
         initialize(self.params, self.config, seed)
 
     def forward(self, tokens):
-        """From tokens (B, T) to the normalised output of the last block, `acts.lnf` (N, C). Any B*T up to the model's.
+        """From tokens (B, T) to the normalised output of the last block, `acts.lnf` (N, C).
 
-        `loss` and `backward` belong to the latest forward pass: the next one reuses its memory.
+        T may be up to the context, B*T up to the model's; ValueError if not. `loss` and `backward` belong to the latest
+        forward pass: the next one lays its activations out anew, for its own B and T, in the same memory.
         """
         B, T = tokens.shape
         N = B * T
+        if T > self.config.max_seq_len:
+            raise ValueError(f"tokens are {T} long, expected at most {self.config.max_seq_len}")
         buffer = self.acts.flat
         self.acts = Tensors(activation_shapes(self.config, B, T), allocate=lambda size: buffer)
         self.tokens = tokens
@@ -92,7 +98,7 @@ class GPT2:
     def loss(self, targets):
         """Mean cross entropy of the last forward pass against targets (B, T), without a backward pass."""
         params, acts, threads = self.params, self.acts, self.threads
-        targets = targets.reshape(-1)
+        targets = targets.reshape(self.tokens.size)
         for rows in self.classifier_chunks():
             logits = self.scratch.logits[:rows.stop - rows.start]
             kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, threads)                         # (rows, Vp)
@@ -100,13 +106,13 @@ class GPT2:
         return float(np.mean(acts.losses, dtype=np.float64))
 
     def backward(self, targets, accumulation_steps=1):
-        """Add the gradients of the mean loss against targets (B, T), over accumulation_steps, to `grads`; return that mean.
+        """Return the mean loss against targets (B, T), and add the gradients of loss / accumulation_steps to `grads`.
 
         The forward pass in reverse. It starts with the classifier, whose logits serve the loss and the gradients at once.
         """
         N = self.tokens.size
         params, grads, acts, threads = self.params, self.grads, self.acts, self.threads
-        targets = targets.reshape(-1)
+        targets = targets.reshape(N)
         dresidual, dln, datt, dqkv, dfch = (getattr(self.scratch, name)[:N]
                                             for name in ("dresidual", "dln", "datt", "dqkv", "dfch"))
 
@@ -139,7 +145,7 @@ class GPT2:
                                     dqkv, acts.ln1[l], params.qkvw[l], threads)                                  # (N, C)
             kernels.layernorm_backward(dresidual, grads.ln1w[l], grads.ln1b[l],
                                        dln, acts.ln1_mean[l], acts.ln1_rstd[l], residual, params.ln1w[l])        # (N, C)
-        kernels.encoder_backward(grads.wte, grads.wpe, dresidual, self.tokens)
+        kernels.encoder_backward(grads.wte, grads.wpe, dresidual, self.tokens)                                   # (Vp, C)
         return float(np.mean(acts.losses, dtype=np.float64))
 
     def gradient_norm(self):
@@ -179,7 +185,6 @@ def train(model, options, train_loader, val_loader, log):
     n = options.num_iterations
     if due(options.val_loss_every, 0, n):
         log.validation(0, evaluate(model, val_loader, options.val_max_steps))
-
     for step in range(1, n + 1):
         started = time.perf_counter()
         if options.overfit_single_batch:
@@ -190,16 +195,39 @@ def train(model, options, train_loader, val_loader, log):
             model.forward(inputs)
             loss += model.backward(targets, options.accumulation_steps) / options.accumulation_steps
         norm = model.gradient_norm()
-        check_finite(step, loss, norm, model)
+        check_finite(step, model, train_loss=loss, gradient_norm=norm)
         clip = options.grad_clip / norm if 0 < options.grad_clip < norm else 1.0
         rate = learning_rate(step, options)
         model.update(step, rate, options.weight_decay, clip)
         log.step(step, loss, norm, rate, time.perf_counter() - started)
 
         if due(options.val_loss_every, step, n):
-            log.validation(step, evaluate(model, val_loader, options.val_max_steps))
+            val_loss = evaluate(model, val_loader, options.val_max_steps)
+            check_finite(step, model, val_loss=val_loss)
+            log.validation(step, val_loss)
         if due(options.sample_every, step, n):
-            log.sample(sample_text(model, options))
+            log.sample(sample_text(step, model, options))
+
+
+def compile_kernels():
+    """Have a process of its own compile the kernels into Numba's cache, unless they are there.
+
+    A parallel kernel that was just compiled, and the same kernel loaded from the cache, may add in another order. If no run
+    computes with what it compiled itself, the first run gives the same bits as every later one.
+    """
+    if not kernels.all_compiled():
+        print("compiling the kernels, once: some 15 seconds", flush=True)
+        subprocess.run([sys.executable, "-c", "import train_gpt2; train_gpt2.run_every_kernel()"], cwd=Path(__file__).parent)
+
+
+def run_every_kernel():
+    """One step of the smallest model, which makes Numba compile all it has not yet."""
+    model = GPT2(Config(1, 1, 128, num_layers=1, num_heads=1, channels=1), 1, 1, threads=1)
+    token = np.zeros((1, 1), dtype=np.int32)
+    model.forward(token)
+    model.backward(token)
+    model.gradient_norm()
+    model.update(1, learning_rate=0.0, weight_decay=0.0)
 
 
 def main():
@@ -207,8 +235,9 @@ def main():
     cores = numba.config.NUMBA_NUM_THREADS
     options.threads = options.threads or cores
     if options.threads > cores:
-        raise UserError(f"--threads is {options.threads}, expected at most {cores}, this machine's cores", status=2)
+        raise UserError(f"--threads is {options.threads}, expected at most {cores}, all there are here; lower it", status=2)
     numba.set_num_threads(options.threads)
+    compile_kernels()
     prepare_data(options)
     config = model_config(options.model)
     train_loader, val_loader = (

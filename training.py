@@ -1,5 +1,6 @@
 """What surrounds the training loop on any device: the flags, the learning-rate schedule, the samples and the log."""
 import argparse
+import contextlib
 import csv
 import math
 from pathlib import Path
@@ -21,15 +22,15 @@ TEMPERATURE = 0.8
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
 
-def number(kind, low, high=math.inf, exclusive=False):
-    """An argparse type: an int or float from low (or above it, if exclusive) to high."""
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float from low to high."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value <= high if exclusive else low <= value <= high) or value == math.inf:
-            wanted = f"{'above' if exclusive else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+        if not low <= value <= high or value == math.inf:
+            wanted = f"of at least {low}" + (f" and at most {high}" if high < math.inf else "")
             sort = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"found {text!r}, expected {sort} {wanted}")
         return value
@@ -41,28 +42,32 @@ def parse_options(description, arguments=None):
 
     Raises UserError with status 2 for anything that cannot be.
     """
-    parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    parser = OneLineParser(description=description)
+
+    def add(flag, default=None, help="", **rest):
+        """A flag; its default is stated in the help unless the help says it in words."""
+        parser.add_argument(flag, default=default, help=help + (" (default: %(default)s)" if default is not None else ""), **rest)
+
     positive, count = number(int, 1), number(int, 0)
-    add("--model", choices=[f"d{depth}" for depth in HEADS_BY_DEPTH], default="d4", help="layers of the model; d12 is GPT-2 124M")
+    add("--model", choices=[f"d{depth}" for depth in HEADS_BY_DEPTH], default="d4", help="a new model of so many layers; d12 is GPT-2 124M")
     add("--input-bin", help="training tokens: a file, or a glob in quotes (default: Tiny Shakespeare, prepared if need be)")
     add("--input-val-bin", help="validation tokens (default: Tiny Shakespeare's if --input-bin is not given, else none)")
-    add("--output-dir", default="out", type=Path, help="folder for log.csv and loss.png")
+    add("--output-dir", default="out", type=Path, help="folder for log.csv and loss.png, which are replaced")
     add("--batch-size", default=4, type=positive, help="sequences in a (micro-)batch, B")
     add("--sequence-length", default=64, type=positive, help=f"tokens in a sequence, T, up to {CONTEXT}")
     add("--total-batch-size", type=positive, help="tokens in a step, a multiple of B*T (default: B*T); gradients accumulate")
-    add("--num-iterations", default=1000, type=positive, help="steps")
-    add("--learning-rate", default=1e-3, type=number(float, 0), help="highest learning rate")
-    add("--warmup-iters", default=50, type=count, help="steps over which the learning rate rises to it")
-    add("--learning-rate-decay-frac", default=0.1, type=number(float, 0, 1), help="share of it left at the end")
-    add("--schedule", choices=["cosine", "linear", "constant", "wsd"], default="cosine", help="how it falls; wsd: in the last fifth")
+    add("--num-iterations", default=1250, type=positive, help="steps")
+    add("--learning-rate", default=1e-3, type=number(float, 0), help="the highest learning rate")
+    add("--warmup-iters", default=50, type=count, help="steps over which the learning rate rises to its highest")
+    add("--learning-rate-decay-frac", default=0.1, type=number(float, 0, 1), help="share of the highest learning rate left at the end")
+    add("--schedule", choices=["cosine", "linear", "constant", "wsd"], default="cosine", help="how the learning rate falls; wsd: in the last fifth only")
     add("--weight-decay", default=0.1, type=number(float, 0), help="AdamW's, on matrices and embeddings only")
-    add("--grad-clip", default=1.0, type=number(float, 0), help="longest gradient, by norm; 0: any")
-    add("--val-loss-every", default=100, type=count, help="steps between validations; 0: never")
+    add("--grad-clip", default=1.0, type=number(float, 0), help="norm to which longer gradients are shortened; 0: never")
+    add("--val-loss-every", default=250, type=count, help="steps between validations, with one at the start and the end; 0: never")
     add("--val-max-steps", default=20, type=positive, help="batches in a validation")
-    add("--sample-every", default=250, type=count, help="steps between samples of generated text; 0: never")
-    add("--overfit-single-batch", action="store_true", help="train on the first batch again and again")
-    add("--seed", default=1337, type=count, help="of the initial weights and of the samples")
+    add("--sample-every", default=250, type=count, help="steps between samples of generated text, with one at the end; 0: never")
+    parser.add_argument("--overfit-single-batch", action="store_true", help="train on the first batch again and again")
+    add("--seed", default=1337, type=count, help="seed of the first weights and of the samples")
     add("--threads", type=positive, help="CPU threads (default: one for each core)")
     options = parser.parse_args(arguments)
 
@@ -75,6 +80,9 @@ def parse_options(description, arguments=None):
         parser.error(f"--total-batch-size is {options.total_batch_size}, expected a multiple of "
                      f"--batch-size x --sequence-length = {tokens}")
     options.accumulation_steps = options.total_batch_size // tokens
+    for flag, value in (("--input-bin", options.input_bin), ("--input-val-bin", options.input_val_bin)):
+        if value == "":
+            parser.error(f"{flag} is empty, expected a file or a glob")
     if options.input_bin is None:
         options.input_bin = str(TRAIN_TOKENS)
         options.input_val_bin = options.input_val_bin or str(VAL_TOKENS)
@@ -112,7 +120,7 @@ def learning_rate(step, options):
     """The learning rate of step 1 ... num_iterations: a linear rise over warmup_iters, then the schedule's fall.
 
     It falls to learning_rate_decay_frac of the highest: along half a cosine, along a line, not at all, or (wsd: warm-up,
-    stable, decay; Hu et al. 2024) with the square root of the time left to go in the last fifth of the run.
+    stable, decay) in the last fifth of the run, as 1 - sqrt(share of that fifth that is over) (Haegele et al. 2024).
     """
     n, warmup, highest = options.num_iterations, options.warmup_iters, options.learning_rate
     if step <= warmup:
@@ -130,15 +138,19 @@ def learning_rate(step, options):
     return lowest + (highest - lowest) * height
 
 
-def check_finite(step, loss, norm, model):
-    """Raise UserError, naming the step and the first non-finite tensor on the way through the model, if loss or norm is."""
-    if math.isfinite(loss) and math.isfinite(norm):
+def check_finite(step, model, **values):
+    """Raise UserError if one of the values is not finite, naming the step and the first tensor that is not.
+
+    First means in the order of the forward pass; parameters come before activations, gradients last.
+    """
+    if all(map(math.isfinite, values.values())):
         return
     tensors = [*((f"parameter {name}", tensor) for name, tensor in model.params.items()),
                *((f"activation {name}", tensor) for name, tensor in activations_in_order(model)),
-               *((f"gradient d{name}", tensor) for name, tensor in reversed(model.grads.items()))]
+               *((f"gradient d{name}", tensor) for name, tensor in model.grads.items())]
     first = next((name for name, tensor in tensors if not np.isfinite(tensor).all()), "none of those kept")
-    raise UserError(f"step {step}: the loss is {loss} and the gradient norm {norm}; first non-finite tensor: {first}; "
+    found = " and ".join(f"{name.replace('_', ' ')} is {value}" for name, value in values.items())
+    raise UserError(f"step {step}: {found}; first non-finite tensor: {first}; "
                     "try a lower --learning-rate or a longer --warmup-iters")
 
 
@@ -155,12 +167,13 @@ def activations_in_order(model):
         yield name, getattr(model.acts, name)
 
 
-def sample_text(model, options):
-    """Text the model makes up, as long as the sequences it is trained on but at most SAMPLE_TOKENS tokens."""
+def sample_text(step, model, options):
+    """Text the model makes up after `step` steps, as long as a training sequence but at most SAMPLE_TOKENS tokens."""
     generator = np.random.default_rng(options.seed)
     tokens = [END_OF_TEXT]
     for _ in range(min(SAMPLE_TOKENS, options.sequence_length)):
         logits = model.next_token_logits(np.array([tokens], dtype=np.int32)).astype(np.float64) / TEMPERATURE
+        check_finite(step, model, sum_of_logits=logits.sum())
         probabilities = np.exp(logits - logits.max())
         tokens.append(int(generator.choice(logits.size, p=probabilities / probabilities.sum())))
     return gpt2_encoding().decode([token for token in tokens if token != END_OF_TEXT])
@@ -204,33 +217,35 @@ class TrainingLog:
         self.width = len(str(options.num_iterations))
         try:
             options.output_dir.mkdir(parents=True, exist_ok=True)
+            (options.output_dir / "loss.png").unlink(missing_ok=True)  # an earlier run's
             self.file = open(options.output_dir / "log.csv", "w", newline="")
         except OSError as error:
-            raise UserError(f"cannot write to --output-dir {options.output_dir}: {error.strerror}; "
+            raise UserError(f"cannot write {error.filename} for --output-dir {options.output_dir}: {error.strerror}; "
                             "choose a folder that can be written") from error
-        self.csv = csv.DictWriter(self.file, CSV_COLUMNS, restval="")
+        self.csv = csv.DictWriter(self.file, CSV_COLUMNS, restval="", lineterminator="\n")
         self.csv.writeheader()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self.file.close()
+        with contextlib.suppress(OSError):  # a full disk has been reported by then
+            self.file.close()
         if self.rows:
             self.plot()
 
     def step(self, step, loss, norm, rate, seconds):
         """Report one training step: its loss before the update, gradient norm, learning rate and duration."""
         speed = self.options.total_batch_size / seconds
-        print(f"{self.heading(step)} | train loss {loss:9.6f} | norm {norm:8.4f} | lr {rate:.2e} | "
-              f"{1000 * seconds:8.1f} ms | {speed:7,.0f} tok/s", flush=True)
         self.write(step=step, train_loss=loss, grad_norm=norm, learning_rate=rate,
                    milliseconds=round(1000 * seconds, 3), tokens_per_second=round(speed, 1))
+        print(f"{self.heading(step)} | train loss {loss:9.6f} | norm {norm:8.4f} | lr {rate:.2e} | "
+              f"{1000 * seconds:8.1f} ms | {speed:7,.0f} tok/s", flush=True)
 
     def validation(self, step, loss):
         """Report the mean loss on the validation tokens after `step` steps."""
-        print(f"{self.heading(step)} |   val loss {loss:9.6f}", flush=True)
         self.write(step=step, val_loss=loss)
+        print(f"{self.heading(step)} |   val loss {loss:9.6f}", flush=True)
 
     def sample(self, text):
         """Show a text the model made up."""
@@ -240,9 +255,13 @@ class TrainingLog:
         return f"step {step:{self.width}}/{self.options.num_iterations}"
 
     def write(self, **row):
+        try:
+            self.csv.writerow(row)
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.file.name}: {error.strerror}; make room for it there or choose another "
+                            "--output-dir") from error
         self.rows.append(row)
-        self.csv.writerow(row)
-        self.file.flush()
 
     def plot(self):
         """Draw the losses of the run so far as loss.png."""
@@ -256,7 +275,8 @@ class TrainingLog:
             points = [(row["step"], row[name]) for row in self.rows if name in row]
             if points:
                 axes.plot(*zip(*points), label=f"{label}, last {points[-1][1]:.3f}", **style)
-        axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"{self.options.model}, {self.options.input_bin}")
+        axes.set(xlabel="step", ylabel="loss (nats a token)")
+        axes.set_title(f"{self.options.model} on {Path(self.options.input_bin).name}", parse_math=False)
         axes.grid(alpha=0.3)
         axes.legend()
         with whole_file(self.options.output_dir / "loss.png") as file:

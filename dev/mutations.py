@@ -135,7 +135,7 @@ MUTATIONS = [Mutation(*row) for row in [
     ("model: biases decay", "train_gpt2.py",
      "weight_decay if name in WEIGHT_DECAYED else 0.0", "weight_decay", PARAMETERS),
     ("model: position embedding does not decay", "gpt2.py",
-     'WEIGHT_DECAYED = ("wte", "wpe",', 'WEIGHT_DECAYED = ("wte",', PARAMETERS),
+     "WEIGHT_DECAYED = MATRICES", "WEIGHT_DECAYED = MATRICES[:1] + MATRICES[2:]", PARAMETERS),
     ("model: final layernorm with another's weight", "train_gpt2.py",
      "residual, params.lnfw, params.lnfb)", "residual, params.ln1w[0], params.lnfb)", "test_gpt2.py -k activations"),
     ("model backward: final layernorm with another's weight", "train_gpt2.py",
@@ -170,7 +170,7 @@ MUTATIONS = [Mutation(*row) for row in [
     ("loop: short gradients stretched", "train_gpt2.py",
      "if 0 < options.grad_clip < norm else 1.0", "if 0 < options.grad_clip else 1.0", TRAINING),
     ("loop: NaN goes unnoticed", "training.py",
-     "if math.isfinite(loss) and math.isfinite(norm):", "if not loss > 1e30:", TRAINING),
+     "if all(map(math.isfinite, values.values())):", "if not any(value > 1e30 for value in values.values()):", TRAINING),
     ("loop: single batch not repeated", "train_gpt2.py",
      "if options.overfit_single_batch:", "if False:", TRAINING),
     ("loop: validation goes on where it stopped", "train_gpt2.py",
@@ -226,6 +226,8 @@ def first_failure(folder, mutation):
 
 def main():
     mutations = [mutation for mutation in MUTATIONS if all(word in mutation.name for word in sys.argv[1:])]
+    if not mutations:
+        sys.exit(f"mutations.py: no bug has {' and '.join(sys.argv[1:])} in its name")
     survivors = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "checkout"

@@ -350,6 +350,17 @@ def test_same_input_gives_the_same_bits(kernel):
         numba.set_num_threads(threads)
 
 
+def test_global_norm_of_many_blocks_does_not_depend_on_the_threads():
+    grads = normal(3_000_000)
+    threads = numba.get_num_threads()
+    norms = set()
+    for count in range(1, threads + 1):
+        numba.set_num_threads(count)
+        norms.add(kernels_cpu.global_norm(grads))
+    numba.set_num_threads(threads)
+    assert len(norms) == 1
+
+
 def spoilt(kernel, value):
     """(name, args) with one element of one floating-point input set to value, for each such input."""
     for name, array in CASE[kernel].args.items():

@@ -185,8 +185,13 @@ def test_evaluation_averages_batches_from_the_first(loader):
 def test_nan_stops_training_and_is_located(loader):
     model = small_model(2)
     model.params.fcw[1, 3, 5] = np.nan
-    with pytest.raises(UserError, match="step 1: the loss is nan .*first non-finite tensor: parameter fcw"):
+    with pytest.raises(UserError, match="step 1: train loss is nan .*first non-finite tensor: parameter fcw"):
         train(model, options("--batch-size", "2", "--num-iterations", "1"), loader(2), None, Log())
+
+
+def test_tokens_beyond_the_context():
+    with pytest.raises(ValueError, match="9 long, expected at most 8"):
+        small_model(2).forward(np.zeros((1, T + 1), dtype=np.int32))
 
 
 def test_classifier_in_chunks(loader, monkeypatch):

