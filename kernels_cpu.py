@@ -283,6 +283,12 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, threads):
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention: causal, multi-head, without a (T, T) tensor (Dao et al. 2022)
 
+@helper
+def one_head(rows, b, T, h, HS):
+    """Sequence b's (T, HS) view of head h. In qkv the heads of q come first, then those of k and of v: h, NH + h, 2*NH + h."""
+    return rows[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
+
+
 @kernel
 def attention_forward(out, lse, qkv):
     """Each position of out (N, C) averages the values of the positions before it and its own, weighted by softmax.
@@ -301,10 +307,8 @@ def attention_forward(out, lse, qkv):
     scale = 1.0 / np.sqrt(HS)
     for head in prange(B * NH):
         b, h = head // NH, head % NH
-        q = qkv[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
-        k = qkv[b * T:(b + 1) * T, C + h * HS:C + (h + 1) * HS]
-        v = qkv[b * T:(b + 1) * T, 2 * C + h * HS:2 * C + (h + 1) * HS]
-        o = out[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
+        q, k, v = one_head(qkv, b, T, h, HS), one_head(qkv, b, T, NH + h, HS), one_head(qkv, b, T, 2 * NH + h, HS)
+        o = one_head(out, b, T, h, HS)
         buffer = np.empty(min(QUERY_TILE, T) * T, dtype=np.float32)
         for start in range(0, T, QUERY_TILE):
             stop = min(start + QUERY_TILE, T)
@@ -345,14 +349,10 @@ def attention_backward(dqkv, dout, out, lse, qkv):
     scale = 1.0 / np.sqrt(HS)
     for head in prange(B * NH):
         b, h = head // NH, head % NH
-        q = qkv[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
-        k = qkv[b * T:(b + 1) * T, C + h * HS:C + (h + 1) * HS]
-        v = qkv[b * T:(b + 1) * T, 2 * C + h * HS:2 * C + (h + 1) * HS]
-        o = out[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
-        dq = dqkv[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
-        dk = dqkv[b * T:(b + 1) * T, C + h * HS:C + (h + 1) * HS]
-        dv = dqkv[b * T:(b + 1) * T, 2 * C + h * HS:2 * C + (h + 1) * HS]
-        do = dout[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
+        q, k, v = one_head(qkv, b, T, h, HS), one_head(qkv, b, T, NH + h, HS), one_head(qkv, b, T, 2 * NH + h, HS)
+        o = one_head(out, b, T, h, HS)
+        dq, dk, dv = one_head(dqkv, b, T, h, HS), one_head(dqkv, b, T, NH + h, HS), one_head(dqkv, b, T, 2 * NH + h, HS)
+        do = one_head(dout, b, T, h, HS)
         buffer = np.empty(2 * min(QUERY_TILE, T) * T, dtype=np.float32)
         tiles = (T + QUERY_TILE - 1) // QUERY_TILE
         for tile in range(tiles - 1, -1, -1):

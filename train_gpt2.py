@@ -183,8 +183,6 @@ def evaluate(model, loader, max_steps):
 def train(model, options, train_loader, val_loader, log):
     """The training loop, for any model with GPT2's methods. `options` are the flags, `log` a TrainingLog."""
     n = options.num_iterations
-    if due(options.val_loss_every, 0, n):
-        log.validation(0, evaluate(model, val_loader, options.val_max_steps))
     for step in range(1, n + 1):
         started = time.perf_counter()
         if options.overfit_single_batch:
