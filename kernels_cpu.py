@@ -42,16 +42,6 @@ FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 kernel = njit(parallel=True, cache=True, fastmath=FASTMATH, error_model="numpy")
 helper = njit(cache=True, fastmath=FASTMATH, error_model="numpy")
 
-
-def all_compiled():
-    """Whether Numba's cache holds every kernel, compiled since this file last changed."""
-    changed = Path(__file__).stat().st_mtime
-    kernels = [value for value in globals().values() if isinstance(value, Dispatcher) and value.targetoptions.get("parallel")]
-    return all(any(index.stat().st_mtime >= changed
-                   for index in Path(kernel.stats.cache_path).glob(f"{Path(__file__).stem}.{kernel.__name__}-*.nbi"))
-               for kernel in kernels)
-
-
 LAYERNORM_EPSILON = np.float32(1e-5)
 GELU_SCALE = np.float32(np.sqrt(2 / np.pi))
 GELU_CUBIC = np.float32(0.044715)
@@ -504,3 +494,15 @@ def adamw_update(params, grads, m, v, learning_rate, beta1, beta2, eps, weight_d
         v[i] = keep_v * v[i] + take_v * g * g
         params[i] -= rate * m[i] / (np.sqrt(v[i] * unbias_v) + epsilon) + decay * params[i]
         grads[i] = 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numba's cache
+
+def all_compiled():
+    """Whether Numba's cache holds every kernel, compiled since this file last changed."""
+    changed = Path(__file__).stat().st_mtime
+    kernels = [value for value in globals().values() if isinstance(value, Dispatcher) and value.targetoptions.get("parallel")]
+    return all(any(index.stat().st_mtime >= changed
+                   for index in Path(kernel.stats.cache_path).glob(f"{Path(__file__).stem}.{kernel.__name__}-*.nbi"))
+               for kernel in kernels)

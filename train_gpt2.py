@@ -235,12 +235,12 @@ def main():
     if options.threads > cores:
         raise UserError(f"--threads is {options.threads}, expected at most {cores}, all there are here; lower it", status=2)
     numba.set_num_threads(options.threads)
-    compile_kernels()
     prepare_data(options)
     config = model_config(options.model)
     train_loader, val_loader = (
         DataLoader(pattern, options.batch_size, options.sequence_length, config.vocab_size) if pattern else None
         for pattern in (options.input_bin, options.input_val_bin))
+    compile_kernels()
     model = GPT2(config, options.batch_size, options.sequence_length, options.threads)
     model.initialize(options.seed)
     print_configuration(options, model, train_loader, val_loader)
