@@ -15,25 +15,23 @@ What is added and what is overwritten
     that already flows down the residual stream.
 
 Threads
-    There is one thread pool, Numba's. Matrix products are BLAS calls made from inside it: every thread computes its own
-    block of the result with a single-threaded `sgemm`. Two pools, BLAS's and Numba's, would take turns at spinning and
-    make a training step about twice as slow. No two threads ever add into the same number, and every sum runs in a fixed
-    order, so the same input gives the same bits.
+    There is one thread pool, Numba's. Every thread computes its own block of a matrix product with `sgemm`, which runs on one
+    thread and stands at the end of this file. No two threads ever add into the same number, and every sum runs in a fixed
+    order that does not depend on how many threads there are, so the same input gives the same bits.
 """
 import os
 from pathlib import Path
 
-# Read when SciPy loads its BLAS just below: one BLAS thread for each thread of Numba's that calls it.
-for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-    os.environ[variable] = "1"
 # How often an OpenMP thread looks for its next kernel before it goes to sleep. GNU's default, milliseconds long, makes a
 # step four times slower as soon as another program wants the same cores; this costs nothing where none does.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
+import llvmlite.binding as llvm
 import numpy as np
-import scipy.linalg.cython_blas  # noqa: F401  (loads the BLAS that `numba_xxgemm` calls)
+from llvmlite import ir
 from numba import njit, prange, types
 from numba.core.dispatcher import Dispatcher
+from numba.extending import intrinsic
 
 # Sums may be reordered and products fused into sums, which is what lets a loop run on vector registers. Unlike
 # `fastmath=True`, this set does not assume the absence of NaN, which must come out wherever it went in.
@@ -46,37 +44,12 @@ LAYERNORM_EPSILON = np.float32(1e-5)
 GELU_SCALE = np.float32(np.sqrt(2 / np.pi))
 GELU_CUBIC = np.float32(0.044715)
 QUERY_TILE = 64     # rows of the attention matrix that exist at any one time, per thread
-LANES = 64          # running maxima side by side
+MAXIMA = 64         # running maxima side by side
 COLUMN_BLOCK = 64   # channels a thread sums over tokens at a time, when a sum over tokens is shared among threads
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Building blocks
-
-float_pointer = types.CPointer(types.float32)
-numba_xxgemm = types.ExternalFunction("numba_xxgemm", types.intc(
-    types.char, types.char, types.char,          # kind, transa, transb
-    types.intp, types.intp, types.intp,          # m, n, k
-    float_pointer, float_pointer, types.intp,    # alpha, a, lda
-    float_pointer, types.intp, float_pointer,    # b, ldb, beta
-    float_pointer, types.intp))                  # c, ldc
-SINGLE, PLAIN, TRANSPOSED = np.int8(ord("s")), np.int8(ord("n")), np.int8(ord("t"))
-
-
-@helper
-def sgemm(c, alpha, a, transpose_a, b, transpose_b, beta):
-    """c (m, n) = alpha * op(a) (m, k) @ op(b) (k, n) + beta * c on one thread, op being the transpose where asked.
-
-    The arrays are 2-D views whose last axis is contiguous, so column blocks and heads need no copies. BLAS counts columns
-    first: to it, our row-major arrays are their own transposes, and c.T = op(b).T @ op(a).T is what it is asked for.
-    """
-    m, n = c.shape
-    k = a.shape[0] if transpose_a else a.shape[1]
-    scalars = np.array([alpha, beta], dtype=np.float32)
-    numba_xxgemm(SINGLE, TRANSPOSED if transpose_b else PLAIN, TRANSPOSED if transpose_a else PLAIN, n, m, k,
-                 scalars[:1].ctypes, b.ctypes, b.strides[0] // 4, a.ctypes, a.strides[0] // 4,
-                 scalars[1:].ctypes, c.ctypes, c.strides[0] // 4)
-
 
 @helper
 def share(part, parts, length):
@@ -119,16 +92,16 @@ def row_max(row):
     """The largest element. It only shifts a softmax, so a NaN may be passed over here: it comes out in the sum.
 
     A loop with a single maximum would go one element at a time, since floating-point maxima may not be reordered when a
-    NaN is possible. LANES running maxima side by side fill a vector register without any reordering.
+    NaN is possible. MAXIMA running maxima side by side fill a vector register without any reordering.
     """
     largest = row[0]
-    lanes = np.full(LANES, largest)
-    whole = row.size // LANES * LANES
-    for start in range(0, whole, LANES):
-        part = row[start:start + LANES]
-        for i in range(LANES):
+    lanes = np.full(MAXIMA, largest)
+    whole = row.size // MAXIMA * MAXIMA
+    for start in range(0, whole, MAXIMA):
+        part = row[start:start + MAXIMA]
+        for i in range(MAXIMA):
             lanes[i] = part[i] if part[i] > lanes[i] else lanes[i]
-    for i in range(LANES):
+    for i in range(MAXIMA):
         largest = lanes[i] if lanes[i] > largest else largest
     for i in range(whole, row.size):
         largest = row[i] if row[i] > largest else largest
@@ -246,7 +219,7 @@ def matmul_forward(out, inp, weight, bias, threads):
             if bias.size > 0:
                 for n in range(N):
                     out[n, start:stop] = bias[start:stop]
-            sgemm(out[:, start:stop], 1.0, inp, False, weight[start:stop], True, 1.0 if bias.size > 0 else 0.0)
+            sgemm(out[:, start:stop], 1.0, inp, weight[start:stop].T, 1.0 if bias.size > 0 else 0.0)
 
 
 @kernel
@@ -261,10 +234,10 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, threads):
     for thread in prange(threads):
         start, stop = share(thread, threads, C)
         if start < stop:
-            sgemm(dinp[:, start:stop], 1.0, dout, False, weight[:, start:stop], False, 0.0)
+            sgemm(dinp[:, start:stop], 1.0, dout, weight[:, start:stop], 0.0)
         start, stop = share(thread, threads, OC)
         if start < stop:
-            sgemm(dweight[start:stop], 1.0, dout[:, start:stop], True, inp, False, 1.0)
+            sgemm(dweight[start:stop], 1.0, dout[:, start:stop].T, inp, 1.0)
             if dbias.size > 0:
                 for n in range(N):
                     add_to(dbias[start:stop], dout[n, start:stop])
@@ -303,7 +276,7 @@ def attention_forward(out, lse, qkv):
         for start in range(0, T, QUERY_TILE):
             stop = min(start + QUERY_TILE, T)
             p = buffer[:(stop - start) * stop].reshape(stop - start, stop)
-            sgemm(p, scale, q[start:stop], False, k[:stop], True, 0.0)
+            sgemm(p, scale, q[start:stop], k[:stop].T, 0.0)
             for i in range(stop - start):
                 visible = start + i + 1
                 row = p[i, :visible]
@@ -317,7 +290,7 @@ def attention_forward(out, lse, qkv):
                     row[j] *= factor
                 p[i, visible:] = 0
                 lse[b, h, start + i] = largest + np.log(total)
-            sgemm(o[start:stop], 1.0, p, False, v[:stop], False, 0.0)
+            sgemm(o[start:stop], 1.0, p, v[:stop], 0.0)
 
 
 @kernel
@@ -350,8 +323,8 @@ def attention_backward(dqkv, dout, out, lse, qkv):
             size = (stop - start) * stop
             p = buffer[:size].reshape(stop - start, stop)
             dscore = buffer[size:2 * size].reshape(stop - start, stop)
-            sgemm(p, scale, q[start:stop], False, k[:stop], True, 0.0)
-            sgemm(dscore, 1.0, do[start:stop], False, v[:stop], True, 0.0)
+            sgemm(p, scale, q[start:stop], k[:stop].T, 0.0)
+            sgemm(dscore, 1.0, do[start:stop], v[:stop].T, 0.0)
             for i in range(stop - start):
                 visible = start + i + 1
                 row_lse = lse[b, h, start + i]
@@ -365,9 +338,9 @@ def attention_backward(dqkv, dout, out, lse, qkv):
                 p[i, visible:] = 0
                 dscore[i, visible:] = 0
             beta = 0.0 if tile == tiles - 1 else 1.0
-            sgemm(dv[:stop], 1.0, p, True, do[start:stop], False, beta)
-            sgemm(dk[:stop], scale, dscore, True, q[start:stop], False, beta)
-            sgemm(dq[start:stop], scale, dscore, False, k[:stop], False, 0.0)
+            sgemm(dv[:stop], 1.0, p.T, do[start:stop], beta)
+            sgemm(dk[:stop], scale, dscore.T, q[start:stop], beta)
+            sgemm(dq[start:stop], scale, dscore, k[:stop], 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -494,6 +467,246 @@ def adamw_update(params, grads, m, v, learning_rate, beta1, beta2, eps, weight_d
         v[i] = keep_v * v[i] + take_v * g * g
         params[i] -= rate * m[i] / (np.sqrt(v[i] * unbias_v) + epsilon) + decay * params[i]
         grads[i] = 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The matrix product on one thread
+#
+# A number that was loaded should meet many others while it is in a register. So the result is made in tiles, TILE_ROWS rows
+# of TILE_VECTORS vectors, which stay in registers for the whole of their sum: each step of it loads one row of b, and
+# multiplies it by one number of a for every row of the tile. The rows of b are copied beforehand, block by block, into the
+# order in which they will be read, and wait in the second-level cache while all of a goes past (Goto and van de Geijn 2008).
+#
+# Numba has no vectors. The three functions that need them spell out LLVM's instructions, on addresses, which they take as
+# integers; the distance from one row to the next is in bytes, too.
+
+FEATURES = llvm.get_host_cpu_features()
+LANES = 16 if FEATURES.get("avx512f") else 8 if FEATURES.get("avx") else 4     # numbers in a vector
+TILE_ROWS = 4 if FEATURES.get("sse2") and not FEATURES.get("avx512f") else 8   # as many as 16 or 32 vector registers hold
+TILE_VECTORS = 3
+TILE_COLUMNS = TILE_VECTORS * LANES
+BLOCK_DEPTH, BLOCK_COLUMNS = 768, 384     # of b: 1.2 MB
+BLOCK_ROWS = 1024                         # of a, where it has to be transposed
+
+FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+VECTOR = ir.VectorType(FLOAT, LANES)
+
+
+def pointer(build, address, row=0, row_bytes=INT64(0), number=INT64(0)):
+    """A pointer to a number, counted in a row, counted in a matrix that starts at address."""
+    start = build.add(address, build.mul(INT64(row), row_bytes))
+    return build.gep(build.inttoptr(start, FLOAT.as_pointer()), [number])
+
+
+def load(build, place):
+    return build.load(build.bitcast(place, VECTOR.as_pointer()), align=4)
+
+
+def store(build, vector, place):
+    build.store(vector, build.bitcast(place, VECTOR.as_pointer()), align=4)
+
+
+def shuffle(build, first, second, lanes):
+    """The vector of these lanes of first and, counted on, of second."""
+    return build.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT32, LANES), list(lanes)))
+
+
+def spread(build, number):
+    """The vector with number in every lane."""
+    nothing = VECTOR(ir.Undefined)
+    return shuffle(build, build.insert_element(nothing, number, INT32(0)), nothing, [0] * LANES)
+
+
+def prefetch(build, place):
+    """Have the cache line at place brought nearer, without waiting for it."""
+    byte = ir.IntType(8).as_pointer()
+    function = build.module.declare_intrinsic("llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, *[INT32] * 3]))
+    for_reading, kept_near, data = INT32(0), INT32(3), INT32(1)
+    build.call(function, [build.bitcast(place, byte), for_reading, kept_near, data])
+
+
+@intrinsic
+def multiply_tile(typing, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
+    """c (TILE_ROWS, vectors * LANES) = alpha * a (rows, depth) @ b (depth, vectors * LANES) + beta * c.
+
+    The rows of b follow one another. Where a has fewer than TILE_ROWS rows, its last stands in for those it lacks.
+    """
+    def emit(context, build, signature, arguments):
+        vectors, *others = arguments
+        end = build.append_basic_block()
+        choice = build.switch(vectors, end)
+        for width in range(1, TILE_VECTORS + 1):
+            block = build.append_basic_block()
+            choice.add_case(INT64(width), block)
+            build.position_at_end(block)
+            emit_tile(build, width, *others)
+            build.branch(end)
+        build.position_at_end(end)
+        return context.get_dummy_value()
+
+    address = stride = count = types.intp
+    return types.void(count, address, stride, types.float32, types.float32, address, stride, count, address, count), emit
+
+
+def emit_tile(build, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
+    tile = [(r, v) for r in range(TILE_ROWS) for v in range(vectors)]
+    places = {(r, v): pointer(build, c, r, c_row, INT64(v * LANES)) for r, v in tile}
+    for place in places.values():
+        prefetch(build, place)
+    last = build.sub(rows, INT64(1))
+    a_rows = [build.add(a, build.mul(build.select(build.icmp_signed("<", last, INT64(r)), last, INT64(r)), a_row))
+              for r in range(TILE_ROWS)]
+
+    before, loop, after = build.block, build.append_basic_block(), build.append_basic_block()
+    build.branch(loop)
+    build.position_at_end(loop)
+    k = build.phi(INT64)
+    sums = {rv: build.phi(VECTOR) for rv in tile}
+    b_row = build.mul(k, INT64(vectors * LANES))
+    b_vectors = [load(build, pointer(build, b, number=build.add(b_row, INT64(v * LANES)))) for v in range(vectors)]
+    fused, sums_after = ("contract",), {}
+    for r in range(TILE_ROWS):
+        number = spread(build, build.load(pointer(build, a_rows[r], number=k)))
+        for v in range(vectors):
+            sums_after[r, v] = build.fadd(build.fmul(number, b_vectors[v], flags=fused), sums[r, v], flags=fused)
+    k_after = build.add(k, INT64(1))
+    for phi, first, following in [(k, INT64(0), k_after)] + [(sums[rv], VECTOR(None), sums_after[rv]) for rv in tile]:
+        phi.add_incoming(first, before)
+        phi.add_incoming(following, loop)
+    build.cbranch(build.icmp_signed("<", k_after, depth), loop, after)
+
+    build.position_at_end(after)
+    alphas, betas = spread(build, alpha), spread(build, beta)
+    with build.if_else(build.fcmp_ordered("==", beta, FLOAT(0))) as (overwrite, add):
+        with overwrite:
+            for rv in tile:
+                store(build, build.fmul(alphas, sums_after[rv]), places[rv])
+        with add:
+            for rv in tile:
+                kept = build.fmul(betas, load(build, places[rv]))
+                store(build, build.fadd(build.fmul(alphas, sums_after[rv], flags=fused), kept, flags=fused), places[rv])
+
+
+@intrinsic
+def transpose_square(typing, out, out_row, inp, inp_row):
+    """out (LANES, LANES) = inp (LANES, LANES).T, in log2(LANES) rounds, each of which swaps parts of every two rows."""
+    def emit(context, build, signature, arguments):
+        out, out_row, inp, inp_row = arguments
+        rows = [load(build, pointer(build, inp, r, inp_row)) for r in range(LANES)]
+        distance = 1
+        while distance < LANES:
+            upper = [LANES + j - distance if j & distance else j for j in range(LANES)]
+            lower = [LANES + j if j & distance else j + distance for j in range(LANES)]
+            for r in range(LANES):
+                if not r & distance:
+                    pair = rows[r], rows[r + distance]
+                    rows[r], rows[r + distance] = shuffle(build, *pair, upper), shuffle(build, *pair, lower)
+            distance *= 2
+        for r in range(LANES):
+            store(build, rows[r], pointer(build, out, r, out_row))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), emit
+
+
+@intrinsic
+def copy_vector(typing, out, inp):
+    """out (LANES) = inp (LANES)."""
+    def emit(context, build, signature, arguments):
+        out, inp = arguments
+        store(build, load(build, pointer(build, inp)), pointer(build, out))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), emit
+
+
+@helper
+def whole_vectors(numbers):
+    """How many vectors it takes to hold so many numbers."""
+    return (numbers + LANES - 1) // LANES
+
+
+@helper
+def pack(out, inp):
+    """out = inp (depth, columns), in rows of whole vectors; out is flat, and inp may be the transpose of a matrix.
+
+    Numbers past the end of a row are zeros: they are multiplied, but nobody stores the result.
+    """
+    depth, columns = inp.shape
+    row = whole_vectors(columns) * LANES
+    whole = columns // LANES * LANES
+    to, source = out.ctypes.data, inp.ctypes.data
+    if inp.strides[1] == 4:
+        for k in range(depth):
+            for c in range(0, whole, LANES):
+                copy_vector(to + 4 * (k * row + c), source + k * inp.strides[0] + 4 * c)
+            for c in range(whole, row):
+                out[k * row + c] = inp[k, c] if c < columns else np.float32(0)
+    else:
+        whole_depth = depth // LANES * LANES
+        for c in range(0, whole, LANES):
+            for k in range(0, whole_depth, LANES):
+                transpose_square(to + 4 * (k * row + c), 4 * row, source + c * inp.strides[1] + 4 * k, inp.strides[1])
+        for c in range(row):
+            for k in range(whole_depth if c < whole else 0, depth):
+                out[k * row + c] = inp[k, c] if c < columns else np.float32(0)
+
+
+@helper
+def sgemm(c, alpha, a, b, beta):
+    """c (m, n) = alpha * a (m, k) @ b (k, n) + beta * c, on one thread.
+
+    The arrays are 2-D views, so column blocks and heads need no copies; the last axis is contiguous, in a and b perhaps the
+    first (the transpose of a matrix). Where beta is 0, c is overwritten, whatever was in it. Every number's sum runs over k
+    in the same order, wherever it stands in c.
+    """
+    multiply(c[:, :], np.float32(alpha), a[:, :], b[:, :], np.float32(beta))  # [:, :] makes views of all, one type to compile
+
+
+@helper
+def multiply(c, alpha, a, b, beta):
+    """`sgemm`, which from here on needs no transpose of a."""
+    m, k = a.shape
+    upright = a.strides[1] == 4
+    rows = m if upright else min(m, BLOCK_ROWS)
+    copy = np.empty((0 if upright else rows, whole_vectors(k) * LANES), dtype=np.float32)
+    for start in range(0, m, rows):
+        part = a[start:start + rows, :]
+        if not upright:
+            pack(copy.reshape(-1), part)
+            part = copy[:part.shape[0], :k]
+        multiply_blocks(c[start:start + rows, :], alpha, part, b, beta)
+
+
+@helper
+def multiply_blocks(c, alpha, a, b, beta):
+    """`sgemm`, block by block of b."""
+    m, n = c.shape
+    k = a.shape[1]
+    packed = np.empty(min(k, BLOCK_DEPTH) * whole_vectors(min(n, BLOCK_COLUMNS)) * LANES, dtype=np.float32)
+    edge = np.empty((TILE_ROWS, TILE_COLUMNS), dtype=np.float32)    # a tile that would stick out of c
+    for block in range(0, n, BLOCK_COLUMNS):
+        block_end = min(block + BLOCK_COLUMNS, n)
+        for start in range(0, k, BLOCK_DEPTH):
+            depth = min(BLOCK_DEPTH, k - start)
+            keep = beta if start == 0 else np.float32(1)
+            for column in range(block, block_end, TILE_COLUMNS):
+                pack(packed[(column - block) * depth:], b[start:start + depth, column:min(column + TILE_COLUMNS, block_end)])
+            for row in range(0, m, TILE_ROWS):
+                rows = min(TILE_ROWS, m - row)
+                for column in range(block, block_end, TILE_COLUMNS):
+                    columns = min(TILE_COLUMNS, block_end - column)
+                    vectors = whole_vectors(columns)
+                    inside = rows == TILE_ROWS and columns == vectors * LANES
+                    multiply_tile(vectors, c.ctypes.data + row * c.strides[0] + 4 * column if inside else edge.ctypes.data,
+                                  c.strides[0] if inside else edge.strides[0], alpha, keep if inside else np.float32(0),
+                                  a.ctypes.data + row * a.strides[0] + 4 * start, a.strides[0], rows,
+                                  packed.ctypes.data + 4 * (column - block) * depth, depth)
+                    if not inside:
+                        part = c[row:row + rows, column:column + columns]
+                        for r in range(rows):
+                            for j in range(columns):
+                                part[r, j] = edge[r, j] + (keep * part[r, j] if keep != 0 else np.float32(0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,6 @@ Read it from the top: the model's memory, its forward pass, its backward pass, t
 forward and backward passes are flat lists of kernel calls (kernels_cpu.py) that mirror each other; each trailing comment
 gives the shape of what the call writes.
 """
-import kernels_cpu as kernels  # first: it sets how many threads BLAS takes, before NumPy or SciPy load one
-
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 import numba
 import numpy as np
 
+import kernels_cpu as kernels
 from dataloader import DataLoader
 from files import UserError, run_program
 from gpt2 import WEIGHT_DECAYED, Config, Tensors, activation_shapes, initialize, model_config, parameter_shapes
@@ -208,24 +207,28 @@ def train(model, options, train_loader, val_loader, log):
 
 
 def compile_kernels():
-    """Have a process of its own compile the kernels into Numba's cache, unless they are there.
+    """Have processes of their own compile the kernels into Numba's cache, unless they are there.
 
     A parallel kernel that was just compiled, and the same kernel loaded from the cache, may add in another order. If no run
-    computes with what it compiled itself, the first run gives the same bits as every later one.
+    computes with what it compiled itself, the first run gives the same bits as every later one. Two processes begin at
+    either end, and each finds in the cache what the other has done.
     """
     if not kernels.all_compiled():
         print("compiling the kernels, once: some 15 seconds", flush=True)
-        subprocess.run([sys.executable, "-c", "import train_gpt2; train_gpt2.run_every_kernel()"], cwd=Path(__file__).parent)
+        compilers = [subprocess.Popen([sys.executable, "-c", f"import train_gpt2; train_gpt2.run_every_kernel({order})"],
+                                      cwd=Path(__file__).parent) for order in ("forward_first=True", "forward_first=False")]
+        for compiler in compilers:
+            compiler.wait()
 
 
-def run_every_kernel():
-    """One step of the smallest model, which makes Numba compile all it has not yet."""
+def run_every_kernel(forward_first):
+    """One step of the smallest model, its passes in one order or the other, which makes Numba compile all it has not yet."""
     model = GPT2(Config(1, 1, 128, num_layers=1, num_heads=1, channels=1), 1, 1, threads=1)
-    token = np.zeros((1, 1), dtype=np.int32)
-    model.forward(token)
-    model.backward(token)
-    model.gradient_norm()
-    model.update(1, learning_rate=0.0, weight_decay=0.0)
+    model.tokens = token = np.zeros((1, 1), dtype=np.int32)
+    passes = [lambda: model.forward(token), lambda: model.backward(token), model.gradient_norm,
+              lambda: model.update(1, learning_rate=0.0, weight_decay=0.0)]
+    for run in passes if forward_first else reversed(passes):
+        run()
 
 
 def main():

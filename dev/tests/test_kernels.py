@@ -415,6 +415,43 @@ def test_matmul_shared_among_threads(kernel, threads):
     check(kernel, results(Fast, kernel, {**args, "threads": threads}), results(exact, kernel, args))
 
 
+@pytest.mark.parametrize("case", [*matmul_cases(N=35, C=1001, OC=777)], ids=str)
+def test_matmul_gives_the_same_bits_on_any_number_of_threads(case):
+    """Sizes with which every number of threads has other numbers at the edge of its block."""
+    one = results(Fast, case.kernel, {**case.args, "threads": 1})
+    for threads in (2, 3):
+        assert_same_bits(results(Fast, case.kernel, {**case.args, "threads": threads}), one)
+
+
+# Whole tiles and parts of them, and one or several blocks in each direction: of rows (where a is transposed), depth, columns.
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (3, 5, 7), (8, 16, 48), (15, 33, 45), (67, 131, 33), (1030, 20, 17),
+                                     (30, 1600, 20), (20, 24, 800)])
+@pytest.mark.parametrize("a_transposed", [False, True])
+@pytest.mark.parametrize("b_transposed", [False, True])
+@pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (1.0, 1.0), (-0.3, 0.7)])
+def test_sgemm(m, k, n, a_transposed, b_transposed, alpha, beta):
+    margin = 16
+    generator = np.random.default_rng(0)
+
+    def matrix(rows, columns, transposed=False):
+        """A matrix, or the transpose of one, that is part of a wider array."""
+        shape = (columns, rows) if transposed else (rows, columns)
+        whole = generator.standard_normal((shape[0] + 2 * margin, shape[1] + 2 * margin), dtype=np.float32)
+        part = whole[margin:-margin, margin:-margin]
+        return whole, part.T if transposed else part
+
+    (_, a), (_, b), (around, c) = matrix(m, k, a_transposed), matrix(k, n, b_transposed), matrix(m, n)
+    before = around.copy()
+    expected = alpha * a.astype(np.float64) @ b + beta * c
+    scale = np.linalg.norm(abs(alpha) * np.abs(a).astype(np.float64) @ np.abs(b) + abs(beta) * np.abs(c))
+    if beta == 0:
+        c[...] = np.nan
+    kernels_cpu.sgemm(c, alpha, a, b, beta)
+    assert np.linalg.norm(c - expected) <= 1e-6 * scale
+    c[...] = before[margin:-margin, margin:-margin]
+    assert np.array_equal(around, before)  # nothing was written beside c
+
+
 def test_matmul_backward_without_bias():
     args = CASE["matmul_backward"].args
     dinp, dweight = unset(*args["inp"].shape), np.zeros_like(args["weight"])
