@@ -43,7 +43,7 @@ helper = njit(cache=True, fastmath=FASTMATH, error_model="numpy")
 LAYERNORM_EPSILON = np.float32(1e-5)
 GELU_SCALE = np.float32(np.sqrt(2 / np.pi))
 GELU_CUBIC = np.float32(0.044715)
-QUERY_TILE = 64     # rows of the attention matrix that exist at any one time, per thread
+QUERY_TILE = 128    # rows of the attention matrix that exist at any one time, per thread
 MAXIMA = 64         # running maxima side by side
 COLUMN_BLOCK = 64   # channels a thread sums over tokens at a time, when a sum over tokens is shared among threads
 

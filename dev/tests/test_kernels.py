@@ -424,7 +424,7 @@ def test_matmul_gives_the_same_bits_on_any_number_of_threads(case):
 
 
 # Whole tiles and parts of them, and one or several blocks in each direction: of rows (where a is transposed), depth, columns.
-@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (3, 5, 7), (8, 16, 48), (15, 33, 45), (67, 131, 33), (1030, 20, 17),
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (3, 5, 7), (8, 16, 48), (7, 16, 96), (15, 33, 45), (67, 131, 33), (1030, 20, 17),
                                      (30, 1600, 20), (20, 24, 800)])
 @pytest.mark.parametrize("a_transposed", [False, True])
 @pytest.mark.parametrize("b_transposed", [False, True])
