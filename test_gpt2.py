@@ -103,8 +103,7 @@ def train(model, reference):
     for step in range(1, settings["steps"] + 1):
         loss = run(model, reference.tokens, reference.targets)
         norm = model.gradient_norm()
-        grad_scale = min(1.0, settings["grad_clip"] / norm)
-        model.update(step, settings["learning_rate"], settings["weight_decay"], grad_scale)
+        model.update(step, settings["learning_rate"], settings["weight_decay"], norm, settings["grad_clip"])
         yield loss, norm
 
 

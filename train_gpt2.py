@@ -4,6 +4,7 @@ Read it from the top: the model's memory, its forward pass, its backward pass, t
 forward and backward passes are flat lists of kernel calls (kernels_cpu.py) that mirror each other; each trailing comment
 gives the shape of what the call writes.
 """
+import math
 import subprocess
 import sys
 import time
@@ -151,13 +152,28 @@ class GPT2:
         """The Euclidean norm of all gradients together."""
         return float(kernels.global_norm(self.grads.flat))
 
-    def update(self, step, learning_rate, weight_decay, grad_scale=1.0):
-        """One AdamW step (counted from 1) on the gradients times grad_scale, which are cleared for the next step."""
+    def update(self, step, learning_rate, weight_decay, norm, grad_clip):
+        """One AdamW step (counted from 1) on the gradients, which are cleared for the next.
+
+        They are shortened to grad_clip (0: never) first, if `norm`, which is theirs, is more. If it is not a finite number,
+        nothing changes: whatever went wrong first can still be found.
+        """
+        if not math.isfinite(norm):
+            return
+        grad_scale = grad_clip / norm if 0 < grad_clip < norm else 1.0
         for name, param in self.params.items():
             kernels.adamw_update(param.reshape(-1), getattr(self.grads, name).reshape(-1),
                                  getattr(self.adam_m, name).reshape(-1), getattr(self.adam_v, name).reshape(-1),
                                  learning_rate, BETA1, BETA2, EPSILON,
                                  weight_decay if name in WEIGHT_DECAYED else 0.0, grad_scale, step)
+
+    def clock(self):
+        """The time, for `finish`."""
+        return time.perf_counter()
+
+    def finish(self, loss, norm, started):
+        """A step's loss and norm as numbers, and the seconds since `started`, once everything is computed: here, at once."""
+        return loss, norm, time.perf_counter() - started
 
     def next_token_logits(self, tokens):
         """The logits (V,) of the token that follows tokens (1, T), by a forward pass."""
@@ -176,14 +192,17 @@ def evaluate(model, loader, max_steps):
         inputs, targets = loader.next_batch()
         model.forward(inputs)
         total += model.loss(targets)
-    return total / steps
+    return float(total) / steps
 
 
 def train(model, options, train_loader, val_loader, log):
-    """The training loop, for any model with GPT2's methods. `options` are the flags, `log` a TrainingLog."""
+    """The training loop, for any model with GPT2's methods. `options` are the flags, `log` a TrainingLog.
+
+    A model may still be computing when its methods return: losses and norms are numbers only after `finish`.
+    """
     n = options.num_iterations
     for step in range(1, n + 1):
-        started = time.perf_counter()
+        started = model.clock()
         if options.overfit_single_batch:
             train_loader.reset()
         loss = 0.0
@@ -192,11 +211,11 @@ def train(model, options, train_loader, val_loader, log):
             model.forward(inputs)
             loss += model.backward(targets, options.accumulation_steps) / options.accumulation_steps
         norm = model.gradient_norm()
-        check_finite(step, model, train_loss=loss, gradient_norm=norm)
-        clip = options.grad_clip / norm if 0 < options.grad_clip < norm else 1.0
         rate = learning_rate(step, options)
-        model.update(step, rate, options.weight_decay, clip)
-        log.step(step, loss, norm, rate, time.perf_counter() - started)
+        model.update(step, rate, options.weight_decay, norm, options.grad_clip)
+        loss, norm, seconds = model.finish(loss, norm, started)
+        check_finite(step, model, train_loss=loss, gradient_norm=norm)
+        log.step(step, loss, norm, rate, seconds)
 
         if due(options.val_loss_every, step, n):
             val_loss = evaluate(model, val_loader, options.val_max_steps)
@@ -226,7 +245,7 @@ def run_every_kernel(forward_first):
     model = GPT2(Config(1, 1, 128, num_layers=1, num_heads=1, channels=1), 1, 1, threads=1)
     model.tokens = token = np.zeros((1, 1), dtype=np.int32)
     passes = [lambda: model.forward(token), lambda: model.backward(token), model.gradient_norm,
-              lambda: model.update(1, learning_rate=0.0, weight_decay=0.0)]
+              lambda: model.update(1, learning_rate=0.0, weight_decay=0.0, norm=0.0, grad_clip=0.0)]
     for run in passes if forward_first else reversed(passes):
         run()
 

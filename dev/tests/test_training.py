@@ -97,26 +97,6 @@ class Log:
         self.validations[step] = loss
 
 
-class ModelWithNorm:
-    """Stands in for a model, with a given gradient norm at every step; keeps the arguments of the updates."""
-
-    def __init__(self, norm):
-        self.norm = norm
-        self.updates = []
-
-    def forward(self, tokens):
-        pass
-
-    def backward(self, targets, accumulation_steps):
-        return 1.0
-
-    def gradient_norm(self):
-        return self.norm
-
-    def update(self, *arguments):
-        self.updates.append(arguments)
-
-
 @pytest.fixture
 def loader(tmp_path):
     """Makes a loader of batches of batch_size sequences of 4*8 random tokens."""
@@ -131,10 +111,28 @@ def small_model(batch_size):
 
 
 @pytest.mark.parametrize("norm, grad_clip, scale", [(4.0, 1.0, 0.25), (0.5, 1.0, 1.0), (4.0, 0.0, 1.0)])
-def test_long_gradients_are_clipped(loader, norm, grad_clip, scale):
-    model, settings = ModelWithNorm(norm), options("--num-iterations", "2", "--grad-clip", str(grad_clip))
-    train(model, settings, loader(4), None, Log())
-    assert model.updates == [(step, learning_rate(step, settings), 0.1, scale) for step in (1, 2)]
+def test_long_gradients_are_clipped(norm, grad_clip, scale):
+    model = small_model(1)
+    model.grads.flat[...] = 2
+    model.update(1, 0.1, 0.1, norm, grad_clip)
+    np.testing.assert_allclose(model.adam_m.flat, 2 * scale * (1 - train_gpt2.BETA1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [np.nan, np.inf])
+def test_gradients_that_are_not_finite_change_nothing(norm):
+    model = small_model(1)
+    model.grads.flat[...] = 2
+    before = model.params.flat.copy()
+    model.update(1, 0.1, 0.1, norm, 1.0)
+    assert np.array_equal(model.params.flat, before) and (model.grads.flat == 2).all() and not model.adam_m.flat.any()
+
+
+def test_every_update_has_the_rate_and_the_norm_of_its_step(loader, monkeypatch):
+    model, log, updates = small_model(4), Log(), []
+    settings = options("--num-iterations", "2", "--grad-clip", "0.5")
+    monkeypatch.setattr(model, "update", lambda *arguments: updates.append(arguments))
+    train(model, settings, loader(4), None, log)
+    assert updates == [(step, learning_rate(step, settings), 0.1, log.norms[step - 1], 0.5) for step in (1, 2)]
 
 
 def test_accumulated_batches_train_like_one_large_batch(loader):
