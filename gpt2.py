@@ -88,6 +88,17 @@ def activation_shapes(config, B, T):
     }
 
 
+def training_flops(config, B, T):
+    """FLOPs of a training step's matrix products on a batch: (in the linear layers, in attention).
+
+    Each weight of a linear layer takes part in one product forward and two backward (input, weight), a multiplication and an
+    addition per token each; so does the classifier's, for all rows of the padded vocabulary. Attention makes two products
+    forward and four backward, of which only the scores of keys j <= i count, which the causal mask keeps.
+    """
+    L, C = config.num_layers, config.channels
+    return 6 * B * T * (12 * L * C * C + config.padded_vocab_size * C), 6 * L * C * B * T * (T + 1)
+
+
 class Tensors:
     """One flat float32 buffer, and a view into it for each row of a name -> shape table, as an attribute of that name.
 

@@ -17,8 +17,8 @@ import kernels_cpu as kernels
 from dataloader import DataLoader
 from files import UserError, run_program
 from gpt2 import WEIGHT_DECAYED, Config, Tensors, activation_shapes, initialize, model_config, parameter_shapes
-from training import (TrainingLog, check_finite, due, learning_rate, parse_options, prepare_data, print_configuration,
-                      sample_text)
+from training import (TrainingLog, check_finite, due, learning_rate, number, parse_options, prepare_data,
+                      print_configuration, sample_text)
 
 CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time: 512 * 50304 * 4 bytes = 103 MB
 NO_BIAS = np.empty(0, dtype=np.float32)
@@ -54,6 +54,10 @@ class GPT2:
     def initialize(self, seed):
         """GPT-2's random initialisation."""
         initialize(self.params, self.config, seed)
+
+    def set_params(self, params):
+        """Copy the parameters from `params`, Tensors of the same shapes."""
+        self.params.flat[...] = params.flat
 
     def forward(self, tokens):
         """From tokens (B, T) to the normalised output of the last block, `acts.lnf` (N, C).
@@ -251,7 +255,8 @@ def run_every_kernel(forward_first):
 
 
 def main():
-    options = parse_options(description="Train GPT-2 on the CPU.")
+    options = parse_options("Train GPT-2 on the CPU.",
+                            threads=dict(type=number(int, 1), help="CPU threads (default: one for each core)"))
     cores = numba.config.NUMBA_NUM_THREADS
     options.threads = options.threads or cores
     if options.threads > cores:
@@ -265,7 +270,7 @@ def main():
     compile_kernels()
     model = GPT2(config, options.batch_size, options.sequence_length, options.threads)
     model.initialize(options.seed)
-    print_configuration(options, model, train_loader, val_loader)
+    print_configuration(options, model, train_loader, val_loader, threads=options.threads)
     with TrainingLog(options) as log:
         train(model, options, train_loader, val_loader, log)
 

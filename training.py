@@ -37,10 +37,11 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def parse_options(description, arguments=None):
+def parse_options(description, arguments=None, **own_flags):
     """The flags as a namespace, checked, with `total_batch_size` and `accumulation_steps` (micro-batches a step) filled in.
 
-    Raises UserError with status 2 for anything that cannot be.
+    own_flags are those of one program only: threads=dict(type=..., help=...). Raises UserError with status 2 for anything
+    that cannot be.
     """
     parser = OneLineParser(description=description)
 
@@ -68,7 +69,8 @@ def parse_options(description, arguments=None):
     add("--sample-every", default=250, type=count, help="steps between samples of generated text, with one at the end; 0: never")
     parser.add_argument("--overfit-single-batch", action="store_true", help="train on the first batch again and again")
     add("--seed", default=1337, type=count, help="seed of the first weights and of the samples")
-    add("--threads", type=positive, help="CPU threads (default: one for each core)")
+    for name, settings in own_flags.items():
+        add(f"--{name}", **settings)
     options = parser.parse_args(arguments)
 
     tokens = options.batch_size * options.sequence_length
@@ -182,8 +184,8 @@ def sample_text(step, model, options):
 # ----------------------------------------------------------------------------------------------------------------------
 # What the run prints and leaves behind
 
-def print_configuration(options, model, train_loader, val_loader):
-    """A small table of what is about to happen."""
+def print_configuration(options, model, train_loader, val_loader, **device_rows):
+    """A small table of what is about to happen; device_rows say on what."""
     config = model.config
     B, T, steps = options.batch_size, options.sequence_length, options.accumulation_steps
     rows = {
@@ -196,7 +198,7 @@ def print_configuration(options, model, train_loader, val_loader):
         "learning rate": f"{options.learning_rate:g} after {options.warmup_iters} steps of warm-up, then {options.schedule} "
                          f"to {options.learning_rate_decay_frac:g} of it",
         "weight decay": f"{options.weight_decay:g}, gradients clipped at norm {options.grad_clip:g}",
-        "threads": f"{options.threads}",
+        **device_rows,
         "output": f"{options.output_dir}",
     }
     for name, value in rows.items():
@@ -208,11 +210,14 @@ class TrainingLog:
     """The lines of a run on the screen and in `log.csv` as it goes, and `loss.png` when it ends, however it ends.
 
     A row of log.csv is a training step or, with the other columns empty, a validation after so many steps.
-    Raises UserError if the output folder cannot be written.
+    ideal_seconds, if it is known, is what a step would take at the device's highest FLOP rate; its share in the time that a
+    step took is the MFU, model FLOPs utilisation (Chowdhery et al. 2022). Raises UserError if the output folder cannot be
+    written.
     """
 
-    def __init__(self, options):
+    def __init__(self, options, ideal_seconds=None):
         self.options = options
+        self.ideal_seconds = ideal_seconds
         self.rows = []
         self.width = len(str(options.num_iterations))
         try:
@@ -240,7 +245,8 @@ class TrainingLog:
         self.write(step=step, train_loss=loss, grad_norm=norm, learning_rate=rate,
                    milliseconds=round(1000 * seconds, 3), tokens_per_second=round(speed, 1))
         print(f"{self.heading(step)} | train loss {loss:9.6f} | norm {norm:8.4f} | lr {rate:.2e} | "
-              f"{1000 * seconds:8.1f} ms | {speed:7,.0f} tok/s", flush=True)
+              f"{1000 * seconds:8.1f} ms | {speed:7,.0f} tok/s"
+              + (f" | {self.ideal_seconds / seconds:5.1%} MFU" if self.ideal_seconds else ""), flush=True)
 
     def validation(self, step, loss):
         """Report the mean loss on the validation tokens after `step` steps."""

@@ -353,18 +353,6 @@ def summarize(results):
             for name, rounds in results.items()}
 
 
-def step_flops(config, shape):
-    """FLOPs of a step's matrix products, in the linear layers and in attention.
-
-    Each weight of a linear layer takes part in one product forward and two backward (input, weight), a multiplication and an
-    addition per token each; so does the classifier's, for all rows of our padded vocabulary. Attention makes two products
-    forward and four backward.
-    """
-    B, T = shape
-    L, C, Vp = config.num_layers, config.channels, config.padded_vocab_size
-    return 6 * shape.tokens * (12 * L * C * C + Vp * C), L * attention_flops(B, T, C, 6)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What it prints and draws
 
@@ -409,6 +397,7 @@ def print_steps(summaries):
 
 def print_floor(config, results, summaries):
     """How far the step is from what its matrix products alone would take."""
+    from gpt2 import training_flops
     rates = [(result["sgemm_flops"], name) for programs in results.values() for name, rounds in programs.items()
              for result in rounds]
     peak, program = max(rates)
@@ -418,7 +407,7 @@ def print_floor(config, results, summaries):
           "classifier, and 6 L C B T (T+1) in attention, whose causal half alone is counted, once.\n")
     rows = []
     for shape, summary in summaries.items():
-        linear, attention = step_flops(config, shape)
+        linear, attention = training_flops(config, *shape)
         floor = 1000 * (linear + attention) / peak
         rows.append((str(shape), f"{linear / 1e9:,.1f}", f"{attention / 1e9:,.1f}", f"{floor:,.0f}",
                      f"{summary[OURS].milliseconds:,.0f}", f"{summary[OURS].milliseconds / floor:.2f}"))

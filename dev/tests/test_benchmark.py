@@ -11,8 +11,8 @@ DEV = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DEV))
 
 import train_gpt2
-from benchmark import OURS, PROGRAMS, Shape, step_flops, summarize, time_kernels
-from gpt2 import Config
+from benchmark import OURS, PROGRAMS, Shape, summarize, time_kernels
+from gpt2 import Config, training_flops
 
 
 def test_flops_of_the_kernels_add_up_to_the_flops_of_a_step(monkeypatch):
@@ -25,7 +25,7 @@ def test_flops_of_the_kernels_add_up_to_the_flops_of_a_step(monkeypatch):
     calls = time_kernels(kernels)
     model.forward(tokens)
     model.backward(tokens)
-    assert sum(flops for _, _, flops in calls) == sum(step_flops(config, Shape(3, 10)))
+    assert sum(flops for _, _, flops in calls) == sum(training_flops(config, 3, 10))
     assert {"encoder_forward", "attention_backward"} <= {name for name, _, _ in calls}
 
 

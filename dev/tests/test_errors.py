@@ -203,7 +203,7 @@ def test_help_states_the_real_defaults(run, monkeypatch):
     finished = run("--help")
     assert finished.status == 0 and finished.err == ""
     texts = dict(re.findall(r"^  --([a-z-]+)(.*(?:\n {10,}.*)*)", finished.out, re.MULTILINE))
-    parsed = vars(training.parse_options("", []))
+    parsed = vars(training.parse_options("", [], threads={}))
     flags = {name: value for name, value in parsed.items() if name != "accumulation_steps"}
     assert {flag.replace("-", "_") for flag in texts} == set(flags)
     in_words = ("input-bin", "input-val-bin", "total-batch-size", "threads")

@@ -1,0 +1,254 @@
+"""A device that runs CUDA kernels on the CPU, compiled by g++ from the very source a GPU gets. README.md says what for."""
+import atexit
+import contextlib
+import ctypes
+import functools
+import hashlib
+import operator
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from device import ALIGNMENT, Device
+from files import UserError, whole_file
+
+FOLDER = Path(__file__).resolve().parent
+COMPILER = "g++"
+# As in CUDA, a product may be fused into a sum, sums are not reordered, and floats may be read as structures of floats.
+FLAGS = ["-std=c++17", "-g", "-march=native", "-ffp-contract=fast", "-fno-strict-aliasing", "-fPIC", "-shared"]
+FAST = ["-O2"]
+SANITIZE = ["-O0", "-fsanitize=address,signed-integer-overflow,integer-divide-by-zero,shift,bounds,alignment,null"]
+SHARED = re.compile(r"(extern )?__shared__ (__align__\(\d+\) )?(\w[\w ]*) (\w+(?:\[[^]]*\])*(?:, *\w+(?:\[[^]]*\])*)*);")
+MARGIN = 2 ** 20    # bytes before and behind an array that are out of bounds, when sanitizing
+UNSET = 0xFF        # floats of such bytes are NaN, integers -1
+ERROR_LINES = 10    # shown of what the compiler says
+
+
+class KernelError(RuntimeError):
+    """A kernel does not compile, or does what CUDA forbids. The message names the kernel and the place."""
+
+
+class CpuDevice(Device):
+    """The CPU as a CUDA device, its arrays being NumPy's. A kernel has run when its launch returns.
+
+    reverse: run the threads of a block from the last to the first, which may show that a barrier is missing.
+    sanitize: check every access for its bounds and every integer operation for overflow.
+    """
+    Array = np.ndarray
+
+    def __init__(self, reverse=False, sanitize=False):
+        super().__init__()
+        self.name = "CPU (CUDA compiled by g++)"
+        self.reverse = reverse
+        self.sanitize = sanitize
+        self.places = {}    # source -> the line at which it starts in a Python file, and the file
+
+    def memory(self):
+        """Bytes free, and in all."""
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        with contextlib.suppress(OSError):      # only Linux tells how many are free
+            return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]), total
+        return total, total
+
+    def peak_flops(self):
+        return None
+
+    # Arrays
+
+    def zeros(self, shape, dtype=np.float32):
+        return np.zeros(shape, dtype)
+
+    def empty(self, shape, dtype=np.float32):
+        """An array of NaN, or of -1 for integers: nobody should count on what is in it."""
+        array = np.empty(shape, dtype)
+        array.reshape(-1).view(np.uint8)[:] = UNSET
+        return array
+
+    def to_device(self, array):
+        return np.array(array, order="C")
+
+    def to_host(self, array):
+        return array.copy()
+
+    def uploader(self, shape, dtype):
+        return self.to_device
+
+    def argsort(self, array):
+        return np.argsort(array, kind="stable").astype(np.int32)
+
+    address = operator.attrgetter("ctypes.data")
+    contiguous = operator.attrgetter("flags.c_contiguous")
+    writable = operator.attrgetter("flags.writeable")
+
+    # Computing
+
+    def gemm(self, c, alpha, a, transpose_a, b, transpose_b, beta):
+        self.check_product(c, a, transpose_a, b, transpose_b)
+        product = np.float32(alpha) * ((a.swapaxes(-1, -2) if transpose_a else a) @ (b.swapaxes(-1, -2) if transpose_b else b))
+        c[...] = product if beta == 0 else product + np.float32(beta) * c
+
+    def load(self, sources):
+        super().load(sources)
+        path = Path(sys._getframe(1).f_code.co_filename)    # whoever calls has the sources in a file, most likely
+        text = path.read_text() if path.exists() else ""
+        for source in sources:
+            if source in text:
+                self.places[source] = text[:text.index(source)].count("\n") + 1, path
+
+    def compile(self, preamble, layer, kernels):
+        text = ['#include "cuda_on_cpu.h"', "namespace {"]
+        for source in (preamble, layer):
+            line, path = self.places.get(source, (1, f"{kernels[0].name}.cu"))
+            text += [f'#line {line} "{path}"', SHARED.sub(shared_memory, source)]
+        text += ["}", '#line 1 "launchers"']
+        file = os.path.basename(path)
+        for kernel in kernels:
+            text.append(f"""
+                extern "C" const char* launch_{kernel.name}(const char* args, const int* shape, bool reverse) {{
+                    auto body = [](const char* args) {{
+                        cuda_on_cpu::call({kernel.name}, args, std::make_index_sequence<{len(kernel.parameters)}>());
+                    }};
+                    return cuda_on_cpu::launch("{kernel.name}", "{file}", body, args, shape, reverse);
+                }}""")
+        flags = FLAGS + (SANITIZE if self.sanitize else FAST)
+        library = ctypes.PyDLL(str(build("\n".join(text), kernels[0].name, flags)))     # Py: one launch at a time
+        return {kernel.name: self.function(kernel, library, file) for kernel in kernels}
+
+    def function(self, kernel, library, file):
+        """A function that runs a kernel of the library, compiled from that file, on values that were checked."""
+        entry = library[f"launch_{kernel.name}"]
+        entry.restype = ctypes.c_char_p
+        slots = np.dtype({"names": [p.name for p in kernel.parameters],
+                          "formats": [np.uint64 if p.is_array else p.dtype for p in kernel.parameters],
+                          "offsets": [8 * i for i in range(len(kernel.parameters))]})
+
+        def run(grid, block, values, shared_bytes):
+            args = np.array(tuple(values), slots)
+            shape = (ctypes.c_int * 7)(*grid, *block, shared_bytes)
+            message = entry(args.ctypes.data_as(ctypes.c_void_p), shape, self.reverse)
+            if message:
+                raise KernelError(message.decode(errors="replace"))
+
+        def run_guarded(grid, block, values, shared_bytes):
+            with guarded_arrays(kernel, values, library, file) as copies:
+                run(grid, block, copies, shared_bytes)
+
+        return run_guarded if self.sanitize else run
+
+    # Timing
+
+    def event(self):
+        return time.perf_counter()
+
+    def seconds(self, start, stop):
+        return stop - start
+
+
+def shared_memory(declaration):
+    """What a match of SHARED, a declaration of arrays in shared memory, becomes on the CPU."""
+    is_extern, alignment, c_type, arrays = declaration.groups()
+    if is_extern:
+        name = arrays.removesuffix("[]")
+        return f"{c_type}* const {name} = ({c_type}*)cuda_on_cpu::dynamic_shared;"
+    return " ".join(f"{alignment or ''}static cuda_on_cpu::Shared<{c_type}{dimensions}> shared_{name}; "
+                    f"auto& {name} = shared_{name}.object;"
+                    for name, dimensions in re.findall(r"(\w+)((?:\[[^]]*\])*)(?:, *|$)", arrays))
+
+
+@contextlib.contextmanager
+def guarded_arrays(kernel, values, library, file):
+    """The values with copies of the arrays in them, around which all memory is out of bounds. The results are copied back.
+
+    An array that is passed twice is copied once, so that a kernel may work in place; but arrays must not overlap otherwise.
+    A KernelError that comes from a sanitizer is told the line, and the name of the array if it is about an access.
+    """
+    poison, unpoison = library["__asan_poison_memory_region"], library["__asan_unpoison_memory_region"]
+    poison.argtypes = unpoison.argtypes = ctypes.c_void_p, ctypes.c_size_t
+    faulty_address = ctypes.c_size_t.in_dll(library, "faulty_address")
+    faulty_calls = (ctypes.c_ssize_t * 16).in_dll(library, "faulty_calls")
+    faulty_calls[0] = 0
+    arrays = {}     # address -> bytes and name
+    for (i, p), size in zip(kernel.arrays, kernel.sizes(*(int(values[i]) for i, *_ in kernel.integers))):
+        if values[i]:
+            arrays[values[i]] = max(arrays.get(values[i], (0, "")), (size * p.dtype.itemsize, p.name))
+    copies = {}     # address -> address of the copy, and the memory it is in the middle of
+    for address, (nbytes, _) in arrays.items():
+        memory = np.empty(nbytes + 2 * MARGIN, np.uint8)
+        copy = memory.ctypes.data + MARGIN
+        copy += (address - copy) % ALIGNMENT
+        ctypes.memmove(copy, address, nbytes)
+        poison(memory.ctypes.data, copy - memory.ctypes.data)
+        poison(copy + nbytes, memory.ctypes.data + memory.size - (copy + nbytes))
+        copies[address] = copy, memory
+    try:
+        yield [copies[value][0] if p.is_array and value else value for p, value in zip(kernel.parameters, values)]
+        for address, (nbytes, _) in arrays.items():
+            ctypes.memmove(address, copies[address][0], nbytes)
+    except KernelError as error:
+        if not faulty_calls[0]:
+            raise
+        what = ": memory of no array" if faulty_address.value else ""
+        for address, (nbytes, name) in arrays.items():
+            copy, memory = copies[address]
+            if 0 <= faulty_address.value - memory.ctypes.data < memory.size:
+                what = f": byte {faulty_address.value - copy} of {name}, which has {nbytes}"
+        raise KernelError(f"{error} at {', called at '.join(source_lines(library, file, faulty_calls))}{what}") from None
+    finally:
+        for _, memory in copies.values():
+            unpoison(memory.ctypes.data, memory.size)
+
+
+def source_lines(library, file, instructions):
+    """The lines of the file that instructions of the library were compiled from: "kernels_gpu.py:66"."""
+    command = ["addr2line", "-i", "-e", library._name, *(hex(instruction) for instruction in instructions if instruction)]
+    places = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    lines = [os.path.basename(place).split(" ")[0] for place in places]
+    return [line for line in lines if line.startswith(f"{file}:")]
+
+
+@functools.cache
+def machine():
+    """What the compiler says of itself and of the processor it compiles for."""
+    try:
+        return subprocess.run([COMPILER, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        raise UserError(f"--device cpu needs a C++ compiler, and {COMPILER} was not found: install it "
+                        "(Debian and Ubuntu: apt install g++; macOS: xcode-select --install)") from None
+
+
+@functools.cache
+def build_folder():
+    """Where the compiled libraries are kept: beside this file or, if nobody may write there, for as long as this process runs."""
+    folder = FOLDER / "build"
+    with contextlib.suppress(OSError):
+        folder.mkdir(exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    temporary = tempfile.TemporaryDirectory(prefix="cuda_on_cpu_")
+    atexit.register(temporary.cleanup)
+    return Path(temporary.name)
+
+
+def build(text, name, flags):
+    """The path of a library compiled from C++ text, which may have been compiled before. Raises UserError, KernelError."""
+    headers = [path.read_text() for path in sorted(FOLDER.glob("*.h"))]
+    key = hashlib.sha256("\0".join([machine(), *headers, *flags, text]).encode()).hexdigest()[:16]
+    library = build_folder() / f"{name}-{key}.so"
+    if not library.exists():
+        source = library.with_suffix(".cpp")
+        with whole_file(source) as file:
+            file.write(text.encode())
+        unfinished = library.with_suffix(f".{os.getpid()}.tmp")
+        command = [COMPILER, *flags, "-I", str(FOLDER), "-o", str(unfinished), str(source)]
+        compiler = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
+        if compiler.returncode:
+            lines = [line for line in compiler.stderr.splitlines() if "In function" not in line]
+            raise KernelError("\n".join([f"{name} does not compile:", *lines[:ERROR_LINES]]))
+        os.replace(unfinished, library)
+    return library

@@ -1,0 +1,133 @@
+"""What every CUDA kernel takes of a GPU: registers and shared memory, and what did not fit into registers ("spills").
+
+    python dev/ptxas.py         compiles all kernels, prints the table and writes it to dev/ptxas.txt
+
+No GPU and no driver is needed, only NVIDIA's run-time compiler, the one that CuPy uses: `pip install nvidia-cuda-nvrtc`
+(58 MB). The exit status is 1 if a kernel spills.
+"""
+import ctypes
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "dev" / "ptxas.txt"
+ARCHITECTURES = ("sm_80", "sm_90")      # A100, H100
+REGISTERS = 65536                       # of a multiprocessor, for up to 4 * 16 warps
+
+
+class NvrtcMissing(Exception):
+    """NVRTC is not installed; the message says how to install it."""
+
+
+class CompileError(Exception):
+    """NVRTC refused a source; the message is its log."""
+
+
+class Compiled(NamedTuple):
+    """What NVRTC makes of a source."""
+    ptx: str            # NVIDIA's assembly language, for any GPU
+    cubin: bytes        # machine code
+    log: str
+
+
+class Usage(NamedTuple):
+    """What one kernel takes."""
+    registers: int      # a thread
+    shared: int         # bytes a block, without what a launch adds
+    spilled: int        # bytes a thread, arrays that are not held in registers included
+
+
+def load_nvrtc():
+    """NVRTC as a ctypes library, from its wheel: nvidia-cuda-nvrtc or nvidia-cuda-nvrtc-cu12. Raises NvrtcMissing."""
+    package = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in package.submodule_search_locations] if package else []
+    libraries = [path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))]
+    if not libraries:
+        raise NvrtcMissing("NVRTC is not installed; run: pip install nvidia-cuda-nvrtc")
+    return ctypes.CDLL(str(libraries[-1]))
+
+
+def compile_source(source, architecture):
+    """CUDA source Compiled for an architecture. Raises CompileError, or NvrtcMissing."""
+    nvrtc = load_nvrtc()
+    options = [b"--std=c++17", f"--gpu-architecture={architecture}".encode(), b"--ptxas-options=-v"]
+    program = ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
+    try:
+        failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        log = result(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).rstrip(b"\0").decode()
+        if failed:
+            raise CompileError(log)
+        ptx = result(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program).rstrip(b"\0").decode()
+        return Compiled(ptx, result(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def result(get_size, get, program):
+    """The bytes of one of a program's results."""
+    size = ctypes.c_size_t()
+    get_size(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    get(program, buffer)
+    return buffer.raw
+
+
+def usages(log):
+    """Kernel name -> Usage, from what ptxas wrote into the log."""
+    kernels = {}
+    for part in log.split("Compiling entry function ")[1:]:
+        name = re.match(r"'(\w+)'", part)[1]
+        stack, stores, loads = map(int, re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
+        shared = re.search(r"(\d+) bytes smem", part)
+        kernels[name] = Usage(int(re.search(r"Used (\d+) registers", part)[1]), int(shared[1]) if shared else 0,
+                              max(stack, stores, loads))
+    return kernels
+
+
+def threads(registers):
+    """How many threads a multiprocessor has registers for. Each of its four parts hands them to warps, by the 256."""
+    warp = -(-32 * registers // 256) * 256
+    return 4 * 32 * min(16, REGISTERS // 4 // warp)
+
+
+def table(kernels):
+    """The lines of the table. `kernels`: architecture -> kernel name -> Usage."""
+    lines = ["Registers a thread, threads a multiprocessor has registers for, bytes of static shared memory a block and bytes",
+             "spilled a thread, as NVRTC compiles kernels_gpu.py. Written by `python dev/ptxas.py`.", "",
+             " " * 28 + "".join(f"{architecture:^38}" for architecture in kernels).rstrip(),
+             f"{'kernel':28}" + f"{'registers':>10}{'threads':>9}{'shared':>9}{'spilled':>10}" * len(kernels)]
+    for name in kernels[ARCHITECTURES[0]]:
+        row = [f"{usage.registers:10}{threads(usage.registers):9}{usage.shared:9}{usage.spilled:10}"
+               for usage in (kernels[architecture][name] for architecture in kernels)]
+        lines.append(f"{name:28}" + "".join(row))
+    return lines
+
+
+def main():
+    sys.path.insert(0, str(ROOT))
+    from device import parse_signatures
+    from kernels_gpu import SOURCES
+    preamble, *layers = SOURCES
+    kernels = {architecture: {} for architecture in ARCHITECTURES}
+    for architecture in ARCHITECTURES:
+        for layer in layers:
+            found = usages(compile_source(preamble + layer, architecture).log)
+            kernels[architecture] |= {name: found[name] for name in parse_signatures(layer)}    # in the order of the file
+    lines = table(kernels)
+    TABLE.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    spilling = sorted({name for by_name in kernels.values() for name, usage in by_name.items() if usage.spilled})
+    if spilling:
+        sys.exit(f"ptxas.py: {', '.join(spilling)} spilled; expected no kernel to")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except NvrtcMissing as error:
+        sys.exit(f"ptxas.py: {error}")

@@ -1,0 +1,529 @@
+"""The launcher's checks, and what both devices have to do alike.
+
+A test that needs a GPU is skipped where there is none. What `CudaDevice` does can be seen there too, on a stand-in for
+CuPy: NumPy arrays, a cuBLAS that computes from addresses and leading dimensions, and streams that write down what they do.
+"""
+import ctypes
+import inspect
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dev.cuda_on_cpu import CpuDevice
+from device import CudaDevice, open_device, parse_signatures
+from files import UserError
+
+KERNEL = r"""
+// Some words (with parentheses) before it.
+extern "C" __global__ void __launch_bounds__(256) scale(
+    float* __restrict__ out,            // (N, 2*C) aligned
+    const int* __restrict__ tokens,     // (N): which rows
+    const double* weight,               // (C) or empty aligned
+    unsigned long long* counts,         // (C + 1, 2)
+    int N, int C,                       // rows and half their length (no shape)
+    unsigned seed, size_t skip, float factor, double offset)
+{
+    // out (N)
+}
+"""
+LAUNCH = "extern \"C\" __global__ void copy(\n    float* out,  // (N)\n    const float* inp,  // (N)\n    int N)\n" \
+         "{ out[threadIdx.x] = inp[threadIdx.x]; }\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A stand-in for CuPy
+
+class FakeArray(np.ndarray):
+    data = property(lambda self: SimpleNamespace(ptr=self.ctypes.data))
+    _c_contiguous = property(lambda self: self.flags.c_contiguous)
+
+    def get(self):
+        return np.array(self)
+
+    def set(self, array, stream=None):
+        self[...] = array
+        if stream:
+            stream.log.append("copy")
+
+
+def column_major(address, rows, columns, leading_dimension, transposed=False):
+    """A matrix the way cuBLAS sees it: its rows x columns numbers, or those of its transpose, stored column by column."""
+    if transposed:
+        return column_major(address, columns, rows, leading_dimension).T
+    numbers = np.frombuffer((ctypes.c_float * (leading_dimension * (columns - 1) + rows)).from_address(address), np.float32)
+    return np.lib.stride_tricks.as_strided(numbers, (rows, columns), (4, 4 * leading_dimension))
+
+
+class FakeCublas:
+    CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_GEMM_DEFAULT = 0, 1, 68, 77, -1
+
+    @staticmethod
+    def gemmEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType, algo):
+        assert (handle, Atype, Btype, Ctype, algo) == (1234, 0, 0, 0, -1) and computeType in (68, 77)
+        alpha, beta = ctypes.c_float.from_address(alpha).value, ctypes.c_float.from_address(beta).value
+        c = column_major(C, m, n, ldc)
+        product = alpha * column_major(A, m, k, lda, transa) @ column_major(B, k, n, ldb, transb)
+        c[...] = product if beta == 0 else product + beta * c
+
+    @staticmethod
+    def gemmStridedBatchedEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB, beta,
+                             C, Ctype, ldc, strideC, batchCount, computeType, algo):
+        for i in range(batchCount):
+            FakeCublas.gemmEx(handle, transa, transb, m, n, k, alpha, A + 4 * i * strideA, Atype, lda,
+                              B + 4 * i * strideB, Btype, ldb, beta, C + 4 * i * strideC, Ctype, ldc, computeType, algo)
+
+
+class FakeStream:
+    """Writes down what it is told to do: "copy", what the test adds, and after what of another stream to go on."""
+
+    def __init__(self):
+        self.log = []
+
+    def wait_event(self, event):
+        self.log.append(event.comes_after)
+
+    def synchronize(self):
+        pass
+
+
+class FakeEvent:
+    comes_after = ()    # what a stream had been told to do when the event was last recorded
+
+    def record(self, stream):
+        self.comes_after = tuple(stream.log)
+
+    def synchronize(self):
+        pass
+
+
+class FakeCupy:
+    """The module cupy, of a machine with `gpus` GPUs with `free` bytes each."""
+    ndarray = FakeArray
+
+    def __init__(self, gpus=2, capability="80", free=2 ** 30):
+        self.stream, self.streams, self.free = FakeStream(), [], free
+        self.modules = []
+
+        class CUDARuntimeError(RuntimeError):
+            pass
+
+        def get_device_count():
+            if not gpus:
+                raise CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+            return gpus
+
+        def new_stream(non_blocking):
+            assert non_blocking
+            self.streams.append(FakeStream())
+            return self.streams[-1]
+
+        device = SimpleNamespace(compute_capability=capability, mem_info=(free, 2 ** 34),
+                                 attributes={"MultiProcessorCount": 108, "ClockRate": 1410000})
+        device.use = lambda: device
+        self.cuda = SimpleNamespace(
+            runtime=SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDeviceCount=get_device_count, CUDA_R_32F=0,
+                                    getDeviceProperties=lambda index: {"name": b"Fake GPU %d" % index}),
+            device=SimpleNamespace(get_cublas_handle=lambda: 1234), Device=lambda index: device, Event=FakeEvent,
+            Stream=new_stream, get_current_stream=lambda: self.stream)
+
+    def get_default_memory_pool(self):
+        return SimpleNamespace(free_bytes=lambda: 2 ** 28)
+
+    def empty(self, shape, dtype):
+        if np.prod(shape) * np.dtype(dtype).itemsize > self.free:
+            raise MemoryError
+        return np.empty(shape, dtype).view(FakeArray)
+
+    def zeros(self, shape, dtype):
+        return np.zeros(shape, dtype).view(FakeArray)
+
+    def argsort(self, array, kind):
+        return np.argsort(array, kind=kind)
+
+    def RawModule(self, code, options):
+        launches = []
+        self.modules.append((code, options, launches))
+
+        def function(grid, block, args, shared_mem):
+            launches.append((grid, block, args, shared_mem))
+        return SimpleNamespace(get_function=lambda name: SimpleNamespace(kernel=function))
+
+
+@pytest.fixture
+def fake_cupy(monkeypatch):
+    """Puts a FakeCupy where `import` finds it."""
+    def install(**options):
+        cupy = FakeCupy(**options)
+        libs = SimpleNamespace(cublas=FakeCublas)
+        for name, module in {"cupy": cupy, "cupyx": SimpleNamespace(empty_pinned=np.empty), "cupy_backends.cuda.libs": libs,
+                             "cupy_backends.cuda": SimpleNamespace(libs=libs), "cupy_backends": SimpleNamespace()}.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        return cupy
+    return install
+
+
+@pytest.fixture(params=["cpu", "fake cuda", "cuda"])
+def device(request, fake_cupy):
+    if request.param == "cpu":
+        return CpuDevice()
+    if request.param == "fake cuda":
+        fake_cupy()
+    try:
+        return open_device("cuda", "float32")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def raises(kind, message):
+    return pytest.raises(kind, match=f"^{re.escape(message)}$")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Declarations
+
+def test_a_declaration():
+    [kernel] = parse_signatures(KERNEL).values()
+    assert kernel.name == "scale" and kernel.max_threads == 256
+    assert [tuple(p) for p in kernel.parameters] == [
+        ("out", "float32", True, False, "N, 2*C", False, True), ("tokens", "int32", True, True, "N", False, False),
+        ("weight", "float64", True, True, "C", True, True), ("counts", "uint64", True, False, "C + 1, 2", False, False),
+        *((name, dtype, False, False, "", False, False) for name, dtype in (
+            ("N", "int32"), ("C", "int32"), ("seed", "uint32"), ("skip", "uint64"),
+            ("factor", "float32"), ("offset", "float64")))]
+
+
+@pytest.mark.parametrize("source, message", [
+    ('extern "C" __global__ void k(\n    float* x,\n    int N) {}',
+     "k: expected x on a line of its own with its shape behind it: // (N, C)"),
+    ('extern "C" __global__ void k(\n    float* x, float* y,  // (N)\n    int N) {}',
+     "k: expected x on a line of its own with its shape behind it: // (N, C)"),
+    ('extern "C" __global__ void k(\n    float* x,  // (N, M)\n    int N) {}',
+     "k: the shape (N, M) of x names M, which is no integer parameter"),
+    ('extern "C" __global__ void k(half* x) {}',
+     "k: unknown type in 'half* x', expected one of float, double, int, unsigned, unsigned int, long long, unsigned long long, "
+     "size_t, unsigned char"),
+    ('extern "C" __global__ void k(int n) {}\n__global__ void other(int n) {}',
+     'a kernel beside k is not declared as: extern "C" __global__ void name('),
+])
+def test_a_declaration_that_could_not_be_checked(source, message):
+    with raises(ValueError, message):
+        parse_signatures(source)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+class Arguments(dict):
+    """Arguments of `scale` that are all right, but for those given."""
+
+    def __init__(self, **changes):
+        super().__init__(out=np.zeros((3, 8), np.float32), tokens=np.zeros(3, np.int32), weight=np.zeros(4),
+                         counts=np.zeros((5, 2), np.uint64), N=3, C=4, seed=1, skip=2, factor=0.5, offset=0.25)
+        self.update(changes)
+
+    def check(self):
+        [kernel] = parse_signatures(KERNEL).values()
+        return kernel.check(list(self.values()), CpuDevice())
+
+
+def at_odd_address(size, dtype):
+    """An array that starts one element past a multiple of 16 bytes."""
+    return np.zeros(size + 1, dtype)[1:]
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+def test_right_arguments():
+    args = Arguments()
+    values = args.check()
+    assert values[:4] == [args[name].ctypes.data for name in ("out", "tokens", "weight", "counts")]
+    assert values[4:] == [3, 4, 1, 2, 0.5, 0.25]
+    assert [value.dtype for value in values[4:]] == ["int32", "int32", "uint32", "uint64", "float32", "float64"]
+
+
+@pytest.mark.parametrize("changes", [
+    dict(out=np.zeros(24, np.float32)),                                 # the same numbers in another shape
+    dict(weight=np.zeros(0)),
+    dict(N=np.int64(3), factor=1, offset=np.float32(1), skip=2 ** 63),
+    dict(tokens=read_only(np.zeros(3, np.int32))),                      # is only read
+    dict(out=at_odd_address(3 * 6, np.float32), C=3, weight=at_odd_address(3, np.float64), counts=np.zeros(8, np.uint64)),
+    dict(N=0, out=np.zeros(0, np.float32), tokens=np.zeros(0, np.int32)),
+])
+def test_other_right_arguments(changes):
+    values = Arguments(**changes).check()
+    assert not values[2] == 0 or "weight" in changes    # an empty array arrives as a null pointer
+
+
+@pytest.mark.parametrize("changes, kind, message", [
+    (dict(out=np.zeros((3, 8))), TypeError, "out is numpy.ndarray of float64, expected numpy.ndarray of float32"),
+    (dict(tokens=np.zeros(3, np.int64)), TypeError, "tokens is numpy.ndarray of int64, expected numpy.ndarray of int32"),
+    (dict(out=[0.0] * 24), TypeError, "out is list " + repr([0.0] * 24) + ", expected numpy.ndarray of float32"),
+    (dict(out=None), TypeError, "out is NoneType None, expected numpy.ndarray of float32"),
+    (dict(out=np.zeros((3, 8), np.float32).view(FakeArray).data), TypeError, None),
+    (dict(out=np.zeros((3, 7), np.float32)), ValueError, "out has shape (3, 7), expected (N, 2*C) = (3, 8)"),
+    (dict(tokens=np.zeros(4, np.int32)), ValueError, "tokens has shape (4,), expected (N) = (3,)"),
+    (dict(counts=np.zeros(8, np.uint64)), ValueError, "counts has shape (8,), expected (C + 1, 2) = (5, 2)"),
+    (dict(weight=np.zeros(5)), ValueError, "weight has shape (5,), expected (C) = (4,) or empty"),
+    (dict(tokens=np.zeros(0, np.int32)), ValueError, "tokens has shape (0,), expected (N) = (3,)"),
+    (dict(out=np.zeros((8, 3), np.float32).T), ValueError,
+     "out has strides (4, 12) for shape (3, 8), expected it to be C-contiguous"),
+    (dict(weight=np.zeros(8)[::2]), ValueError, "weight has strides (16,) for shape (4,), expected it to be C-contiguous"),
+    (dict(out=at_odd_address(24, np.float32)), ValueError, "out starts 4 bytes past a multiple of 16, expected at one"),
+    (dict(weight=at_odd_address(4, np.float64)), ValueError, "weight starts 8 bytes past a multiple of 16, expected at one"),
+    (dict(counts=read_only(np.zeros(10, np.uint64))), ValueError, "counts is read-only, expected one to write to"),
+    (dict(N=3.0), TypeError, "N is float 3.0, expected an integer"),
+    (dict(N="3"), TypeError, "N is str '3', expected an integer"),
+    (dict(N=2 ** 31), ValueError, "N is 2147483648, expected -2147483648 to 2147483647: it is declared int32"),
+    (dict(skip=-1), ValueError, "skip is -1, expected 0 to 18446744073709551615: it is declared uint64"),
+    (dict(factor="1"), TypeError, "factor is str '1', expected a number"),
+    (dict(factor=np.zeros(1, np.float32)), TypeError, "factor is numpy.ndarray of float32, expected a number"),
+])
+def test_wrong_arguments(changes, kind, message):
+    with pytest.raises(kind, match=f"^scale: {re.escape(message)}$" if message else "^scale: out is "):
+        Arguments(**changes).check()
+
+
+def test_too_few_arguments():
+    args = Arguments()
+    del args["offset"]
+    with raises(TypeError, "scale: 9 arguments, expected 10: out, tokens, weight, counts, N, C, seed, skip, factor, offset"):
+        args.check()
+
+
+def test_an_array_of_the_other_device(fake_cupy):
+    fake_cupy()
+    gpu, cpu = open_device("cuda", "float32"), CpuDevice()
+    gpu.load(["", LAUNCH])
+    cpu.load(["", LAUNCH])
+    for device, other in ((gpu, np.zeros(3, np.float32)), (cpu, SimpleNamespace(shape=(3,), dtype="float32"))):
+        with pytest.raises(TypeError, match="^copy: inp is .* of float32, expected .*[.].* of float32$"):
+            device.launch("copy", 1, 3, device.zeros(3), other, 3)
+
+
+@pytest.mark.parametrize("grid, block, shared_bytes, message", [
+    (0, 1, 0, "a grid of (0, 1, 1) blocks, expected at least 1 and at most (2147483647, 65535, 65535)"),
+    ((1, 65536), 1, 0, "a grid of (1, 65536, 1) blocks, expected at least 1 and at most (2147483647, 65535, 65535)"),
+    (1, 1025, 0, "a block of (1025, 1, 1) threads, expected at least 1, at most (1024, 1024, 64) and 1024 in all"),
+    (1, (32, 33), 0, "a block of (32, 33, 1) threads, expected at least 1, at most (1024, 1024, 64) and 1024 in all"),
+    (1, (1, 1, 65), 0, "a block of (1, 1, 65) threads, expected at least 1, at most (1024, 1024, 64) and 1024 in all"),
+    (1, 0, 0, "a block of (0, 1, 1) threads, expected at least 1, at most (1024, 1024, 64) and 1024 in all"),
+    (1, 1, 49153, "49153 bytes of shared memory, expected 0 to 49152"),
+])
+def test_a_launch_that_not_every_gpu_can_do(device, grid, block, shared_bytes, message):
+    device.load(["", LAUNCH])
+    with raises(ValueError, f"copy: {message}"):
+        device.launch("copy", grid, block, device.zeros(1), device.zeros(1), 1, shared_bytes=shared_bytes)
+
+
+def test_launch_bounds(device):
+    device.load(["", LAUNCH.replace("copy(", "__launch_bounds__(64) copy(")])
+    with raises(ValueError, "copy: a block of (65, 1, 1) threads, expected at least 1, at most (1024, 1024, 64) and 64 in all"):
+        device.launch("copy", 1, 65, device.zeros(65), device.zeros(65), 65)
+
+
+def test_an_unknown_kernel(device):
+    device.load(["", LAUNCH])
+    with raises(ValueError, "cpy: no such kernel, expected one of copy"):
+        device.launch("cpy", 1, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What both devices do alike
+
+def normal(*shape):
+    return np.random.default_rng(len(shape)).standard_normal(shape, dtype=np.float32)
+
+
+@pytest.mark.parametrize("beta", [0, 1, -0.5])
+@pytest.mark.parametrize("transpose_b", [False, True])
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_gemm(device, batch, transpose_a, transpose_b, beta):
+    """On parts of larger arrays: rows and batches may lie apart, as those of a head's queries do."""
+    m, n, k = 5, 7, 4
+    a, b = normal(*batch, *((k, m) if transpose_a else (m, k))), normal(*batch, *((n, k) if transpose_b else (k, n)))
+    c = normal(*batch, m, n)
+
+    def part(array):
+        padded = device.to_device(np.full([length + 2 for length in array.shape], np.nan, np.float32))
+        view = padded[tuple(slice(1, -1) for _ in array.shape)]
+        view[...] = device.to_device(array)
+        return view, padded
+
+    (a_part, _), (b_part, _), (c_part, c_padded) = part(a), part(b), part(c if beta else np.full_like(c, np.nan))
+    device.gemm(c_part, 0.3, a_part, transpose_a, b_part, transpose_b, beta)
+    a, b = (np.swapaxes(array, -1, -2) if transposed else array for array, transposed in ((a, transpose_a), (b, transpose_b)))
+    assert np.allclose(device.to_host(c_part), 0.3 * a.astype(float) @ b + beta * c, rtol=0, atol=1e-5)
+    assert np.isnan(device.to_host(c_padded)).sum() == c_padded.size - c.size
+
+
+@pytest.mark.parametrize("change, kind, message", [
+    (dict(a=np.zeros((5, 4))), TypeError, "gemm: a is .* of float64, expected .* of float32"),
+    (dict(a=np.zeros((5, 3))), ValueError, r"gemm: c \(5, 7\), a \(5, 3\) and b \(4, 7\) do not fit together"),
+    (dict(a=np.zeros((2, 5, 4))), ValueError, r"gemm: a has shape \(2, 5, 4\) and strides \(80, 16, 4\), expected a matrix.*"),
+    (dict(b=np.zeros((7, 4)).T), ValueError, r"gemm: b has shape \(4, 7\) and strides \(4, 16\), expected a matrix.*"),
+    (dict(b=np.broadcast_to(np.zeros(7), (4, 7))), ValueError, r"gemm: b has shape \(4, 7\) and strides \(0, 4\), expected .*"),
+    (dict(c=np.zeros((5, 14))[:, ::2]), ValueError, r"gemm: c has shape \(5, 7\) and strides \(56, 8\), expected a matrix.*"),
+    (dict(b=np.zeros((7, 4)), transpose_a=True, transpose_b=True), ValueError,
+     r"gemm: c \(5, 7\), a \(5, 4\) transposed and b \(7, 4\) transposed do not fit together"),
+])
+def test_a_product_that_does_not_fit(fake_cupy, change, kind, message):
+    fake_cupy()
+    for device in (CpuDevice(), open_device("cuda", "float32")):
+        args = dict(c=np.zeros((5, 7)), a=np.zeros((5, 4)), b=np.zeros((4, 7)), transpose_a=False, transpose_b=False) | change
+        arrays = {}
+        for name in "cab":
+            array = args[name] if kind is TypeError and name in change else strided_copy(args[name])
+            arrays[name] = array.view(device.Array)
+        with pytest.raises(kind, match=f"^{message}$"):
+            device.gemm(arrays["c"], 1, arrays["a"], args["transpose_a"], arrays["b"], args["transpose_b"], 0)
+
+
+def strided_copy(array):
+    """float32 of the same shape, with half the strides of the float64."""
+    base = np.zeros(array.size * 2, np.float32)
+    return np.lib.stride_tricks.as_strided(base, array.shape, [stride // 2 for stride in array.strides])
+
+
+def test_argsort_is_stable(device):
+    tokens = np.random.default_rng(0).integers(0, 50, 2000).astype(np.int32)
+    order = device.to_host(device.argsort(device.to_device(tokens)))
+    assert order.dtype == np.int32 and np.array_equal(order, np.argsort(tokens, kind="stable"))
+
+
+def test_arrays(device):
+    array = normal(3, 4)
+    copy = device.to_device(array)
+    assert isinstance(copy, device.Array)
+    array[0] = 0
+    assert device.to_host(copy)[0].all()
+    transposed = device.to_device(array.T)
+    assert device.contiguous(transposed) and np.array_equal(device.to_host(transposed), array.T)
+    zeros = device.zeros((2, 3), np.int32)
+    assert zeros.dtype == np.int32 and not device.to_host(zeros).any()
+    assert device.zeros(3).dtype == device.empty(3).dtype == np.float32
+    free, total = device.memory()
+    assert 0 < free <= total
+
+
+def test_uploads(device):
+    upload = device.uploader((2, 3), np.int32)
+    batches = [np.full((2, 3), i, np.int32) for i in range(5)]
+    uploaded = None
+    for batch in batches:
+        previous, uploaded = uploaded, upload(batch)
+        assert np.array_equal(device.to_host(uploaded), batch)
+        if previous is not None:
+            assert np.array_equal(device.to_host(previous), batch - 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The GPU's device, on the stand-in
+
+def test_the_stand_in_has_the_signatures_of_cublas():
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    from cupy_backends.cuda.libs import cublas
+    for name in ("gemmEx", "gemmStridedBatchedEx"):
+        real = re.findall(r"(\w+)[,)]", getattr(cublas, name).__doc__)
+        assert real == list(inspect.signature(getattr(FakeCublas, name)).parameters)
+    for name in ("CUBLAS_OP_N", "CUBLAS_OP_T", "CUBLAS_COMPUTE_32F", "CUBLAS_COMPUTE_32F_FAST_TF32", "CUBLAS_GEMM_DEFAULT"):
+        assert getattr(cublas, name) == getattr(FakeCublas, name)
+
+
+def test_a_launch_on_a_gpu(fake_cupy):
+    cupy = fake_cupy()
+    device = open_device("cuda", "float32")
+    device.load(["// in front\n", LAUNCH])
+    assert not cupy.modules
+    out, inp = device.zeros(3), device.zeros(3)
+    for _ in range(2):
+        device.launch("copy", (1, 2), 3, out, inp, 3, shared_bytes=16)
+    [(code, options, launches)] = cupy.modules
+    assert code == "// in front\n" + LAUNCH and options == ("--std=c++17",)
+    assert launches == 2 * [((1, 2, 1), (3, 1, 1), [out.data.ptr, inp.data.ptr, np.int32(3)], 16)]
+    assert launches[0][2][2].dtype == np.int32
+
+
+def test_an_upload_waits_for_the_kernels_that_used_its_buffer(fake_cupy):
+    cupy = fake_cupy()
+    upload = open_device("cuda", "float32").uploader(3, np.int32)
+    [copies] = cupy.streams
+    arrays = []
+    for i in range(6):
+        cupy.stream.log.append(f"kernels {i}")      # they use what upload i - 1 returned
+        arrays.append(upload(np.zeros(3, np.int32)))
+        before_copy, copy = copies.log[-2:]
+        assert copy == "copy" and cupy.stream.log[-1] == tuple(copies.log)      # later kernels wait for the copy
+        if i >= 2:
+            assert arrays[i] is arrays[i - 2] and arrays[i] is not arrays[i - 1]
+            assert f"kernels {i - 1}" in before_copy and f"kernels {i}" not in before_copy
+
+
+def test_peak_flops(fake_cupy):
+    fake_cupy(capability="80")
+    assert open_device("cuda", "float32").peak_flops() == pytest.approx(19.5e12, rel=0.01)    # as NVIDIA states for the A100
+    assert open_device("cuda", "tf32").peak_flops() == pytest.approx(156e12, rel=0.01)
+    fake_cupy(capability="130")
+    assert open_device("cuda", "float32").peak_flops() is None
+
+
+def test_tf32(fake_cupy, monkeypatch):
+    fake_cupy()
+    types = []
+    monkeypatch.setattr(FakeCublas, "gemmEx", lambda *args: types.append(args[-2]))
+    for dtype in ("float32", "tf32"):
+        device = open_device("cuda", dtype)
+        device.gemm(device.zeros((2, 2)), 1, device.zeros((2, 2)), False, device.zeros((2, 2)), False, 0)
+    assert types == [68, 77]
+
+
+def test_out_of_memory(fake_cupy):
+    fake_cupy(free=2 ** 29)
+    device = open_device("cuda:1", "float32")
+    with raises(UserError, "out of memory on Fake GPU 1: 8,192 MiB asked for, 768 MiB of 16,384 MiB free; "
+                           "choose a smaller --batch-size or --sequence-length"):
+        device.empty((2 ** 21, 2 ** 10))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Opening a device
+
+@pytest.mark.parametrize("name, dtype, status, message", [
+    ("cpu", "tf32", 2, "--dtype tf32 needs a GPU; with --device cpu leave it at float32"),
+    ("gpu", "float32", 2, "--device gpu: expected cpu, cuda, or cuda:1 for the second GPU"),
+    ("cuda:x", "float32", 2, "--device cuda:x: expected cpu, cuda, or cuda:1 for the second GPU"),
+    ("cuda:2", "float32", 1, "--device cuda:2: there are 2 GPUs here, the last being cuda:1"),
+    ("cuda", "tf32", 1, "--dtype tf32 needs a GPU of compute capability 8.0; Fake GPU 0 has 7.5: leave it at float32"),
+])
+def test_no_such_device(fake_cupy, name, dtype, status, message):
+    fake_cupy(capability="75")
+    with raises(UserError, message) as caught:
+        open_device(name, dtype)
+    assert caught.value.status == status
+
+
+def test_cuda_without_a_gpu(fake_cupy):
+    fake_cupy(gpus=0)
+    with raises(UserError, "--device cuda needs an NVIDIA GPU and its driver (cudaErrorNoDevice: no CUDA-capable device is "
+                           "detected); without one choose --device cpu, or train_gpt2.py, which is made for the CPU"):
+        open_device("cuda", "float32")
+
+
+def test_cuda_without_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with raises(UserError, "--device cuda needs CuPy and its CUDA libraries (import of cupy halted; None in sys.modules): "
+                           "pip install -r requirements-gpu.txt, or choose --device cpu"):
+        open_device("cuda", "float32")
+
+
+def test_devices_have_the_same_methods():
+    def methods(kind):
+        return {name for name in dir(kind) if not name.startswith("_")}
+    assert methods(CpuDevice) - methods(CudaDevice) == {"Array", "function"}
+    assert methods(CudaDevice) - methods(CpuDevice) == {"allocate"}

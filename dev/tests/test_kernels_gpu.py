@@ -1,0 +1,462 @@
+"""
+The CUDA kernels against the slow float64 implementation (kernels_float64.py) and against the CPU kernels.
+
+    python -m pytest dev/tests/test_kernels_gpu.py        as tests; -s also prints the worst error of every output
+
+Every test runs on three devices: on the CPU with all memory accesses checked, on the CPU with a block's threads run from
+the last to the first (dev/cuda_on_cpu), and on the GPU, where there is one. What is compared and how, what starts as NaN and
+what from other numbers than zero is as in test_kernels.py.
+"""
+import inspect
+
+import kernels_cpu
+import kernels_float64 as exact
+import kernels_gpu
+import numpy as np
+import pytest
+import test_kernels as cpu
+from dev.cuda_on_cpu import CpuDevice
+from device import open_device
+from files import UserError
+from test_kernels import BETA1, BETA2, EMPTY, EPSILON, LEARNING_RATE, Accumulator, Case, collect, integers, normal, unset
+
+OUTPUTS = {
+    **{kernel: cpu.OUTPUTS[kernel] for kernel in (
+        "encoder_forward", "encoder_backward", "layernorm_forward", "layernorm_backward", "matmul_forward", "matmul_backward",
+        "attention_forward", "attention_backward", "gelu_backward", "fused_classifier", "global_norm", "adamw_update")},
+    "residual_layernorm_forward": ("residual", "out", "mean", "rstd"),
+    "bias_gelu_forward": ("out", "inp"),
+    "add_mean_loss": ("total",),
+}
+BOUND = cpu.BOUND
+BOUNDS = {"attention_backward": cpu.BOUNDS["attention_backward"]}
+DEVICES = {
+    "cpu-sanitized": lambda: CpuDevice(sanitize=True),      # first: to the others, a wrong address may be the end
+    "cpu-reversed": lambda: CpuDevice(reverse=True),
+    "cuda": lambda: open_device("cuda", "float32"),
+}
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def run(request):
+    """run(kernel, args): output name -> array of one call of a kernel, on one device after another."""
+    try:
+        device = DEVICES[request.param]()
+    except UserError as error:
+        pytest.skip(str(error))
+    return Runner(device)
+
+
+# Calling the kernels
+
+class Runner:
+    """The kernels of kernels_gpu.py on one device, behind the interface of kernels_float64.py."""
+
+    def __init__(self, device):
+        self.device = device
+        kernels_gpu.use(device)
+
+    def __call__(self, kernel, args):
+        """Arrays among the arguments move to the device, results move back."""
+        kernels_gpu.use(self.device)
+        args = {name: self.device.to_device(arg) if isinstance(arg, np.ndarray) else arg for name, arg in args.items()}
+        values = getattr(self, kernel)(**args)
+        values = values if isinstance(values, tuple) else (values,)
+        return {output: value.added(self.device) if isinstance(value, Added) else self.device.to_host(value)
+                for output, value in zip(OUTPUTS[kernel], values)}
+
+    def unset(self, *shape):
+        return self.device.to_device(unset(*shape))
+
+    def accumulator(self, *shape):
+        return Added(self.device, *shape)
+
+    def encoder_forward(self, tokens, wte, wpe):
+        out = self.unset(tokens.size, wte.shape[1])
+        kernels_gpu.encoder_forward(out, tokens, wte, wpe)
+        return out
+
+    def encoder_backward(self, dout, tokens, wte_shape, wpe_shape):
+        dwte, dwpe = self.accumulator(*wte_shape), self.accumulator(*wpe_shape)
+        kernels_gpu.encoder_backward(dwte.array, dwpe.array, dout, tokens)
+        return dwte, dwpe
+
+    def layernorm_forward(self, inp, weight, bias):
+        out, mean, rstd = self.unset(*inp.shape), self.unset(len(inp)), self.unset(len(inp))
+        kernels_gpu.layernorm_forward(out, mean, rstd, inp, weight, bias)
+        return out, mean, rstd
+
+    def residual_layernorm_forward(self, inp1, inp2, inp2_bias, weight, bias):
+        residual, out = self.unset(*inp1.shape), self.unset(*inp1.shape)
+        mean, rstd = self.unset(len(inp1)), self.unset(len(inp1))
+        kernels_gpu.residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, inp2_bias, weight, bias)
+        return residual, out, mean, rstd
+
+    def layernorm_backward(self, dout, inp, weight):
+        _, mean, rstd = exact.layernorm_forward(self.device.to_host(inp), np.ones(weight.size), np.zeros(weight.size))
+        dinp, dweight, dbias = self.accumulator(*inp.shape), self.accumulator(weight.size), self.accumulator(weight.size)
+        kernels_gpu.layernorm_backward(dinp.array, dweight.array, dbias.array, dout,
+                                       self.device.to_device(mean.astype(np.float32)),
+                                       self.device.to_device(rstd.astype(np.float32)), inp, weight)
+        return dinp, dweight, dbias
+
+    def matmul_forward(self, inp, weight, bias):
+        out = self.unset(len(inp), len(weight))
+        kernels_gpu.matmul_forward(out, inp, weight, bias)
+        return out
+
+    def matmul_backward(self, dout, inp, weight):
+        dinp, dweight, dbias = self.unset(*inp.shape), self.accumulator(*weight.shape), self.accumulator(len(weight))
+        kernels_gpu.matmul_backward(dinp, dweight.array, dbias.array, dout, inp, weight)
+        return dinp, dweight, dbias
+
+    def attention_forward(self, qkv, B, T, NH):
+        out, lse = self.unset(B * T, qkv.shape[1] // 3), self.unset(B, NH, T)
+        kernels_gpu.attention_forward(out, lse, qkv, self.unset(NH, T, T))
+        return out, lse
+
+    def attention_backward(self, dout, qkv, B, T, NH):
+        out, lse = exact.attention_forward(self.device.to_host(qkv), B, T, NH)
+        dqkv = self.unset(*qkv.shape)
+        kernels_gpu.attention_backward(dqkv, dout, self.device.to_device(out.astype(np.float32)),
+                                       self.device.to_device(lse.astype(np.float32)), qkv,
+                                       self.unset(NH, T, T), self.unset(NH, T, T))
+        return dqkv
+
+    def bias_gelu_forward(self, inp, bias):
+        out = self.unset(*inp.shape)
+        kernels_gpu.bias_gelu_forward(out, inp, bias)
+        return out, inp
+
+    def gelu_backward(self, dout, inp):
+        dinp = self.unset(*inp.shape)
+        kernels_gpu.gelu_backward(dinp, dout, inp)
+        return dinp
+
+    def fused_classifier(self, logits, targets, dloss, V):
+        losses = self.unset(len(logits))
+        kernels_gpu.fused_classifier(losses, logits, targets, dloss, V)
+        return losses, logits
+
+    def add_mean_loss(self, losses, scale):
+        total = self.accumulator(1)
+        kernels_gpu.add_mean_loss(total.array, losses, scale)
+        return total
+
+    def global_norm(self, grads):
+        norm = self.unset(1)
+        kernels_gpu.global_norm(norm, grads)
+        return norm
+
+    def adamw_update(self, params, grads, m, v, grad_scale, norm=8.0, grad_clip=None, **settings):
+        """A grad_scale below 1 is made by a grad_clip that is as much shorter than the norm."""
+        grad_clip = grad_scale * norm if grad_clip is None else grad_clip
+        norm = self.device.to_device(np.full(1, norm, dtype=np.float32))
+        kernels_gpu.adamw_update(params, grads, m, v, norm, grad_clip=grad_clip, **settings)
+        if np.isfinite(self.device.to_host(norm)):
+            assert not self.device.to_host(grads).any(), "adamw_update must clear the gradients"
+        return params, m, v
+
+
+class Added(Accumulator):
+    """An Accumulator whose array is on a device."""
+
+    def __init__(self, device, *shape):
+        super().__init__(*shape)
+        self.array = device.to_device(self.array)
+
+    def added(self, device):
+        return device.to_host(self.array).astype(np.float64) - self.start
+
+
+class Exact:
+    """kernels_float64.py, and the fused kernels made of its parts."""
+
+    def __getattr__(self, kernel):
+        return getattr(exact, kernel)
+
+    def residual_layernorm_forward(self, inp1, inp2, inp2_bias, weight, bias):
+        residual = exact.residual_forward(inp1, inp2) + (inp2_bias.astype(np.float64) if inp2_bias.size else 0)
+        return residual, *exact.layernorm_forward(residual, weight, bias)
+
+    def bias_gelu_forward(self, inp, bias):
+        inp = inp.astype(np.float64) + bias
+        return exact.gelu_forward(inp), inp
+
+    def add_mean_loss(self, losses, scale):
+        return np.array([scale * losses.astype(np.float64).sum()])
+
+    def global_norm(self, grads):
+        return np.array([exact.global_norm(grads)])
+
+
+def expected(kernel, args):
+    values = getattr(Exact(), kernel)(**args)
+    values = values if isinstance(values, tuple) else (values,)
+    return dict(zip(OUTPUTS[kernel], values))
+
+
+def check(kernel, actual, expected, bound=None):
+    cpu.check(kernel, actual, expected, bound or BOUNDS.get(kernel, BOUND))
+
+
+# The cases: every kernel at sizes that take each of its ways, most of them awkward. 1,100 channels are more than a block of
+# 256 threads takes in one round, 1,100 rows more than are summed in one launch; rows whose length is a multiple of 4 are
+# read 16 bytes at a time, the others 4.
+
+def residual_layernorm_cases(N, C):
+    args = dict(inp1=3 * normal(N, C) + 1, inp2=normal(N, C, seed=1), inp2_bias=normal(C), weight=normal(C, seed=1),
+                bias=normal(C, seed=2))
+    yield Case("residual_layernorm_forward", f"N{N}-C{C}", args)
+    yield Case("residual_layernorm_forward", f"N{N}-C{C}-nobias", {**args, "inp2_bias": EMPTY})
+
+
+def gelu_cases(N, C):
+    inp = 2 * normal(N, C)
+    yield Case("bias_gelu_forward", f"N{N}-C{C}", dict(inp=inp, bias=normal(C)))
+    yield Case("gelu_backward", f"N{N}-C{C}", dict(dout=normal(N, C, seed=1), inp=inp))
+
+
+def loss_cases(N):
+    yield Case("add_mean_loss", f"N{N}", dict(losses=normal(N) + 3, scale=1 / N))
+
+
+def norm_cases(size):
+    yield Case("global_norm", f"size{size}", dict(grads=normal(size)))
+
+
+CASES = (
+    collect(cpu.encoder_cases, (1, 1, 1), (3, 13, 21), (2, 67, 36), (2, 3, 1100))
+    + collect(cpu.layernorm_cases, (1, 1), (2, 7), (13, 21), (13, 36), (3, 1100), (2, 1101), (1100, 12))
+    + collect(residual_layernorm_cases, (1, 1), (2, 7), (13, 21), (13, 36), (3, 1100), (2, 1101))
+    + collect(cpu.matmul_cases, (1, 1, 1), (2, 7, 5), (13, 36, 109), (3, 5, 1100), (1100, 5, 36), (1101, 3, 21))
+    + collect(cpu.attention_cases, (1, 1, 1, 1), (3, 2, 1, 7), (1, 13, 3, 12), (2, 67, 2, 5), (1, 8, 1, 65), (2, 132, 3, 4))
+    + collect(gelu_cases, (1, 1), (13, 7), (13, 36), (3, 1100), (2, 1101))
+    + collect(cpu.classifier_cases, (1, 1, 128, 1), (5, 7, 7, 1), (13, 65, 128, 30), (2, 4999, 5000, 3), (2, 5001, 5003, 3))
+    + collect(loss_cases, (1,), (1000,), (3001,))
+    + collect(norm_cases, (1,), (1000,), (1003,), (2100003,))
+    + collect(cpu.adamw_cases, (1, 1, 0.1, 1.0), (1003, 1, 0.0, 1.0), (1004, 10, 0.1, 0.25), (2052, 2, 0.1, 1.0))
+)
+
+# One of a moderate size for each kernel, for what need not be tried at every size.
+CASE = {case.kernel: case.args for case in CASES if case.sizes in (
+    "B3-T13-C21", "N13-C36", "N13-C36-OC109", "B1-T13-NH3-HS12", "N13-V65-Vp128-spread30", "N1000", "size1000",
+    "size1004-step10-decay0.1-scale0.25")}
+assert CASE.keys() == OUTPUTS.keys()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(run, case):
+    actual, exactly = run(case.kernel, case.args), expected(case.kernel, case.args)
+    for output in exactly:
+        error = cpu.relative_error(actual[output], exactly[output])
+        worst[case.kernel, output] = np.maximum(worst.get((case.kernel, output), 0), error)
+    check(case.kernel, actual, exactly)
+
+
+worst = {}   # (kernel, output) -> largest error over all sizes and devices
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report():
+    yield
+    print(f"\n{'kernel':26} {'output':8} {'worst error':>11}  {'bound':>7}")
+    for (kernel, output), error in worst.items():
+        print(f"{kernel:26} {output:8} {error:11.1e}  {BOUNDS.get(kernel, BOUND):7.0e}")
+
+
+# What holds for every kernel
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in OUTPUTS if kernel in cpu.OUTPUTS])
+def test_against_the_cpu_kernels(run, kernel):
+    on_cpu = cpu.results(cpu.Fast, kernel, CASE[kernel])
+    check(kernel, run(kernel, CASE[kernel]), on_cpu, 2 * BOUNDS.get(kernel, BOUND))
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in OUTPUTS if hasattr(kernels_cpu, kernel)])
+def test_arguments_are_those_of_the_cpu_kernels(kernel):
+    """In the same order, but for what is the GPU's alone: scratch at the end, and numbers that stay on the device."""
+    arguments = inspect.signature(getattr(kernels_gpu, kernel)).parameters.keys()
+    of_cpu = inspect.signature(getattr(kernels_cpu, kernel).py_func).parameters.keys()
+    shared = [name for name in arguments if name not in ("norm", "scores", "dscores", "grad_clip")]
+    assert shared == [name for name in of_cpu if name not in ("threads", "grad_scale")]
+
+
+@pytest.mark.parametrize("kernel", OUTPUTS)
+def test_same_input_gives_the_same_bits(run, kernel):
+    for case in CASES:
+        if case.kernel == kernel and max(np.size(arg) for arg in case.args.values()) < 10000:
+            cpu.assert_same_bits(run(kernel, case.args), run(kernel, case.args))
+
+
+def test_order_of_threads_does_not_change_a_bit():
+    """What depends on which thread comes first is a race, a missing barrier for example."""
+    for kernel, args in CASE.items():
+        forward, backward = (Runner(CpuDevice(reverse=reverse))(kernel, args) for reverse in (False, True))
+        cpu.assert_same_bits(forward, backward)
+
+
+def spoilt(kernel, value):
+    """(name, args) with one element of one floating-point input set to value, for each such input."""
+    for name, array in CASE[kernel].items():
+        if isinstance(array, np.ndarray) and array.dtype == np.float32:
+            array = array.copy()
+            # Half-way in, but among what is read: token 2, position 6, a column of the vocabulary.
+            array[tuple(2 if name == "wte" else size // 2 if size < 128 else 40 for size in array.shape)] = value
+            yield name, {**CASE[kernel], name: array}
+
+
+@pytest.mark.parametrize("kernel", OUTPUTS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_not_finite_comes_out(run, kernel, value):
+    """NaN or infinity in one element of an input reaches every element of the outputs that it reaches in float64.
+
+    And no other, except in attention: there NaN also reaches some elements which it is multiplied into with a weight of
+    zero. Infinities may do as much harm as NaN.
+    """
+    for name, args in spoilt(kernel, value):
+        actual, exactly = run(kernel, args), expected(kernel, args)
+        assert any(not np.isfinite(exactly[output]).all() for output in exactly), name
+        for output in exactly:
+            missed = np.isfinite(actual[output]) & ~np.isfinite(exactly[output])
+            extra = ~np.isfinite(actual[output]) & np.isfinite(exactly[output])
+            assert not missed.any(), f"{value} in {name} vanished from {missed.sum()} elements of {output}"
+            if np.isnan(value) and "attention" not in kernel:
+                assert not extra.any(), f"{value} in {name} spread to {extra.sum()} elements of {output}"
+
+
+# What holds for one kernel
+
+def test_layernorm_of_numbers_far_from_zero(run):
+    """With a mean of 1000 times the deviation, E[x^2] - E[x]^2 would have no correct digit left."""
+    args = dict(inp=normal(13, 768) + 1000, weight=normal(768), bias=normal(768, seed=1))
+    check("layernorm_forward", run("layernorm_forward", args), expected("layernorm_forward", args), 1e-4)
+
+
+def test_odd_rows_need_no_alignment(run):
+    """Tensors that follow one of odd length start at any multiple of 4 bytes."""
+    C, device = 21, run.device
+    args = cpu.collect(cpu.layernorm_cases, (13, C))[0].args
+    buffers = {name: device.to_device(np.append(np.float32(0), array)) for name, array in args.items()}
+    inp, weight, bias = (buffers[name][1:].reshape(args[name].shape) for name in args)
+    out, mean, rstd = run.layernorm_forward(inp, weight, bias)
+    check("layernorm_forward", dict(out=device.to_host(out)), dict(out=expected("layernorm_forward", args)["out"]))
+
+
+def test_matmul_backward_without_bias(run):
+    args, device = CASE["matmul_backward"], run.device
+    dinp, dweight = run.unset(*args["inp"].shape), device.zeros(args["weight"].shape)
+    kernels_gpu.use(device)
+    kernels_gpu.matmul_backward(dinp, dweight, device.zeros(0), **{name: device.to_device(args[name]) for name in args})
+    exactly = expected("matmul_backward", args)
+    del exactly["dbias"]
+    check("matmul_backward", dict(dinp=device.to_host(dinp), dweight=device.to_host(dweight)), exactly)
+
+
+@pytest.mark.parametrize("changed", [1, 64, 100])
+def test_attention_never_looks_ahead(run, changed):
+    """What comes out before a position is the same, bit for bit, whatever stands at that position and after it."""
+    B, T, NH = 1, 132, 3
+    qkv = normal(B * T, 36 * 3)
+    later = qkv.copy()
+    later[changed:] = 7 * normal(T - changed, 36 * 3, seed=1)
+    first, second = (run("attention_forward", dict(qkv=x, B=B, T=T, NH=NH)) for x in (qkv, later))
+    assert first["out"][:changed].tobytes() == second["out"][:changed].tobytes()
+    assert first["lse"][..., :changed].tobytes() == second["lse"][..., :changed].tobytes()
+    assert not np.any(first["out"][changed:] == second["out"][changed:])
+
+
+def test_attention_with_large_scores(run):
+    """Scores of several hundred: exp of them would overflow if the largest were not taken off first."""
+    args = dict(qkv=10 * normal(65, 36 * 3), B=1, T=65, NH=3)
+    check("attention_forward", run("attention_forward", args), expected("attention_forward", args))
+    args["dout"] = normal(65, 36)
+    check("attention_backward", run("attention_backward", args), expected("attention_backward", args), 5e-5)
+
+
+def test_gelu_over_its_whole_range(run):
+    """Element by element, since a few large numbers would hide the others: both tails, and either side of zero."""
+    x = np.concatenate([np.linspace(-30, 30, 601), 10.0 ** np.arange(-30, 0), -(10.0 ** np.arange(-30, 0))])
+    x = x.astype(np.float32).reshape(1, -1)
+    one = np.ones_like(x)
+    out = run("bias_gelu_forward", dict(inp=x, bias=np.zeros(x.size, np.float32)))["out"]
+    np.testing.assert_allclose(out, exact.gelu_forward(x), rtol=5e-6, atol=1e-30)
+    dinp = run("gelu_backward", dict(dout=one, inp=x))["dinp"]
+    np.testing.assert_allclose(dinp, exact.gelu_backward(one, x), rtol=1e-5, atol=1e-7)
+
+
+def test_gelu_backward_in_place(run):
+    args, device = CASE["gelu_backward"], run.device
+    dout = device.to_device(args["dout"])
+    kernels_gpu.use(device)
+    kernels_gpu.gelu_backward(dout, dout, device.to_device(args["inp"]))
+    cpu.assert_same_bits(dict(dinp=device.to_host(dout)), run("gelu_backward", args))
+
+
+@pytest.mark.parametrize("padding", [80, 1e30, np.inf, np.nan])
+def test_padding_gets_no_probability_and_no_gradient(run, padding):
+    args = CASE["fused_classifier"]
+    V, logits = args["V"], args["logits"].copy()
+    logits[:, V:] = padding
+    actual = run("fused_classifier", {**args, "logits": logits})
+    assert not actual["dlogits"][:, V:].any()
+    cpu.assert_same_bits(actual, run("fused_classifier", args))
+
+
+def test_classifier_over_the_whole_range_of_exp(run):
+    """Probabilities down to 1e-37, each held to its own size, and the largest logit met first or last."""
+    V = 8001
+    logits = np.linspace(0, -85, V, dtype=np.float32).reshape(1, -1)
+    for args in (dict(logits=logits, targets=np.array([V - 1], dtype=np.int32), dloss=1.0, V=V),
+                 dict(logits=logits[:, ::-1].copy(), targets=np.array([0], dtype=np.int32), dloss=1.0, V=V)):
+        actual, exactly = run("fused_classifier", args), expected("fused_classifier", args)
+        for output in exactly:
+            np.testing.assert_allclose(actual[output], exactly[output], rtol=1e-6)
+
+
+def test_classifier_with_large_logits(run):
+    """A target that is certain costs nothing, one that is ruled out costs the whole distance."""
+    logits = np.full((2, 128), -80, dtype=np.float32)
+    logits[:, 3] = 80
+    args = dict(logits=logits, targets=np.array([3, 4], dtype=np.int32), dloss=1.0, V=100)
+    losses, dlogits = run("fused_classifier", args).values()
+    np.testing.assert_array_equal(losses, [0, 160])
+    np.testing.assert_array_equal(dlogits[0], 0)
+    np.testing.assert_array_equal(dlogits[1].nonzero(), [[3, 4]])
+    np.testing.assert_array_equal(dlogits[1, 3:5], [1, -1])
+
+
+def test_global_norm_of_unequal_numbers(run):
+    """A large number followed by a million small ones, each of which a float32 sum of squares would round away."""
+    grads = np.full(1000003, 1e-4, dtype=np.float32)
+    grads[0] = 1
+    check("global_norm", run("global_norm", dict(grads=grads)), expected("global_norm", dict(grads=grads)), 1e-7)
+    large = run("global_norm", dict(grads=np.full(3, 1e30, dtype=np.float32)))
+    assert 1e30 < large["norm"][0] < 2e30, "squares must not overflow"
+
+
+def test_adamw_without_gradient_only_decays(run):
+    args = {**CASE["adamw_update"], "grads": np.zeros(1004, np.float32), "m": np.zeros(1004, np.float32)}
+    params = run("adamw_update", args)["params"]
+    np.testing.assert_allclose(params, args["params"] * (1 - LEARNING_RATE * 0.1), rtol=2e-7)
+
+
+@pytest.mark.parametrize("norm, grad_clip, scale", [(0.5, 1.0, 1.0), (1.0, 1.0, 1.0), (4.0, 1.0, 0.25), (4.0, 0.0, 1.0)])
+def test_adamw_clips_only_what_is_longer(run, norm, grad_clip, scale):
+    """A shorter gradient is not stretched, and a grad_clip of 0 clips nothing."""
+    args = CASE["adamw_update"]
+    actual = run("adamw_update", {**args, "norm": norm, "grad_clip": grad_clip})
+    check("adamw_update", actual, expected("adamw_update", {**args, "grad_scale": scale}))
+
+
+@pytest.mark.parametrize("norm", [np.inf, np.nan])
+def test_adamw_changes_nothing_if_the_norm_is_not_finite(run, norm):
+    device = run.device
+    names = ("params", "grads", "m", "v")
+    arrays = {name: device.to_device(CASE["adamw_update"][name]) for name in names}
+    kernels_gpu.use(device)
+    kernels_gpu.adamw_update(*arrays.values(), device.to_device(np.full(1, norm, dtype=np.float32)), LEARNING_RATE, BETA1,
+                             BETA2, EPSILON, weight_decay=0.1, grad_clip=1.0, step=1)
+    for name in names:
+        assert device.to_host(arrays[name]).tobytes() == CASE["adamw_update"][name].tobytes(), name

@@ -1,0 +1,212 @@
+"""The whole GPU program: against the PyTorch reference, against the CPU program, and what a user's mistakes look like.
+
+The checks of test_gpt2.py, on three devices: on the CPU with a block's threads run from the first to the last and from the
+last to the first (dev/cuda_on_cpu), and on the GPU, where there is one.
+"""
+import csv
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import test_gpt2
+import train_gpt2
+import train_gpt2_gpu
+from dataloader import DataLoader, write_tokens
+from dev.cuda_on_cpu import CpuDevice
+from device import CudaDevice, open_device
+from files import UserError, run_program
+from gpt2 import model_config
+
+STEPS = 20
+DEVICES = {
+    "cpu": CpuDevice,
+    "cpu-reversed": lambda: CpuDevice(reverse=True),
+    "cuda": lambda: open_device("cuda", "float32"),
+}
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def on(request):
+    """A device."""
+    if request.param != "cuda" and not shutil.which("g++"):
+        pytest.skip("no g++ to compile the CUDA source with")
+    try:
+        return DEVICES[request.param]()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the program in this process with the given flags; returns its status, output and errors."""
+    def run(*flags, program=train_gpt2_gpu):
+        monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, flags)])
+        status = 0
+        try:
+            run_program(program.main)
+        except SystemExit as error:
+            status = error.code
+        return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
+    return run
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    write_tokens(tmp_path / "tokens.bin", np.random.default_rng(0).integers(50, size=2000))
+    return tmp_path / "tokens.bin"
+
+
+# Against PyTorch and against the CPU program
+
+def model_on(on):
+    """train_gpt2_gpu.GPT2 as test_gpt2.py makes models, with tokens and targets that are still NumPy's."""
+    class Model(train_gpt2_gpu.GPT2):
+        def __init__(self, config, batch_size, sequence_length, threads):
+            super().__init__(config, batch_size, sequence_length, on)
+
+        def forward(self, tokens):
+            super().forward(on.to_device(tokens))
+
+        def loss(self, targets):
+            return super().loss(on.to_device(targets))
+
+        def backward(self, targets, accumulation_steps=1):
+            return super().backward(on.to_device(targets), accumulation_steps)
+
+    return Model
+
+
+@pytest.mark.parametrize("check", test_gpt2.CHECKS["tiny"])
+def test_tiny_model_against_pytorch(on, check):
+    reference = test_gpt2.Reference(test_gpt2.TINY, test_gpt2.BOUNDS["tiny"])
+    failed = [row for row in check(model_on(on), reference) if not row.ok]
+    assert not failed
+
+
+def test_chunks_of_the_classifier(on, monkeypatch):
+    """A batch of more rows than have logits at a time has the same loss and gradients."""
+    reference = test_gpt2.Reference(test_gpt2.TINY, test_gpt2.BOUNDS["tiny"])
+    monkeypatch.setattr(train_gpt2_gpu, "CLASSIFIER_ROWS", 50)
+    rows = [*test_gpt2.check_gradients(model_on(on), reference), *test_gpt2.check_losses(model_on(on), reference)]
+    assert all(row.ok for row in rows)
+
+
+def columns(path, *names):
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    return np.array([[float(row[name] or "nan") for name in names] for row in rows])
+
+
+def test_training_like_the_cpu_program(run, tokens, tmp_path):
+    """Twenty steps with accumulation and clipping, and a validation: losses and norms to 1e-5 relative."""
+    flags = ("--model", "d2", "--batch-size", 2, "--sequence-length", 9, "--total-batch-size", 36, "--num-iterations", STEPS,
+             "--input-bin", tokens, "--input-val-bin", tokens, "--val-max-steps", 2, "--sample-every", 0, "--learning-rate", 1e-3,
+             "--warmup-iters", 2, "--val-loss-every", 10)
+    for program, own in ((train_gpt2, ()), (train_gpt2_gpu, ("--device", "cpu"))):
+        finished = run(*flags, *own, "--output-dir", tmp_path / program.__name__, program=program)
+        assert finished.status == 0, finished.err
+    cpu, gpu = (columns(tmp_path / program.__name__ / "log.csv", "train_loss", "val_loss", "grad_norm")
+                for program in (train_gpt2, train_gpt2_gpu))
+    assert len(cpu) == STEPS + 2
+    np.testing.assert_allclose(gpu, cpu, rtol=1e-5)
+    assert cpu[0, 0] - cpu[-2, 0] > 1e-2     # it has learned something, so the steps were not all the same
+
+
+def test_the_same_run_twice_gives_the_same_bits(on):
+    reference = test_gpt2.Reference(test_gpt2.TINY, 0)
+    runs = [list(test_gpt2.train(test_gpt2.build(model_on(on), reference), reference)) for _ in range(2)]
+    assert runs[0] == runs[1] and np.isfinite(runs[0]).all()
+
+
+def test_a_norm_that_is_not_finite_updates_nothing(on):
+    reference = test_gpt2.Reference(test_gpt2.TINY, 0)
+    model = test_gpt2.build(model_on(on), reference)
+    test_gpt2.run(model, reference.tokens, reference.targets)
+    model.grads.lnfb[0] = np.nan
+    before = [on.to_host(tensors.flat) for tensors in (model.params, model.grads, model.adam_m)]
+    model.update(1, 0.1, 0.1, model.gradient_norm(), 1.0)
+    after = [on.to_host(tensors.flat) for tensors in (model.params, model.grads, model.adam_m)]
+    for was, now in zip(before, after):
+        np.testing.assert_array_equal(was, now)
+
+
+# Batches
+
+def test_prefetched_batches_are_those_of_the_loader(on, tokens):
+    plain, prefetched = (DataLoader(tokens, 2, 16, 50257) for _ in range(2))
+    prefetched = train_gpt2_gpu.Prefetch(prefetched, on)
+    for batch in range(70):         # a good way round: there are 62
+        if batch == 5:
+            plain.reset()
+            prefetched.reset()
+        for expected, found in zip(plain.next_batch(), prefetched.next_batch()):
+            np.testing.assert_array_equal(on.to_host(found), expected)
+    assert (prefetched.num_tokens, prefetched.batches) == (plain.num_tokens, plain.batches)
+
+
+# Memory
+
+def test_memory_needed_is_what_is_allocated(monkeypatch):
+    counting, allocated = CpuDevice(), []
+    for name in ("zeros", "empty"):
+        monkeypatch.setattr(counting, name, lambda size, make=getattr(counting, name): allocated.append(size) or make(size))
+    config = model_config("d2")
+    train_gpt2_gpu.GPT2(config, 2, 8, counting)
+    assert 4 * sum(allocated) == pytest.approx(train_gpt2_gpu.memory_needed(config, 2, 8), abs=64)
+
+
+def test_too_large_a_model_is_refused_before_anything_is_allocated(run, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(CpuDevice, "memory", lambda self: (100_000_000, 200_000_000))
+    finished = run("--device", "cpu", "--model", "d4", "--input-bin", tokens, "--batch-size", 3, "--sequence-length", 10,
+                   "--sample-every", 0, "--output-dir", tmp_path / "out")
+    assert finished.status == 1 and finished.err.count("\n") == 1
+    for part in ("d4", "3 x 10", "0.3 GB", "0.1 of its 0.2 GB free", "--batch-size"):
+        assert part in finished.err
+    assert not (tmp_path / "out").exists()
+
+
+# Mistakes
+
+@pytest.mark.parametrize("flags, status, parts", [
+    (("--device", "gpu"), 2, ("--device gpu", "expected cpu, cuda")),
+    (("--device", "cpu", "--dtype", "tf32"), 2, ("--dtype tf32", "needs a GPU")),
+    (("--dtype", "bfloat16"), 2, ("--dtype", "'bfloat16'", "'tf32'")),
+])
+def test_mistake_on_the_command_line(run, tokens, tmp_path, flags, status, parts):
+    finished = run("--input-bin", tokens, "--sample-every", 0, "--output-dir", tmp_path / "out", *flags)
+    assert finished.status == status and finished.err.count("\n") == 1
+    for part in parts:
+        assert part in finished.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_gpu_one_line_says_what_to_do(run, tokens, tmp_path):
+    try:
+        CudaDevice(0, "float32")
+    except UserError:
+        finished = run("--input-bin", tokens, "--sample-every", 0, "--output-dir", tmp_path / "out")
+        assert finished.status == 1 and finished.err.count("\n") == 1 and "--device cpu" in finished.err
+        assert not (tmp_path / "out").exists()
+    else:
+        pytest.skip("there is a GPU")
+
+
+def test_nan_stops_training_and_is_located(run, tokens, tmp_path):
+    finished = run("--device", "cpu", "--model", "d2", "--input-bin", tokens, "--batch-size", 1, "--sequence-length", 16,
+                   "--sample-every", 0, "--learning-rate", 1e30, "--warmup-iters", 0, "--output-dir", tmp_path / "out")
+    assert finished.status == 1 and finished.err.count("\n") == 1
+    assert "step 2" in finished.err and "first non-finite tensor" in finished.err
+
+
+def test_mfu_is_in_the_step_line_where_the_peak_is_known(run, tokens, tmp_path, monkeypatch):
+    flags = ("--device", "cpu", "--model", "d2", "--input-bin", tokens, "--batch-size", 1, "--sequence-length", 16,
+             "--sample-every", 0, "--num-iterations", 1, "--output-dir", tmp_path / "out")
+    assert "MFU" not in run(*flags).out
+    monkeypatch.setattr(CpuDevice, "peak_flops", lambda self: 1e11)
+    flops = 6 * 16 * (12 * 2 * 128**2 + 50304 * 128) + 6 * 2 * 128 * 16 * 17
+    line = next(line for line in run(*flags).out.splitlines() if line.startswith("step 1/1 | train"))
+    milliseconds, share = float(line.split("|")[4].split()[0]), float(line.split("|")[-1].split("%")[0])
+    assert share == pytest.approx(100 * flops / (milliseconds / 1e3) / 1e11, abs=0.1)

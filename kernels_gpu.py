@@ -1,0 +1,756 @@
+"""The layers of GPT-2 on the GPU: CUDA C, each kernel above the Python function that launches it.
+
+Read it beside kernels_cpu.py. Names, argument order, shapes, and what is added to and what is overwritten are the same;
+the derivations stand there. What is different is how the work is shared out, and that is what the comments here are about.
+
+How the work is shared out
+    A launch starts a grid of blocks of threads, all of which run the same function and find their part of the work by
+    their numbers, `blockIdx` and `threadIdx`. The threads of a block share fast memory (`__shared__`) and can wait for
+    each other (`__syncthreads`). The 32 threads of a warp run in step and can read each other's registers (`__shfl`).
+    Blocks cannot wait for each other, so a sum over what many blocks hold takes a second launch.
+
+What is fast
+    All kernels in this file wait for memory, not for arithmetic; matrix products are cuBLAS's business. Memory is at its
+    fastest if the threads of a warp read numbers that lie side by side, each thread 16 bytes in one go, and if there are
+    enough threads for some 20 KB to be on the way to each multiprocessor at any time, which 2,048 threads with one load
+    each are. So nearly every kernel handles four neighbouring floats a thread: `Four`.
+
+Sums
+    No two threads ever add into the same number, and every sum runs in an order that depends on the shapes alone, not on the
+    GPU: the same input gives the same bits. What the first of two launches leaves for the second is in arrays that the device
+    hands out for that moment (`device.empty`).
+"""
+import numpy as np
+
+device = None           # device.CudaDevice or dev.cuda_on_cpu.CpuDevice: where arrays live and kernels run, set by `use`
+
+
+def use(new_device):
+    """Run the kernels on new_device from now on."""
+    global device
+    device = new_device
+    device.load(SOURCES)
+
+
+def ceil_div(length, size):
+    """How many pieces of this size it takes to cover the length."""
+    return -(-length // size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Building blocks, in front of every layer's source
+
+COMMON = r"""
+constexpr float FLOAT_MAX = 3.402823466e38f;    // what is not finite compares greater, or not at all
+
+// Four neighbouring floats, a thread's part of a row.
+struct alignas(16) Four { float x[4]; };
+
+__device__ inline void operator+=(Four& sum, Four term) {
+    for (int k = 0; k < 4; k++) sum.x[k] += term.x[k];
+}
+
+// How a kernel goes through rows of `length` floats, four a thread: in one go, as CUDA's float4, if the length is a multiple
+// of 4 and all its arrays start at multiples of 16 bytes, which is so for every model of GPT-2's own sizes. If not, one by
+// one; those past the end of a row are read as 0, and not written.
+struct Fours {
+    size_t length;
+    bool in_one_go;
+
+    template <class... Arrays>
+    __device__ Fours(size_t length, Arrays... arrays)
+        : length(length), in_one_go(((length % 4 == 0) && ... && ((size_t)arrays % 16 == 0))) {}
+
+    __device__ Four load(const float* row, size_t i) const {
+        if (in_one_go) {
+            float4 four = *(const float4*)(row + i);
+            return {four.x, four.y, four.z, four.w};
+        }
+        Four four;
+        for (int k = 0; k < 4; k++) four.x[k] = i + k < length ? row[i + k] : 0;
+        return four;
+    }
+
+    __device__ void store(float* row, size_t i, Four four) const {
+        if (in_one_go) *(float4*)(row + i) = make_float4(four.x[0], four.x[1], four.x[2], four.x[3]);
+        else for (int k = 0; k < 4; k++) if (i + k < length) row[i + k] = four.x[k];
+    }
+};
+
+// The sum of the warp's values, in every thread of it: each adds its neighbour's value, then that of the thread two
+// further on, four, eight and sixteen.
+template <class Number>
+__device__ inline Number warp_sum(Number value) {
+    for (int distance = 1; distance < 32; distance *= 2) value += __shfl_xor_sync(0xffffffff, value, distance);
+    return value;
+}
+
+__device__ inline float warp_max(float value) {
+    for (int distance = 1; distance < 32; distance *= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffff, value, distance));
+    return value;
+}
+
+// The sum of the block's values, in every thread of it. `warps` is shared memory, a number for each of up to 32 warps.
+template <class Number>
+__device__ inline Number block_sum(Number value, Number* warps) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    value = warp_sum(value);
+    __syncthreads();                                    // a slower warp may still be reading the sum before this one
+    if (lane == 0) warps[warp] = value;
+    __syncthreads();
+    return warp_sum(lane < blockDim.x / 32 ? warps[lane] : Number(0));
+}
+
+// What a softmax has to know of the numbers seen so far: the largest, and the sum of exp(x - largest). When a larger one
+// turns up, the sum so far is scaled to it, so that one pass finds both. `see` takes in the first `count` of four numbers.
+// As in kernels_cpu.py a NaN does not become the largest, and comes out in the sum.
+struct Softmax { float largest, sum; };
+#define NOTHING_SEEN Softmax{-FLOAT_MAX, 0}
+
+__device__ inline Softmax see(Softmax seen, Four four, int count) {
+    float largest = seen.largest;
+    for (int k = 0; k < 4; k++) if (k < count) largest = fmaxf(largest, four.x[k]);
+    float sum = seen.sum * expf(seen.largest - largest);
+    for (int k = 0; k < 4; k++) if (k < count) sum += expf(four.x[k] - largest);
+    return {largest, sum};
+}
+
+__device__ inline Softmax warp_softmax(Softmax seen) {
+    float largest = warp_max(seen.largest);
+    return {largest, warp_sum(seen.sum * expf(seen.largest - largest))};
+}
+
+__device__ inline Softmax block_softmax(Softmax seen, Softmax* warps) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    seen = warp_softmax(seen);
+    if (lane == 0) warps[warp] = seen;
+    __syncthreads();
+    return warp_softmax(lane < blockDim.x / 32 ? warps[lane] : NOTHING_SEEN);
+}
+
+// The sum over threadIdx.y of the block's fours, for the threads with threadIdx.y == 0: halves are added until one row of
+// threads is left. `threads` is shared memory, a Four for each thread; blockDim.y is a power of two.
+__device__ inline Four sum_over_y(Four value, Four* threads) {
+    int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    threads[thread] = value;
+    for (int half = blockDim.y / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.y < half) threads[thread] += threads[thread + half * blockDim.x];
+    }
+    return threads[thread];
+}
+"""
+
+ROW_THREADS = 256       # at most, in a block that goes through a row
+
+
+def row_threads(C, most=ROW_THREADS):
+    """Threads of a block that goes through a row of C floats, four a thread: whole warps, in as few rounds as `most` take."""
+    rounds = ceil_div(ceil_div(C, 4), most)
+    return 32 * ceil_div(ceil_div(C, 4), 32 * rounds)
+
+
+COLUMN_SUMS = r"""
+// out (parts, C) = or += sums of inp (N, C) over its rows, each part's over other rows. A block has 8 x 32 threads for 32
+// columns: the 8 in x read the 128 bytes of one row, the 32 in y go through the rows.
+extern "C" __global__ void column_sums(
+    float* __restrict__ out,            // (parts, C)
+    const float* __restrict__ inp,      // (N, C)
+    int parts, int N, int C, int accumulate)
+{
+    Fours fours(C, out, inp);
+    __shared__ Four threads[256];
+    int c = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+    float* out_row = out + (size_t)blockIdx.y * C;
+    int first = blockIdx.y * blockDim.y + threadIdx.y, step = parts * blockDim.y, rounds = (N - first + step - 1) / step;
+    Four sum = {};
+    if (c < C) {
+        #pragma unroll 4                // four loads on their way at a time: a block has nothing to do but wait for them
+        for (int round = 0; round < rounds; round++) sum += fours.load(inp + (size_t)(first + round * step) * C, c);
+    }
+    sum = sum_over_y(sum, threads);
+    if (threadIdx.y == 0 && c < C) {
+        if (accumulate) sum += fours.load(out_row, c);
+        fours.store(out_row, c, sum);
+    }
+}
+"""
+
+
+def column_sums(out, inp):
+    """out (C) += the sum of inp (N, C) over its rows: in one launch, or in two if that many rows are more than 1,024.
+
+    The first of two launches leaves as many partial sums as make 1,024 blocks, 8 for each multiprocessor of a large GPU.
+    """
+    N, C = inp.shape
+    columns, block = ceil_div(C, 32), (8, 32)
+    if N > 1024:
+        parts = max(1, min(1024 // columns, N // 32))
+        partial = device.empty((parts, C))
+        device.launch("column_sums", (columns, parts), block, partial, inp, parts, N, C, 0)
+        N, inp = parts, partial
+    device.launch("column_sums", columns, block, out, inp, 1, N, C, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoder: token and position embedding
+
+ENCODER = r"""
+// A block for each row, a thread for each four of its channels.
+extern "C" __global__ void encoder_forward(
+    float* __restrict__ out,            // (N, C)
+    const int* __restrict__ tokens,     // (N)
+    const float* __restrict__ wte,      // (Vp, C)
+    const float* __restrict__ wpe,      // (maxT, C)
+    int N, int T, int C, int Vp, int maxT)
+{
+    Fours fours(C, out, wte, wpe);
+    int n = blockIdx.x;
+    const float* token_row = wte + (size_t)tokens[n] * C;
+    const float* position_row = wpe + (size_t)(n % T) * C;
+    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
+        Four sum = fours.load(token_row, c);
+        sum += fours.load(position_row, c);
+        fours.store(out + (size_t)n * C, c, sum);
+    }
+}
+
+// A token can occur many times, so its rows must be summed by one block. `order` lists the rows sorted by their token: a
+// block whose place in it is the first of a token's goes through that token's run, the other blocks return at once.
+// A block has 32 x 8 threads for 128 channels: eight rows of a long run are read at a time.
+extern "C" __global__ void encoder_backward_wte(
+    float* __restrict__ dwte,           // (Vp, C)
+    const float* __restrict__ dout,     // (N, C)
+    const int* __restrict__ tokens,     // (N)
+    const int* __restrict__ order,      // (N)
+    int N, int C, int Vp)
+{
+    Fours fours(C, dwte, dout);
+    __shared__ Four threads[256];
+    int first = blockIdx.x, c = 4 * (blockIdx.y * blockDim.x + threadIdx.x);
+    int token = tokens[order[first]];
+    if (first > 0 && tokens[order[first - 1]] == token) return;
+    Four sum = {};
+    if (c < C)
+        for (int i = first + threadIdx.y; i < N && tokens[order[i]] == token; i += blockDim.y)
+            sum += fours.load(dout + (size_t)order[i] * C, c);
+    sum = sum_over_y(sum, threads);
+    if (threadIdx.y == 0 && c < C) {
+        sum += fours.load(dwte + (size_t)token * C, c);
+        fours.store(dwte + (size_t)token * C, c, sum);
+    }
+}
+
+// A block for each position, a thread for each four of its channels, which sums over the sequences.
+extern "C" __global__ void encoder_backward_wpe(
+    float* __restrict__ dwpe,           // (maxT, C)
+    const float* __restrict__ dout,     // (N, C)
+    int N, int T, int C, int maxT)
+{
+    Fours fours(C, dwpe, dout);
+    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
+        Four sum = fours.load(dwpe + (size_t)blockIdx.x * C, c);
+        for (int n = blockIdx.x; n < N; n += T) sum += fours.load(dout + (size_t)n * C, c);
+        fours.store(dwpe + (size_t)blockIdx.x * C, c, sum);
+    }
+}
+"""
+
+
+def encoder_forward(out, tokens, wte, wpe):
+    """out (N, C) = wte[token] + wpe[position], for tokens (B, T), wte (Vp, C) and wpe (maxT, C)."""
+    N, C = out.shape
+    device.launch("encoder_forward", N, row_threads(C), out, tokens, wte, wpe, N, tokens.shape[1], C, len(wte), len(wpe))
+
+
+def encoder_backward(dwte, dwpe, dout, tokens):
+    """dwte[token] += dout and dwpe[position] += dout, summed over every row that read them."""
+    N, C = dout.shape
+    T = tokens.shape[1]
+    order = device.argsort(tokens.reshape(N))
+    device.launch("encoder_backward_wte", (N, ceil_div(C, 128)), (32, 8), dwte, dout, tokens, order, N, C, len(dwte))
+    device.launch("encoder_backward_wpe", T, row_threads(C), dwpe, dout, N, T, C, len(dwpe))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layer normalisation (Ba, Kiros and Hinton 2016)
+
+LAYERNORM = r"""
+constexpr float LAYERNORM_EPSILON = 1e-5f;
+
+// A block for each row, a thread for each four of its channels. The row is made, as the sum of the residual stream and of
+// what a projection adds to it, or just read; then it lies in shared memory, where it is read three times, for its mean, its
+// variance and the result. A thread reads only the fours that it wrote there itself, so no barrier stands in between.
+extern "C" __global__ void residual_layernorm_forward(
+    float* __restrict__ residual,           // (N, C) or empty
+    float* __restrict__ out,                // (N, C)
+    float* __restrict__ mean,               // (N)
+    float* __restrict__ rstd,               // (N)
+    const float* __restrict__ inp1,         // (N, C)
+    const float* __restrict__ inp2,         // (N, C) or empty
+    const float* __restrict__ inp2_bias,    // (C) or empty
+    const float* __restrict__ weight,       // (C)
+    const float* __restrict__ bias,         // (C)
+    int N, int C)
+{
+    Fours fours(C, residual, out, inp1, inp2, inp2_bias, weight, bias);
+    extern __shared__ Four row[];
+    __shared__ float warps[32];
+    size_t start = (size_t)blockIdx.x * C;
+    float total = 0;
+    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
+        Four x = fours.load(inp1 + start, c), y = inp2 ? fours.load(inp2 + start, c) : Four{};
+        y += inp2_bias ? fours.load(inp2_bias, c) : Four{};
+        x += y;
+        if (residual) fours.store(residual + start, c, x);
+        for (int k = 0; k < 4; k++) total += x.x[k];
+        row[c / 4] = x;
+    }
+    float m = block_sum(total, warps) / C, squares = 0;
+    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
+        Four x = row[c / 4];
+        for (int k = 0; k < 4; k++) squares += c + k < C ? (x.x[k] - m) * (x.x[k] - m) : 0;
+    }
+    float r = 1 / sqrtf(block_sum(squares, warps) / C + LAYERNORM_EPSILON);
+    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
+        Four x = row[c / 4], w = fours.load(weight, c), b = fours.load(bias, c);
+        for (int k = 0; k < 4; k++) x.x[k] = (x.x[k] - m) * r * w.x[k] + b.x[k];
+        fours.store(out + start, c, x);
+    }
+    if (threadIdx.x == 0) {
+        mean[blockIdx.x] = m;
+        rstd[blockIdx.x] = r;
+    }
+}
+
+// A block goes through the rows n, n + blocks, n + 2 * blocks, ..., a thread for each four channels. What a row needs again
+// after its two sums are known waits in shared memory, dinp with the direct term included: so all of the row's reads are
+// on their way at the same time. dweight and dbias are sums over rows; a block's parts of them collect in shared memory
+// too, and column_sums adds up the blocks'.
+extern "C" __global__ void layernorm_backward(
+    float* __restrict__ dinp,               // (N, C)
+    float* __restrict__ dweight_parts,      // (blocks, C)
+    float* __restrict__ dbias_parts,        // (blocks, C)
+    const float* __restrict__ dout,         // (N, C)
+    const float* __restrict__ mean,         // (N)
+    const float* __restrict__ rstd,         // (N)
+    const float* __restrict__ inp,          // (N, C)
+    const float* __restrict__ weight,       // (C)
+    int N, int C, int blocks)
+{
+    Fours fours(C, dinp, dweight_parts, dbias_parts, dout, inp, weight);
+    extern __shared__ Four rows[];
+    __shared__ float warps[32];
+    int count = (C + 3) / 4;
+    Four *dweight = rows, *dbias = rows + count, *norm = rows + 2 * count, *direct = rows + 3 * count;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) dweight[i] = dbias[i] = Four{};
+    for (int n = blockIdx.x; n < N; n += blocks) {
+        size_t start = (size_t)n * C;
+        float m = mean[n], r = rstd[n], dnorm_sum = 0, dnorm_norm_sum = 0;
+        for (int i = threadIdx.x; i < count; i += blockDim.x) {
+            Four x = fours.load(inp + start, 4 * i), d = fours.load(dout + start, 4 * i);
+            Four w = fours.load(weight, 4 * i), sum = fours.load(dinp + start, 4 * i), dw = dweight[i], db = dbias[i];
+            for (int k = 0; k < 4; k++) {
+                float dnorm = d.x[k] * w.x[k];
+                x.x[k] = (x.x[k] - m) * r;
+                sum.x[k] += r * dnorm;
+                dnorm_sum += dnorm;
+                dnorm_norm_sum += dnorm * x.x[k];
+                dw.x[k] += d.x[k] * x.x[k];
+                db.x[k] += d.x[k];
+            }
+            dweight[i] = dw;
+            dbias[i] = db;
+            norm[i] = x;
+            direct[i] = sum;
+        }
+        float dnorm_mean = block_sum(dnorm_sum, warps) / C, dnorm_norm_mean = block_sum(dnorm_norm_sum, warps) / C;
+        for (int i = threadIdx.x; i < count; i += blockDim.x) {
+            Four sum = direct[i];
+            for (int k = 0; k < 4; k++) sum.x[k] -= r * (dnorm_mean + norm[i].x[k] * dnorm_norm_mean);
+            fours.store(dinp + start, 4 * i, sum);
+        }
+    }
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        fours.store(dweight_parts + (size_t)blockIdx.x * C, 4 * i, dweight[i]);
+        fours.store(dbias_parts + (size_t)blockIdx.x * C, 4 * i, dbias[i]);
+    }
+}
+"""
+
+
+def layernorm_forward(out, mean, rstd, inp, weight, bias):
+    """Each row of inp (N, C), shifted to mean 0 and scaled to variance 1, then to the learned scale and offset."""
+    none = device.empty(0)
+    residual_layernorm_forward(none, out, mean, rstd, inp, none, none, weight, bias)
+
+
+def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, inp2_bias, weight, bias):
+    """residual (N, C) = inp1 + inp2 + inp2_bias (C), then layernorm_forward of it. An empty inp2_bias means there is none.
+
+    inp2 is a matrix product without its bias. In three kernels, the sums would be written and read back twice.
+    """
+    N, C = inp1.shape
+    device.launch("residual_layernorm_forward", N, row_threads(C), residual, out, mean, rstd, inp1, inp2, inp2_bias,
+                  weight, bias, N, C, shared_bytes=16 * ceil_div(C, 4))
+
+
+def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
+    """dinp (N, C) += the gradient through the normalisation; dweight (C) and dbias (C) += sums over the rows."""
+    N, C = inp.shape
+    blocks = min(N, 512)        # some 4 for each multiprocessor of a large GPU: more would leave more parts to add up
+    dweight_parts, dbias_parts = device.empty((blocks, C)), device.empty((blocks, C))
+    device.launch("layernorm_backward", blocks, row_threads(C), dinp, dweight_parts, dbias_parts, dout, mean, rstd, inp,
+                  weight, N, C, blocks, shared_bytes=4 * 16 * ceil_div(C, 4))
+    column_sums(dweight, dweight_parts)
+    column_sums(dbias, dbias_parts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Matrix product: the linear layers, and the logits
+
+MATMUL = r"""
+// A block for each row, a thread for each four of its columns.
+extern "C" __global__ void add_bias(
+    float* __restrict__ out,            // (N, OC)
+    const float* __restrict__ bias,     // (OC)
+    int N, int OC)
+{
+    Fours fours(OC, out, bias);
+    float* row = out + (size_t)blockIdx.x * OC;
+    for (int o = 4 * threadIdx.x; o < OC; o += 4 * blockDim.x) {
+        Four sum = fours.load(row, o);
+        sum += fours.load(bias, o);
+        fours.store(row, o, sum);
+    }
+}
+"""
+
+
+def matmul_forward(out, inp, weight, bias):
+    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC). An empty bias array means there is none."""
+    N, OC = out.shape
+    device.gemm(out, 1.0, inp, False, weight, True, 0.0)
+    if bias.size > 0:
+        device.launch("add_bias", N, row_threads(OC), out, bias, N, OC)
+
+
+def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
+    """dinp (N, C) = dout @ weight; dweight (OC, C) += dout.T @ inp; dbias (OC) += sum of dout (N, OC) over its rows."""
+    device.gemm(dinp, 1.0, dout, False, weight, False, 0.0)
+    device.gemm(dweight, 1.0, dout, True, inp, False, 1.0)
+    if dbias.size > 0:
+        column_sums(dbias, dout)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention: causal, multi-head, with the (T, T) scores of one sequence at a time
+
+ATTENTION = r"""
+// From the scores of a row to its weights, in place: a warp for each row, 128 columns at a time. What lies right of the
+// diagonal is never read (but for the up to three numbers of a four it cuts), and set to 0 for the product with v. The
+// second read of a row finds it in the cache. A block's 8 rows are neighbours and so take equally long.
+extern "C" __global__ void causal_softmax(
+    float* __restrict__ scores,         // (NH, T, T)
+    float* __restrict__ lse,            // (NH, T)
+    int NH, int T)
+{
+    Fours fours(T, scores);
+    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, i = row % T;
+    if (row >= NH * T) return;
+    float* p = scores + (size_t)row * T;
+    Softmax seen = NOTHING_SEEN;
+    for (int j = 4 * lane; j <= i; j += 4 * 32) seen = see(seen, fours.load(p, j), i + 1 - j);
+    seen = warp_softmax(seen);
+    float factor = 1 / seen.sum;
+    for (int j = 4 * lane; j < T; j += 4 * 32) {
+        Four score = j <= i ? fours.load(p, j) : Four{};
+        for (int k = 0; k < 4; k++) score.x[k] = j + k <= i ? expf(score.x[k] - seen.largest) * factor : 0;
+        fours.store(p, j, score);
+    }
+    if (lane == 0) lse[row] = seen.largest + logf(seen.sum);
+}
+
+// From a row's scores and dp to its p and dscore, in place, and shared out in the same way. delta takes the 2 * HS numbers
+// of one head and position: next to the row, little.
+extern "C" __global__ void causal_softmax_backward(
+    float* __restrict__ dscores,        // (NH, T, T)
+    float* __restrict__ scores,         // (NH, T, T)
+    const float* __restrict__ dout,     // (T, C)
+    const float* __restrict__ out,      // (T, C)
+    const float* __restrict__ lse,      // (NH, T)
+    int NH, int T, int C)
+{
+    Fours fours(T, dscores, scores);
+    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, i = row % T;
+    if (row >= NH * T) return;
+    int HS = C / NH;
+    size_t head = (size_t)i * C + row / T * HS;
+    float delta = 0;
+    for (int c = lane; c < HS; c += 32) delta += dout[head + c] * out[head + c];
+    delta = warp_sum(delta);
+    float row_lse = lse[row];
+    float *p = scores + (size_t)row * T, *dp = dscores + (size_t)row * T;
+    for (int j = 4 * lane; j < T; j += 4 * 32) {
+        Four x = {}, dx = {};
+        if (j <= i) {
+            x = fours.load(p, j);
+            dx = fours.load(dp, j);
+        }
+        for (int k = 0; k < 4; k++) {
+            x.x[k] = j + k <= i ? expf(x.x[k] - row_lse) : 0;
+            dx.x[k] = j + k <= i ? x.x[k] * (dx.x[k] - delta) : 0;
+        }
+        fours.store(p, j, x);
+        fours.store(dp, j, dx);
+    }
+}
+"""
+
+
+def heads(rows, B, NH):
+    """A (B, NH, T, HS) view of rows (N, C), whose columns are heads side by side."""
+    N, C = rows.shape
+    return rows.reshape(B, N // B, NH, C // NH).transpose(0, 2, 1, 3)
+
+
+def attention_forward(out, lse, qkv, scores):
+    """Each position of out (N, C) averages the values of the positions before it and its own, weighted by softmax.
+
+    qkv (N, 3C); lse (B, NH, T) is saved for the backward pass; scores (NH, T, T) is scratch, one sequence's.
+    """
+    B, NH, T = lse.shape
+    scale = (NH / out.shape[1]) ** 0.5      # 1 / sqrt(HS)
+    qkv, out = heads(qkv, B, 3 * NH), heads(out, B, NH)
+    for b in range(B):
+        q, k, v = qkv[b, :NH], qkv[b, NH:2 * NH], qkv[b, 2 * NH:]
+        device.gemm(scores, scale, q, False, k, True, 0.0)
+        device.launch("causal_softmax", ceil_div(NH * T, 8), 256, scores, lse[b], NH, T)
+        device.gemm(out[b], 1.0, scores, False, v, False, 0.0)
+
+
+def attention_backward(dqkv, dout, out, lse, qkv, scores, dscores):
+    """dqkv (N, 3C) from dout (N, C), with p rebuilt from lse; scores and dscores (NH, T, T) are scratch, one sequence's."""
+    B, NH, T = lse.shape
+    C = out.shape[1]
+    scale = (NH / C) ** 0.5
+    dqkv, qkv, dout_heads = heads(dqkv, B, 3 * NH), heads(qkv, B, 3 * NH), heads(dout, B, NH)
+    for b in range(B):
+        q, k, v = qkv[b, :NH], qkv[b, NH:2 * NH], qkv[b, 2 * NH:]
+        dq, dk, dv = dqkv[b, :NH], dqkv[b, NH:2 * NH], dqkv[b, 2 * NH:]
+        rows = slice(b * T, (b + 1) * T)
+        device.gemm(scores, scale, q, False, k, True, 0.0)
+        device.gemm(dscores, 1.0, dout_heads[b], False, v, True, 0.0)
+        device.launch("causal_softmax_backward", ceil_div(NH * T, 8), 256, dscores, scores, dout[rows], out[rows], lse[b],
+                      NH, T, C)
+        device.gemm(dv, 1.0, scores, True, dout_heads[b], False, 0.0)
+        device.gemm(dk, scale, dscores, True, q, False, 0.0)
+        device.gemm(dq, scale, dscores, False, k, False, 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GELU, the tanh approximation GPT-2 was trained with (Hendrycks and Gimpel 2016)
+
+GELU = r"""
+constexpr float GELU_SCALE = 0.7978845608f;     // sqrt(2 / pi)
+constexpr float GELU_CUBIC = 0.044715f;
+
+__device__ inline float gelu_gate(float x) {
+    return 1 / (1 + expf(-2 * GELU_SCALE * (x + GELU_CUBIC * x * x * x)));
+}
+
+// A block for each row, a thread for each four of its columns. The bias of the matrix product before it is added in
+// passing; inp is written back with it, for the backward pass.
+extern "C" __global__ void bias_gelu_forward(
+    float* __restrict__ out,            // (N, C)
+    float* __restrict__ inp,            // (N, C)
+    const float* __restrict__ bias,     // (C)
+    int N, int C)
+{
+    Fours fours(C, out, inp, bias);
+    float *out_row = out + (size_t)blockIdx.x * C, *inp_row = inp + (size_t)blockIdx.x * C;
+    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
+        Four x = fours.load(inp_row, c);
+        x += fours.load(bias, c);
+        fours.store(inp_row, c, x);
+        for (int k = 0; k < 4; k++) x.x[k] *= gelu_gate(x.x[k]);
+        fours.store(out_row, c, x);
+    }
+}
+
+// A thread for each four numbers. dinp may be dout.
+extern "C" __global__ void gelu_backward(
+    float* dinp,                        // (size)
+    const float* dout,                  // (size)
+    const float* __restrict__ inp,      // (size)
+    size_t size)
+{
+    Fours fours(size, dinp, dout, inp);
+    size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
+    if (i >= size) return;
+    Four x = fours.load(inp, i), d = fours.load(dout, i);
+    for (int k = 0; k < 4; k++) {
+        float s = gelu_gate(x.x[k]);
+        float slope = GELU_SCALE * (1 + 3 * GELU_CUBIC * x.x[k] * x.x[k]);
+        d.x[k] *= s + x.x[k] * s * (1 - s) * 2 * slope;
+    }
+    fours.store(dinp, i, d);
+}
+"""
+
+
+def bias_gelu_forward(out, inp, bias):
+    """inp (N, C) += bias (C), in place; out = gelu(inp)."""
+    N, C = inp.shape
+    device.launch("bias_gelu_forward", N, row_threads(C), out, inp, bias, N, C)
+
+
+def gelu_backward(dinp, dout, inp):
+    """dinp = dout * gelu'(inp), for every element. dinp may be dout itself."""
+    device.launch("gelu_backward", ceil_div(inp.size, 4 * 256), 256, dinp, dout, inp, inp.size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Softmax and cross entropy, forward and backward at once
+
+CLASSIFIER = r"""
+// A block for each row, which it reads twice: once for the softmax's largest logit and sum, once to turn the logits into
+// their gradients. A row of 200 KB is too long for shared memory, but the second read finds it in the level-2 cache.
+extern "C" __global__ void fused_classifier(
+    float* __restrict__ losses,         // (N)
+    float* __restrict__ logits,         // (N, Vp)
+    const int* __restrict__ targets,    // (N)
+    float dloss, int vocab_size, int N, int Vp)
+{
+    Fours fours(Vp, logits);
+    __shared__ Softmax warps[32];
+    float* row = logits + (size_t)blockIdx.x * Vp;
+    int target = targets[blockIdx.x];
+    float target_logit = row[target];       // before block_softmax's barrier: after it, some thread overwrites it
+    Softmax seen = NOTHING_SEEN;
+    for (int i = 4 * threadIdx.x; i < vocab_size; i += 4 * blockDim.x) seen = see(seen, fours.load(row, i), vocab_size - i);
+    seen = block_softmax(seen, warps);
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(seen.sum) - (target_logit - seen.largest);
+    float factor = dloss / seen.sum;
+    for (int i = 4 * threadIdx.x; i < Vp; i += 4 * blockDim.x) {
+        Four logit = fours.load(row, i), dlogit;
+        for (int k = 0; k < 4; k++) {
+            dlogit.x[k] = i + k < vocab_size ? expf(logit.x[k] - seen.largest) * factor : 0;
+            if (i + k == target) dlogit.x[k] -= dloss;
+        }
+        fours.store(row, i, dlogit);
+    }
+}
+
+// One block: a thread for every 1,024th loss. In double precision, for the sum of many small changes.
+extern "C" __global__ void add_mean_loss(
+    float* __restrict__ total,          // (1)
+    const float* __restrict__ losses,   // (N)
+    float scale, int N)
+{
+    __shared__ double warps[32];
+    double sum = 0;
+    for (int n = threadIdx.x; n < N; n += blockDim.x) sum += losses[n];
+    sum = block_sum(sum, warps);
+    if (threadIdx.x == 0) total[0] += scale * sum;
+}
+"""
+
+
+def fused_classifier(losses, logits, targets, dloss, vocab_size):
+    """losses (N) from logits (N, Vp) and targets (N), the logits being overwritten by their gradients times dloss."""
+    N, Vp = logits.shape
+    device.launch("fused_classifier", N, row_threads(Vp, most=1024), losses, logits, targets, dloss, vocab_size, N, Vp)
+
+
+def add_mean_loss(total, losses, scale):
+    """total (1) += scale * the sum of losses (N). The sum of the micro-batches stays on the GPU until the host asks for it."""
+    device.launch("add_mean_loss", 1, 1024, total, losses, scale, losses.size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The optimiser
+
+OPTIMIZER = r"""
+// Every block sums the squares of what lies 4 * threads * blocks numbers apart. In double precision: 124 million squares,
+// one added to another, would lose more than a float32 holds.
+extern "C" __global__ void sum_of_squares(
+    double* __restrict__ parts,         // (blocks)
+    const float* __restrict__ grads,    // (size)
+    int blocks, size_t size)
+{
+    Fours fours(size, grads);
+    __shared__ double warps[32];
+    double sum = 0;
+    for (size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x); i < size; i += (size_t)4 * blocks * blockDim.x) {
+        Four g = fours.load(grads, i);
+        for (int k = 0; k < 4; k++) sum += (double)g.x[k] * g.x[k];
+    }
+    sum = block_sum(sum, warps);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+
+// One block, a thread for each part.
+extern "C" __global__ void global_norm(
+    float* __restrict__ norm,           // (1)
+    const double* __restrict__ parts,   // (blocks)
+    int blocks)
+{
+    __shared__ double warps[32];
+    double sum = block_sum(threadIdx.x < blocks ? parts[threadIdx.x] : 0.0, warps);
+    if (threadIdx.x == 0) norm[0] = sqrt(sum);
+}
+
+// A thread for each four numbers of the four arrays. The norm is read here, on the GPU, so that the host need not wait for
+// it; if it is not finite, nothing changes.
+extern "C" __global__ void adamw_update(
+    float* __restrict__ params,         // (size)
+    float* __restrict__ grads,          // (size)
+    float* __restrict__ m,              // (size)
+    float* __restrict__ v,              // (size)
+    const float* __restrict__ norm,     // (1)
+    float keep_m, float take_m, float keep_v, float take_v, float rate, float unbias_v, float epsilon, float decay,
+    float grad_clip, size_t size)
+{
+    Fours fours(size, params, grads, m, v);
+    size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
+    if (i >= size) return;
+    Four p = fours.load(params, i), g = fours.load(grads, i), m4 = fours.load(m, i), v4 = fours.load(v, i);
+    if (!(norm[0] <= FLOAT_MAX)) return;
+    float scale = 0 < grad_clip && grad_clip < norm[0] ? grad_clip / norm[0] : 1;
+    for (int k = 0; k < 4; k++) {
+        g.x[k] *= scale;
+        m4.x[k] = keep_m * m4.x[k] + take_m * g.x[k];
+        v4.x[k] = keep_v * v4.x[k] + take_v * g.x[k] * g.x[k];
+        p.x[k] -= rate * m4.x[k] / (sqrtf(v4.x[k] * unbias_v) + epsilon) + decay * p.x[k];
+    }
+    fours.store(params, i, p);
+    fours.store(grads, i, Four{});
+    fours.store(m, i, m4);
+    fours.store(v, i, v4);
+}
+"""
+
+
+def global_norm(norm, grads):
+    """norm (1) = the Euclidean norm of grads, one flat array: a float32 that stays on the GPU."""
+    blocks = min(1024, ceil_div(grads.size, 4 * 256))
+    parts = device.empty(blocks, np.float64)
+    device.launch("sum_of_squares", blocks, 256, parts, grads, blocks, grads.size)
+    device.launch("global_norm", 1, 1024, norm, parts, blocks)
+
+
+def adamw_update(params, grads, m, v, norm, learning_rate, beta1, beta2, eps, weight_decay, grad_clip, step):
+    """One step of AdamW on flat arrays; step counts from 1. The gradients are cleared.
+
+    If norm (1), that of all gradients together, is more than grad_clip, they are scaled to it; a grad_clip of 0 is none. If
+    norm is not a finite number nothing is changed, gradients included, so that one can look for what went wrong.
+    """
+    device.launch("adamw_update", ceil_div(params.size, 4 * 256), 256, params, grads, m, v, norm, beta1, 1 - beta1,
+                  beta2, 1 - beta2, learning_rate / (1 - beta1 ** step), 1 / (1 - beta2 ** step), eps,
+                  learning_rate * weight_decay, grad_clip, params.size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+SOURCES = [COMMON, COLUMN_SUMS, ENCODER, LAYERNORM, MATMUL, ATTENTION, GELU, CLASSIFIER, OPTIMIZER]

@@ -1,0 +1,256 @@
+"""Train GPT-2 on the GPU: `python train_gpt2_gpu.py`, or the same kernels without a GPU: `--device cpu` (dev/cuda_on_cpu).
+
+The twin of train_gpt2.py, from which it has the training loop: the same memory, the same two flat passes, call for call,
+with the kernels of kernels_gpu.py. Where those do in one launch what takes several on the CPU, the passes differ: a
+projection's bias, the residual connection and the layernorm after it are one call, a bias and the GELU another. Every call
+returns at once; the GPU works through them while Python goes on, and is waited for in `finish` only.
+"""
+from math import prod
+
+import numpy as np
+
+import kernels_gpu as kernels
+from dataloader import DataLoader
+from device import open_device
+from files import UserError, run_program
+from gpt2 import (WEIGHT_DECAYED, Tensors, activation_shapes, initialize, model_config, parameter_shapes, training_flops)
+from train_gpt2 import BETA1, BETA2, EPSILON, train
+from training import TrainingLog, parse_options, prepare_data, print_configuration
+
+CLASSIFIER_ROWS = 2048    # tokens whose logits exist at any one time: 2048 * 50304 * 4 bytes = 412 MB
+
+
+def scratch_shapes(config, B, T):
+    """Name -> shape of what lives for one layer only, and so is not kept layer by layer."""
+    N, C = B * T, config.channels
+    return {
+        "proj": (N, C),                                         # what a projection adds to the residual stream
+        "dresidual": (N, C),                                    # the gradient that flows down the residual stream
+        "dln": (N, C),
+        "datt": (N, C),
+        "dqkv": (N, 3 * C),
+        "dfch": (N, 4 * C),
+        "scores": (config.num_heads, T, T),                     # of one sequence at a time
+        "dscores": (config.num_heads, T, T),
+        "logits": (min(N, CLASSIFIER_ROWS), config.padded_vocab_size),
+    }
+
+
+def memory_needed(config, B, T):
+    """Bytes on the device for training with batches of (B, T): parameters, gradients and two moments, activations, scratch."""
+    def size(shapes):
+        return sum(map(prod, shapes.values()))
+    return 4 * (4 * size(parameter_shapes(config)) + size(activation_shapes(config, B, T)) + size(scratch_shapes(config, B, T)))
+
+
+class GPT2:
+    """A GPT-2 with its gradients, moments and activations on `device`, for batches of up to (batch_size, sequence_length).
+
+    Its methods are those of train_gpt2.GPT2. Tokens and targets are int32 arrays of the device. A loss or norm that a method
+    returns is an array of the device, of shape () or (1), which may still be being computed.
+    """
+
+    def __init__(self, config, batch_size, sequence_length, device):
+        kernels.use(device)
+        self.config = config
+        self.device = device
+        shapes = parameter_shapes(config)
+        self.params, self.grads, self.adam_m, self.adam_v = (Tensors(shapes, device.zeros) for _ in range(4))
+        self.acts = Tensors(activation_shapes(config, batch_size, sequence_length), device.empty)
+        self.scratch = Tensors(scratch_shapes(config, batch_size, sequence_length), device.empty)
+        self.no_bias = device.empty(0)
+        self.report = device.zeros(2)       # a step's loss and gradient norm, side by side to be read at once
+        self.tokens = None
+
+    def initialize(self, seed):
+        """GPT-2's random initialisation."""
+        params = Tensors(parameter_shapes(self.config))
+        initialize(params, self.config, seed)
+        self.set_params(params)
+
+    def set_params(self, params):
+        """Copy the parameters from `params`, Tensors of NumPy arrays of the same shapes."""
+        self.params.flat[...] = self.device.to_device(params.flat)
+
+    def forward(self, tokens):
+        """From tokens (B, T) to the normalised output of the last block, `acts.lnf` (N, C).
+
+        T may be up to the context, B*T up to the model's; ValueError if not. `loss` and `backward` belong to the latest
+        forward pass: the next one lays its activations out anew, for its own B and T, in the same memory.
+        """
+        B, T = tokens.shape
+        if T > self.config.max_seq_len:
+            raise ValueError(f"tokens are {T} long, expected at most {self.config.max_seq_len}")
+        activations, scratch = self.acts.flat, self.scratch.flat
+        self.acts = Tensors(activation_shapes(self.config, B, T), allocate=lambda size: activations)
+        self.scratch = Tensors(scratch_shapes(self.config, B, T), allocate=lambda size: scratch)
+        self.tokens = tokens
+        params, acts, proj, scores, no_bias = self.params, self.acts, self.scratch.proj, self.scratch.scores, self.no_bias
+        L = self.config.num_layers
+
+        kernels.encoder_forward(acts.encoded, tokens, params.wte, params.wpe)                                    # (N, C)
+        kernels.layernorm_forward(acts.ln1[0], acts.ln1_mean[0], acts.ln1_rstd[0],
+                                  acts.encoded, params.ln1w[0], params.ln1b[0])                                  # (N, C)
+        residual = acts.encoded
+        for l in range(L):
+            kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l])                     # (N, 3C)
+            kernels.attention_forward(acts.att[l], acts.att_lse[l], acts.qkv[l], scores)                         # (N, C)
+            kernels.matmul_forward(proj, acts.att[l], params.attprojw[l], no_bias)                               # (N, C)
+            kernels.residual_layernorm_forward(acts.residual2[l], acts.ln2[l], acts.ln2_mean[l], acts.ln2_rstd[l],
+                                               residual, proj, params.attprojb[l], params.ln2w[l], params.ln2b[l])  # (N, C)
+            kernels.matmul_forward(acts.fch[l], acts.ln2[l], params.fcw[l], no_bias)                             # (N, 4C)
+            kernels.bias_gelu_forward(acts.fch_gelu[l], acts.fch[l], params.fcb[l])                              # (N, 4C)
+            kernels.matmul_forward(proj, acts.fch_gelu[l], params.fcprojw[l], no_bias)                           # (N, C)
+            if l + 1 < L:   # the layernorm that follows is that of the next block, or the last of all
+                norm = acts.ln1[l + 1], acts.ln1_mean[l + 1], acts.ln1_rstd[l + 1]
+                weight, bias = params.ln1w[l + 1], params.ln1b[l + 1]
+            else:
+                norm = acts.lnf, acts.lnf_mean, acts.lnf_rstd
+                weight, bias = params.lnfw, params.lnfb
+            kernels.residual_layernorm_forward(acts.residual3[l], *norm,
+                                               acts.residual2[l], proj, params.fcprojb[l], weight, bias)         # (N, C)
+            residual = acts.residual3[l]
+
+    def classifier_chunks(self):
+        """The rows of the batch in slices of at most CLASSIFIER_ROWS, so that the logits of a large batch never all exist."""
+        N, size = self.tokens.size, len(self.scratch.logits)
+        return [slice(start, min(start + size, N)) for start in range(0, N, size)]
+
+    def loss(self, targets):
+        """Mean cross entropy of the last forward pass against targets (B, T), without a backward pass."""
+        params, acts = self.params, self.acts
+        targets = targets.reshape(self.tokens.size)
+        for rows in self.classifier_chunks():
+            logits = self.scratch.logits[:rows.stop - rows.start]
+            kernels.matmul_forward(logits, acts.lnf[rows], params.wte, self.no_bias)                             # (rows, Vp)
+            kernels.fused_classifier(acts.losses[rows], logits, targets[rows], 0.0, self.config.vocab_size)      # (rows)
+        return self.mean_loss()
+
+    def mean_loss(self):
+        total = self.device.zeros(1)
+        kernels.add_mean_loss(total, self.acts.losses, 1 / self.tokens.size)
+        return total[0]
+
+    def backward(self, targets, accumulation_steps=1):
+        """Return the mean loss against targets (B, T), and add the gradients of loss / accumulation_steps to `grads`.
+
+        The forward pass in reverse. It starts with the classifier, whose logits serve the loss and the gradients at once.
+        """
+        N = self.tokens.size
+        params, grads, acts = self.params, self.grads, self.acts
+        targets = targets.reshape(N)
+        dresidual, dln, datt, dqkv, dfch, scores, dscores = (
+            getattr(self.scratch, name) for name in ("dresidual", "dln", "datt", "dqkv", "dfch", "scores", "dscores"))
+
+        for rows in self.classifier_chunks():
+            logits = self.scratch.logits[:rows.stop - rows.start]
+            kernels.matmul_forward(logits, acts.lnf[rows], params.wte, self.no_bias)                             # (rows, Vp)
+            kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
+                                     1 / (N * accumulation_steps), self.config.vocab_size)                       # (rows, Vp)
+            kernels.matmul_backward(dln[rows], grads.wte, self.no_bias, logits, acts.lnf[rows], params.wte)      # (rows, C)
+        dresidual[...] = 0
+        kernels.layernorm_backward(dresidual, grads.lnfw, grads.lnfb,
+                                   dln, acts.lnf_mean, acts.lnf_rstd, acts.residual3[-1], params.lnfw)           # (N, C)
+        for l in reversed(range(self.config.num_layers)):
+            residual = acts.residual3[l - 1] if l > 0 else acts.encoded
+            # residual3 = residual2 + proj: dresidual is the gradient of both.
+            kernels.matmul_backward(dfch, grads.fcprojw[l], grads.fcprojb[l],
+                                    dresidual, acts.fch_gelu[l], params.fcprojw[l])                              # (N, 4C)
+            kernels.gelu_backward(dfch, dfch, acts.fch[l])                                                       # (N, 4C)
+            kernels.matmul_backward(dln, grads.fcw[l], grads.fcb[l], dfch, acts.ln2[l], params.fcw[l])           # (N, C)
+            kernels.layernorm_backward(dresidual, grads.ln2w[l], grads.ln2b[l],
+                                       dln, acts.ln2_mean[l], acts.ln2_rstd[l], acts.residual2[l], params.ln2w[l])  # (N, C)
+            # residual2 = residual + proj: dresidual is the gradient of both.
+            kernels.matmul_backward(datt, grads.attprojw[l], grads.attprojb[l],
+                                    dresidual, acts.att[l], params.attprojw[l])                                  # (N, C)
+            kernels.attention_backward(dqkv, datt, acts.att[l], acts.att_lse[l], acts.qkv[l], scores, dscores)   # (N, 3C)
+            kernels.matmul_backward(dln, grads.qkvw[l], grads.qkvb[l], dqkv, acts.ln1[l], params.qkvw[l])        # (N, C)
+            kernels.layernorm_backward(dresidual, grads.ln1w[l], grads.ln1b[l],
+                                       dln, acts.ln1_mean[l], acts.ln1_rstd[l], residual, params.ln1w[l])        # (N, C)
+        kernels.encoder_backward(grads.wte, grads.wpe, dresidual, self.tokens)                                   # (Vp, C)
+        return self.mean_loss()
+
+    def gradient_norm(self):
+        """The Euclidean norm of all gradients together."""
+        norm = self.report[1:]
+        kernels.global_norm(norm, self.grads.flat)
+        return norm
+
+    def update(self, step, learning_rate, weight_decay, norm, grad_clip):
+        """One AdamW step (counted from 1) on the gradients, which are cleared for the next.
+
+        They are shortened to grad_clip (0: never) first, if `norm`, which is theirs, is more. If it is not a finite number,
+        nothing changes: whatever went wrong first can still be found.
+        """
+        for name, param in self.params.items():
+            kernels.adamw_update(param.reshape(-1), getattr(self.grads, name).reshape(-1),
+                                 getattr(self.adam_m, name).reshape(-1), getattr(self.adam_v, name).reshape(-1),
+                                 norm, learning_rate, BETA1, BETA2, EPSILON,
+                                 weight_decay if name in WEIGHT_DECAYED else 0.0, grad_clip, step)
+
+    def clock(self):
+        """The time, for `finish`: when all that was launched before has run."""
+        return self.device.event()
+
+    def finish(self, loss, norm, started):
+        """A step's loss and norm as numbers, and the seconds since `started`, once everything is computed."""
+        stopped = self.device.event()
+        self.report[0] = loss
+        loss, norm = (float(number) for number in self.device.to_host(self.report))
+        return loss, norm, self.device.seconds(started, stopped)
+
+    def next_token_logits(self, tokens):
+        """The logits (V,) of the token that follows tokens (1, T), both NumPy arrays, by a forward pass."""
+        self.forward(self.device.to_device(tokens))
+        logits = self.scratch.logits[:1]
+        kernels.matmul_forward(logits, self.acts.lnf[-1:], self.params.wte, self.no_bias)
+        return self.device.to_host(logits)[0, :self.config.vocab_size]
+
+
+class Prefetch:
+    """The batches of a DataLoader on a device: while one is computed with, the next is copied there."""
+
+    def __init__(self, loader, device):
+        self.loader = loader
+        self.num_tokens, self.batches = loader.num_tokens, loader.batches
+        self.upload = device.uploader((2, loader.batch_size, loader.sequence_length), np.int32)
+        self.reset()
+
+    def reset(self):
+        """Start again at the first token."""
+        self.loader.reset()
+        self.upcoming = self.upload(np.stack(self.loader.next_batch()))
+
+    def next_batch(self):
+        """Return inputs (B, T) and targets (B, T), int32 arrays of the device, which are good until the next call."""
+        inputs, targets = self.upcoming
+        self.upcoming = self.upload(np.stack(self.loader.next_batch()))
+        return inputs, targets
+
+
+def main():
+    options = parse_options("Train GPT-2 on a GPU.",
+                            device=dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the GPU's kernels on the CPU, slowly"),
+                            dtype=dict(choices=["float32", "tf32"], default="float32", help="of matrix products; tf32: faster, 10 bits of mantissa"))
+    device = open_device(options.device, options.dtype)
+    prepare_data(options)
+    config = model_config(options.model)
+    B, T = options.batch_size, options.sequence_length
+    needed, (free, total) = memory_needed(config, B, T), device.memory()
+    if needed > free:
+        raise UserError(f"{options.model} with batches of {B} x {T} needs {needed / 1e9:.1f} GB, and {device.name} has "
+                        f"{free / 1e9:.1f} of its {total / 1e9:.1f} GB free; lower --batch-size or --sequence-length")
+    train_loader, val_loader = (
+        Prefetch(DataLoader(pattern, B, T, config.vocab_size), device) if pattern else None
+        for pattern in (options.input_bin, options.input_val_bin))
+    model = GPT2(config, B, T, device)
+    model.initialize(options.seed)
+    print_configuration(options, model, train_loader, val_loader, device=f"{device.name}, {options.dtype}",
+                        memory=f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free")
+    peak = device.peak_flops()
+    with TrainingLog(options, options.accumulation_steps * sum(training_flops(config, B, T)) / peak if peak else None) as log:
+        train(model, options, train_loader, val_loader, log)
+
+
+if __name__ == "__main__":
+    run_program(main)
