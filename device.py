@@ -10,7 +10,6 @@ import itertools
 import math
 import operator
 import re
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -264,7 +263,7 @@ class CudaDevice(Device):
             raise UserError(f"--device cuda needs an NVIDIA GPU and its driver ({error}); without one choose --device cpu, "
                             "or train_gpt2.py, which is made for the CPU") from error
         if index >= count:
-            raise UserError(f"--device cuda:{index}: there are {count} GPUs here, the last being cuda:{count - 1}")
+            raise UserError(f"--device cuda:{index}: the last GPU here is cuda:{count - 1}")
         self.cupy, self.cupyx, self.cublas = cupy, cupyx, cublas
         self.Array = cupy.ndarray
         self.device = cupy.cuda.Device(index).use()
@@ -320,29 +319,26 @@ class CudaDevice(Device):
     def uploader(self, shape, dtype):
         """A function that copies a NumPy array to the GPU while kernels run, and returns the GPU array at once.
 
-        Kernels launched from then on see the new array, and only they may use it: the next but one call overwrites it, as
-        soon as those launched before the next call are done. The copy is made by a second stream from page-locked memory,
-        the only memory that a GPU can read by itself.
+        Kernels launched from then on find the copy complete. It is good for those launched before the next call but one.
+        It is made by a second stream, from page-locked memory: the only memory that a GPU can read by itself.
         """
         cuda = self.cupy.cuda
-        copies = cuda.Stream(non_blocking=True)
-        buffers = itertools.cycle([SimpleNamespace(pinned=self.cupyx.empty_pinned(shape, dtype), array=self.empty(shape, dtype),
-                                                   copied=cuda.Event(), used=cuda.Event()) for _ in range(2)])
+        copies, previous_call = cuda.Stream(non_blocking=True), cuda.Event()
+        buffers = itertools.cycle([(self.cupyx.empty_pinned(shape, dtype), self.empty(shape, dtype), cuda.Event())
+                                   for _ in range(3)])
         cuda.get_current_stream().synchronize()     # whoever had this memory before is done with it
-        buffer = next(buffers)
 
         def upload(array):
-            nonlocal buffer
             stream = cuda.get_current_stream()
-            buffer.used.record(stream)          # by now everything that uses it has been launched
-            buffer = next(buffers)
-            buffer.copied.synchronize()         # before the page-locked memory changes; the copy was made two calls ago
-            buffer.pinned[...] = array
-            copies.wait_event(buffer.used)
-            buffer.array.set(buffer.pinned, stream=copies)
-            buffer.copied.record(copies)
-            stream.wait_event(buffer.copied)
-            return buffer.array
+            pinned, uploaded, copied = next(buffers)
+            copied.synchronize()                    # three calls ago; now the page-locked memory may change
+            pinned[...] = array
+            copies.wait_event(previous_call)        # what was launched before it may still use the array of three calls ago
+            previous_call.record(stream)
+            uploaded.set(pinned, stream=copies)
+            copied.record(copies)
+            stream.wait_event(copied)
+            return uploaded
 
         return upload
 

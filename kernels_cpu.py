@@ -487,6 +487,7 @@ TILE_VECTORS = 3
 TILE_COLUMNS = TILE_VECTORS * LANES
 BLOCK_DEPTH, BLOCK_COLUMNS = 768, 384     # of b: 1.2 MB
 BLOCK_ROWS = 1024                         # of a, where it has to be transposed
+PREFETCH_AHEAD = 7680                     # bytes: the processor by itself does not look beyond a page of 4096
 
 FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
@@ -564,6 +565,7 @@ def emit_tile(build, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
     sums = {rv: build.phi(VECTOR) for rv in tile}
     b_row = build.mul(k, INT64(vectors * LANES))
     b_vectors = [load(build, pointer(build, b, number=build.add(b_row, INT64(v * LANES)))) for v in range(vectors)]
+    prefetch(build, pointer(build, b, number=build.add(b_row, INT64(PREFETCH_AHEAD // 4))))
     fused, sums_after = ("contract",), {}
     for r in range(TILE_ROWS):
         number = spread(build, build.load(pointer(build, a_rows[r], number=k)))
