@@ -19,7 +19,6 @@ from files import UserError
 C_TYPES = {name: np.dtype(dtype) for name, dtype in {
     "float": np.float32, "double": np.float64, "int": np.int32, "unsigned": np.uint32, "unsigned int": np.uint32,
     "long long": np.int64, "unsigned long long": np.uint64, "size_t": np.uint64, "unsigned char": np.uint8}.items()}
-ALIGNMENT = 16                              # bytes: what 128-bit loads and stores need
 MAX_GRID = (2 ** 31 - 1, 65535, 65535)      # what every GPU can launch
 MAX_BLOCK = (1024, 1024, 64)
 MAX_THREADS = 1024                          # of a block
@@ -55,18 +54,17 @@ def open_device(name, dtype):
 
 KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\((\d+)\) )?(\w+)\(')
 DECLARATION = re.compile(r"(const )?(\w[\w ]*?)\s*(\*?)\s*(?:__restrict__ )?(\w+)")
-SHAPE = re.compile(r"\(([\w ,*+-]+)\)( or empty)?( aligned)?")
+SHAPE = re.compile(r"\(([\w ,*+-]+)\)( or empty)?")
 
 
 class Parameter(NamedTuple):
-    """A number, or an array with its shape in the comment behind it: `float* out,  // (N, 3*C) or empty aligned`."""
+    """A number, or an array with its shape in the comment behind it: `float* out,  // (N, 3*C) or empty`."""
     name: str
     dtype: np.dtype
     is_array: bool
     is_const: bool
     shape: str = ""             # "N, 3*C", in terms of the kernel's integer parameters
     or_empty: bool = False      # may have size 0 instead, and then is passed as a null pointer
-    aligned: bool = False       # starts at a multiple of 16 bytes, unless its rows do not
 
 
 def parse_signatures(source):
@@ -88,7 +86,7 @@ def parse_signatures(source):
                 if star and (not shape or len(declarations) > 1):
                     raise ValueError(f"{name}: expected {parameter} on a line of its own with its shape behind it: // (N, C)")
                 parameters.append(Parameter(parameter, C_TYPES[c_type], bool(star), bool(const),
-                                            *((shape[1], bool(shape[2]), bool(shape[3])) if star else ())))
+                                            *((shape[1], bool(shape[2])) if star else ())))
             if closed:
                 break
         kernels[name] = Kernel(name, parameters, int(max_threads or MAX_THREADS))
@@ -154,9 +152,6 @@ class Kernel:
             if not p.is_const and not device.writable(array):
                 raise ValueError(f"{self.name}: {p.name} is read-only, expected one to write to")
             values[i] = device.address(array) if array.size else 0
-            if p.aligned and values[i] % ALIGNMENT and self.shapes(*integers)[n][-1] * array.itemsize % ALIGNMENT == 0:
-                raise ValueError(f"{self.name}: {p.name} starts {values[i] % ALIGNMENT} bytes past a multiple of {ALIGNMENT}, "
-                                 "expected at one")
         return values
 
 
@@ -213,20 +208,34 @@ class Device:
             self.functions.update(self.compile(preamble, layer, [self.kernels[name] for name in names]))
         self.functions[kernel_name](grid, block, values, shared_bytes)
 
-    def check_product(self, c, a, transpose_a, b, transpose_b):
-        """Raise TypeError or ValueError unless c = op(a) @ op(b) is a product that `gemm` can do."""
+    def check_product(self, c, a, b):
+        """Raise TypeError or ValueError unless c = a @ b is a product that `gemm` can do."""
         for name, array in (("c", c), ("a", a), ("b", b)):
             if not isinstance(array, self.Array) or array.dtype != np.float32:
                 raise TypeError(f"gemm: {name} is {describe(array)}, expected {type_name(self.Array)} of float32")
-            if not (array.ndim == c.ndim and array.ndim in (2, 3) and array.strides[-1] == 4
-                    and array.strides[-2] >= 4 * array.shape[-1]):
+            if not (array.ndim == c.ndim and array.ndim in (2, 3)
+                    and (has_whole_rows(array) or array is not c and has_whole_rows(array.swapaxes(-1, -2)))):
                 raise ValueError(f"gemm: {name} has shape {array.shape} and strides {array.strides}, expected a matrix, or a "
-                                 "batch of them, whose rows are contiguous")
-        rows, inner_a = a.shape[-2:][::-1] if transpose_a else a.shape[-2:]
-        inner_b, columns = b.shape[-2:][::-1] if transpose_b else b.shape[-2:]
-        if not (c.shape[-2:] == (rows, columns) and inner_a == inner_b and c.shape[:-2] == a.shape[:-2] == b.shape[:-2]):
-            raise ValueError(f"gemm: c {c.shape}, a {a.shape}{' transposed' * transpose_a} and b {b.shape}"
-                             f"{' transposed' * transpose_b} do not fit together")
+                                 f"batch of them, with contiguous rows{'' if array is c else ' or columns'}")
+        if not (c.shape[-2:] == (a.shape[-2], b.shape[-1]) and a.shape[-1] == b.shape[-2]
+                and c.shape[:-2] == a.shape[:-2] == b.shape[:-2]):
+            raise ValueError(f"gemm: c {c.shape}, a {a.shape} and b {b.shape} do not fit together")
+
+
+def has_whole_rows(matrices):
+    """Whether the rows are contiguous and do not overlap."""
+    return matrices.strides[-1] == 4 and (matrices.shape[-2] == 1 or matrices.strides[-2] >= 4 * matrices.shape[-1])
+
+
+def layout(matrices):
+    """Whether these are transposes, and how many numbers apart the rows lie, or the columns of a transpose.
+
+    Of a single row or column that distance means nothing, but cuBLAS wants it to be no less than its length.
+    """
+    rows, columns = matrices.shape[-2:]
+    if matrices.strides[-1] == 4:
+        return False, max(matrices.strides[-2] // 4, columns)
+    return True, max(matrices.strides[-1] // 4, rows)
 
 
 @functools.lru_cache(maxsize=None)
@@ -358,22 +367,23 @@ class CudaDevice(Device):
         module = self.cupy.RawModule(code=preamble + layer, options=("--std=c++17",))
         return {kernel.name: module.get_function(kernel.name).kernel for kernel in kernels}
 
-    def gemm(self, c, alpha, a, transpose_a, b, transpose_b, beta):
-        """c (m, n) = alpha * op(a) (m, k) @ op(b) (k, n) + beta * c, op being the transpose where asked.
+    def gemm(self, c, alpha, a, b, beta):
+        """c (m, n) = alpha * a (m, k) @ b (k, n) + beta * c.
 
-        The arrays are matrices, or batches of them (batch, m, n), with contiguous rows. As in kernels_cpu.sgemm, cuBLAS counts
-        columns first and is asked for c.T = op(b).T @ op(a).T. With a beta of 0, what c holds does not matter, be it NaN.
+        The arrays are matrices, or batches of them (batch, m, n), with contiguous rows; a and b may be transposes of such.
+        cuBLAS counts columns first: to it, they are their own transposes, and c.T = b.T @ a.T is what it is asked for. With a
+        beta of 0, what c holds does not matter, be it NaN.
         """
-        self.check_product(c, a, transpose_a, b, transpose_b)
+        self.check_product(c, a, b)
         cublas = self.cublas
-        m, n = c.shape[-2:]
-        k = a.shape[-2 if transpose_a else -1]
+        operations = cublas.CUBLAS_OP_N, cublas.CUBLAS_OP_T
+        (b_transposed, b_stride), (a_transposed, a_stride), (_, c_stride) = map(layout, (b, a, c))
         self.alpha_and_beta[:] = alpha, beta
-        call = [self.handle, cublas.CUBLAS_OP_T if transpose_b else cublas.CUBLAS_OP_N,
-                cublas.CUBLAS_OP_T if transpose_a else cublas.CUBLAS_OP_N, n, m, k]
-        for array, scalars in ((b, [self.alpha_address]), (a, []), (c, [self.alpha_address + 4])):
+        call = [self.handle, operations[b_transposed], operations[a_transposed], c.shape[-1], c.shape[-2], a.shape[-1]]
+        for array, stride, scalars in ((b, b_stride, [self.alpha_address]), (a, a_stride, []),
+                                       (c, c_stride, [self.alpha_address + 4])):
             call += scalars
-            call += array.data.ptr, self.cupy.cuda.runtime.CUDA_R_32F, array.strides[-2] // 4
+            call += array.data.ptr, self.cupy.cuda.runtime.CUDA_R_32F, stride
             if c.ndim == 3:
                 call.append(array.strides[0] // 4)
         if c.ndim == 3:

@@ -206,24 +206,26 @@ def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
 # Matrix product: the linear layers, and the logits
 
 @kernel
-def matmul_forward(out, inp, weight, bias, threads):
+def matmul_forward(out, inp, weight, bias, workspace):
     """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC). An empty bias array means there is none.
 
     By far the most time is spent in this kernel and the next. Each thread owns a block of output columns, so each row of
-    the weight, which is read only once, is read by one thread only.
+    the weight, which is read only once, is read by one thread only. workspace is what `make_workspace` returns: as many rows
+    of scratch memory as threads share the work.
     """
     N, OC = out.shape
+    threads = len(workspace)
     for thread in prange(threads):
         start, stop = share(thread, threads, OC)
         if start < stop:
             if bias.size > 0:
                 for n in range(N):
                     out[n, start:stop] = bias[start:stop]
-            sgemm(out[:, start:stop], 1.0, inp, weight[start:stop].T, 1.0 if bias.size > 0 else 0.0)
+            sgemm(out[:, start:stop], 1.0, inp, weight[start:stop].T, 1.0 if bias.size > 0 else 0.0, workspace[thread])
 
 
 @kernel
-def matmul_backward(dinp, dweight, dbias, dout, inp, weight, threads):
+def matmul_backward(dinp, dweight, dbias, dout, inp, weight, workspace):
     """dinp (N, C) = dout @ weight; dweight (OC, C) += dout.T @ inp; dbias (OC) += sum of dout (N, OC) over its rows.
 
     From out[n, o] = sum_c inp[n, c] * weight[o, c] + bias[o]: inp[n, c] reaches the loss through every o, weight[o, c]
@@ -231,13 +233,14 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, threads):
     """
     N, OC = dout.shape
     C = inp.shape[1]
+    threads = len(workspace)
     for thread in prange(threads):
         start, stop = share(thread, threads, C)
         if start < stop:
-            sgemm(dinp[:, start:stop], 1.0, dout, weight[:, start:stop], 0.0)
+            sgemm(dinp[:, start:stop], 1.0, dout, weight[:, start:stop], 0.0, workspace[thread])
         start, stop = share(thread, threads, OC)
         if start < stop:
-            sgemm(dweight[start:stop], 1.0, dout[:, start:stop].T, inp, 1.0)
+            sgemm(dweight[start:stop], 1.0, dout[:, start:stop].T, inp, 1.0, workspace[thread])
             if dbias.size > 0:
                 for n in range(N):
                     add_to(dbias[start:stop], dout[n, start:stop])
@@ -272,11 +275,12 @@ def attention_forward(out, lse, qkv):
         b, h = head // NH, head % NH
         q, k, v = one_head(qkv, b, T, h, HS), one_head(qkv, b, T, NH + h, HS), one_head(qkv, b, T, 2 * NH + h, HS)
         o = one_head(out, b, T, h, HS)
+        scratch = np.empty(SCRATCH, dtype=np.float32)
         buffer = np.empty(min(QUERY_TILE, T) * T, dtype=np.float32)
         for start in range(0, T, QUERY_TILE):
             stop = min(start + QUERY_TILE, T)
             p = buffer[:(stop - start) * stop].reshape(stop - start, stop)
-            sgemm(p, scale, q[start:stop], k[:stop].T, 0.0)
+            sgemm(p, scale, q[start:stop], k[:stop].T, 0.0, scratch)
             for i in range(stop - start):
                 visible = start + i + 1
                 row = p[i, :visible]
@@ -290,7 +294,7 @@ def attention_forward(out, lse, qkv):
                     row[j] *= factor
                 p[i, visible:] = 0
                 lse[b, h, start + i] = largest + np.log(total)
-            sgemm(o[start:stop], 1.0, p, v[:stop], 0.0)
+            sgemm(o[start:stop], 1.0, p, v[:stop], 0.0, scratch)
 
 
 @kernel
@@ -316,6 +320,7 @@ def attention_backward(dqkv, dout, out, lse, qkv):
         o = one_head(out, b, T, h, HS)
         dq, dk, dv = one_head(dqkv, b, T, h, HS), one_head(dqkv, b, T, NH + h, HS), one_head(dqkv, b, T, 2 * NH + h, HS)
         do = one_head(dout, b, T, h, HS)
+        scratch = np.empty(SCRATCH, dtype=np.float32)
         buffer = np.empty(2 * min(QUERY_TILE, T) * T, dtype=np.float32)
         tiles = (T + QUERY_TILE - 1) // QUERY_TILE
         for tile in range(tiles - 1, -1, -1):
@@ -323,8 +328,8 @@ def attention_backward(dqkv, dout, out, lse, qkv):
             size = (stop - start) * stop
             p = buffer[:size].reshape(stop - start, stop)
             dscore = buffer[size:2 * size].reshape(stop - start, stop)
-            sgemm(p, scale, q[start:stop], k[:stop].T, 0.0)
-            sgemm(dscore, 1.0, do[start:stop], v[:stop].T, 0.0)
+            sgemm(p, scale, q[start:stop], k[:stop].T, 0.0, scratch)
+            sgemm(dscore, 1.0, do[start:stop], v[:stop].T, 0.0, scratch)
             for i in range(stop - start):
                 visible = start + i + 1
                 row_lse = lse[b, h, start + i]
@@ -338,9 +343,9 @@ def attention_backward(dqkv, dout, out, lse, qkv):
                 p[i, visible:] = 0
                 dscore[i, visible:] = 0
             beta = 0.0 if tile == tiles - 1 else 1.0
-            sgemm(dv[:stop], 1.0, p.T, do[start:stop], beta)
-            sgemm(dk[:stop], scale, dscore.T, q[start:stop], beta)
-            sgemm(dq[start:stop], scale, dscore, k[:stop], 0.0)
+            sgemm(dv[:stop], 1.0, p.T, do[start:stop], beta, scratch)
+            sgemm(dk[:stop], scale, dscore.T, q[start:stop], beta, scratch)
+            sgemm(dq[start:stop], scale, dscore, k[:stop], 0.0, scratch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -486,6 +491,7 @@ TILE_ROWS = 4 if FEATURES.get("sse2") and not FEATURES.get("avx512f") else 8   #
 TILE_VECTORS = 3
 TILE_COLUMNS = TILE_VECTORS * LANES
 BLOCK_DEPTH, BLOCK_COLUMNS = 768, 384     # of b: 1.2 MB
+SCRATCH = 2 ** 19                         # numbers a thread has for such a block: 2 MB
 BLOCK_ROWS = 1024                         # of a, where it has to be transposed
 PREFETCH_AHEAD = 7680                     # bytes: the processor by itself does not look beyond a page of 4096
 
@@ -622,6 +628,17 @@ def copy_vector(typing, out, inp):
     return types.void(types.intp, types.intp), emit
 
 
+def make_workspace(threads):
+    """A row of scratch memory for each of so many threads, for the kernels that multiply matrices.
+
+    Each begins at a multiple of 2 MB and is as long: then it may lie in one large page of memory, of which NumPy asks Linux
+    for some. A block of b on 300 small pages would be more than a processor remembers the places of.
+    """
+    memory = np.empty((threads + 1) * SCRATCH, dtype=np.float32)
+    first = -memory.ctypes.data % (4 * SCRATCH) // 4
+    return memory[first:first + threads * SCRATCH].reshape(threads, SCRATCH)
+
+
 @helper
 def whole_vectors(numbers):
     """How many vectors it takes to hold so many numbers."""
@@ -655,18 +672,18 @@ def pack(out, inp):
 
 
 @helper
-def sgemm(c, alpha, a, b, beta):
+def sgemm(c, alpha, a, b, beta, scratch):
     """c (m, n) = alpha * a (m, k) @ b (k, n) + beta * c, on one thread.
 
     The arrays are 2-D views, so column blocks and heads need no copies; the last axis is contiguous, in a and b perhaps the
     first (the transpose of a matrix). Where beta is 0, c is overwritten, whatever was in it. Every number's sum runs over k
-    in the same order, wherever it stands in c.
+    in the same order, wherever it stands in c. scratch holds SCRATCH numbers.
     """
-    multiply(c[:, :], np.float32(alpha), a[:, :], b[:, :], np.float32(beta))  # [:, :] makes views of all, one type to compile
+    multiply(c[:, :], np.float32(alpha), a[:, :], b[:, :], np.float32(beta), scratch)  # [:, :] makes views of all, one type to compile
 
 
 @helper
-def multiply(c, alpha, a, b, beta):
+def multiply(c, alpha, a, b, beta, scratch):
     """`sgemm`, which from here on needs no transpose of a."""
     m, k = a.shape
     upright = a.strides[1] == 4
@@ -677,15 +694,14 @@ def multiply(c, alpha, a, b, beta):
         if not upright:
             pack(copy.reshape(-1), part)
             part = copy[:part.shape[0], :k]
-        multiply_blocks(c[start:start + rows, :], alpha, part, b, beta)
+        multiply_blocks(c[start:start + rows, :], alpha, part, b, beta, scratch)
 
 
 @helper
-def multiply_blocks(c, alpha, a, b, beta):
-    """`sgemm`, block by block of b."""
+def multiply_blocks(c, alpha, a, b, beta, packed):
+    """`sgemm`, block by block of b, of which `packed` holds one."""
     m, n = c.shape
     k = a.shape[1]
-    packed = np.empty(min(k, BLOCK_DEPTH) * whole_vectors(min(n, BLOCK_COLUMNS)) * LANES, dtype=np.float32)
     edge = np.empty((TILE_ROWS, TILE_COLUMNS), dtype=np.float32)    # a tile that would stick out of c
     for block in range(0, n, BLOCK_COLUMNS):
         block_end = min(block + BLOCK_COLUMNS, n)

@@ -430,15 +430,15 @@ extern "C" __global__ void add_bias(
 def matmul_forward(out, inp, weight, bias):
     """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC). An empty bias array means there is none."""
     N, OC = out.shape
-    device.gemm(out, 1.0, inp, False, weight, True, 0.0)
+    device.gemm(out, 1.0, inp, weight.T, 0.0)
     if bias.size > 0:
         device.launch("add_bias", N, row_threads(OC), out, bias, N, OC)
 
 
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
     """dinp (N, C) = dout @ weight; dweight (OC, C) += dout.T @ inp; dbias (OC) += sum of dout (N, OC) over its rows."""
-    device.gemm(dinp, 1.0, dout, False, weight, False, 0.0)
-    device.gemm(dweight, 1.0, dout, True, inp, False, 1.0)
+    device.gemm(dinp, 1.0, dout, weight, 0.0)
+    device.gemm(dweight, 1.0, dout.T, inp, 1.0)
     if dbias.size > 0:
         column_sums(dbias, dout)
 
@@ -514,6 +514,11 @@ def heads(rows, B, NH):
     return rows.reshape(B, N // B, NH, C // NH).transpose(0, 2, 1, 3)
 
 
+def transposed(matrices):
+    """A view of each matrix of a batch as its transpose."""
+    return matrices.swapaxes(1, 2)
+
+
 def attention_forward(out, lse, qkv, scores):
     """Each position of out (N, C) averages the values of the positions before it and its own, weighted by softmax.
 
@@ -524,9 +529,9 @@ def attention_forward(out, lse, qkv, scores):
     qkv, out = heads(qkv, B, 3 * NH), heads(out, B, NH)
     for b in range(B):
         q, k, v = qkv[b, :NH], qkv[b, NH:2 * NH], qkv[b, 2 * NH:]
-        device.gemm(scores, scale, q, False, k, True, 0.0)
+        device.gemm(scores, scale, q, transposed(k), 0.0)
         device.launch("causal_softmax", ceil_div(NH * T, 8), 256, scores, lse[b], NH, T)
-        device.gemm(out[b], 1.0, scores, False, v, False, 0.0)
+        device.gemm(out[b], 1.0, scores, v, 0.0)
 
 
 def attention_backward(dqkv, dout, out, lse, qkv, scores, dscores):
@@ -539,13 +544,13 @@ def attention_backward(dqkv, dout, out, lse, qkv, scores, dscores):
         q, k, v = qkv[b, :NH], qkv[b, NH:2 * NH], qkv[b, 2 * NH:]
         dq, dk, dv = dqkv[b, :NH], dqkv[b, NH:2 * NH], dqkv[b, 2 * NH:]
         rows = slice(b * T, (b + 1) * T)
-        device.gemm(scores, scale, q, False, k, True, 0.0)
-        device.gemm(dscores, 1.0, dout_heads[b], False, v, True, 0.0)
+        device.gemm(scores, scale, q, transposed(k), 0.0)
+        device.gemm(dscores, 1.0, dout_heads[b], transposed(v), 0.0)
         device.launch("causal_softmax_backward", ceil_div(NH * T, 8), 256, dscores, scores, dout[rows], out[rows], lse[b],
                       NH, T, C)
-        device.gemm(dv, 1.0, scores, True, dout_heads[b], False, 0.0)
-        device.gemm(dk, scale, dscores, True, q, False, 0.0)
-        device.gemm(dq, scale, dscores, False, k, False, 0.0)
+        device.gemm(dv, 1.0, transposed(scores), dout_heads[b], 0.0)
+        device.gemm(dk, scale, transposed(dscores), q, 0.0)
+        device.gemm(dq, scale, dscores, k, 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

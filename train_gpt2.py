@@ -34,7 +34,7 @@ class GPT2:
 
     def __init__(self, config, batch_size, sequence_length, threads):
         self.config = config
-        self.threads = threads
+        self.workspace = kernels.make_workspace(threads)
         shapes = parameter_shapes(config)
         self.params, self.grads, self.adam_m, self.adam_v = (Tensors(shapes) for _ in range(4))
         self.acts = Tensors(activation_shapes(config, batch_size, sequence_length))
@@ -72,7 +72,7 @@ class GPT2:
         buffer = self.acts.flat
         self.acts = Tensors(activation_shapes(self.config, B, T), allocate=lambda size: buffer)
         self.tokens = tokens
-        params, acts, threads = self.params, self.acts, self.threads
+        params, acts, workspace = self.params, self.acts, self.workspace
         proj = self.scratch.proj[:N]
 
         kernels.encoder_forward(acts.encoded, tokens, params.wte, params.wpe)                                    # (N, C)
@@ -80,15 +80,15 @@ class GPT2:
         for l in range(self.config.num_layers):
             kernels.layernorm_forward(acts.ln1[l], acts.ln1_mean[l], acts.ln1_rstd[l],
                                       residual, params.ln1w[l], params.ln1b[l])                                  # (N, C)
-            kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l], threads)            # (N, 3C)
+            kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l], workspace)          # (N, 3C)
             kernels.attention_forward(acts.att[l], acts.att_lse[l], acts.qkv[l])                                 # (N, C)
-            kernels.matmul_forward(proj, acts.att[l], params.attprojw[l], params.attprojb[l], threads)           # (N, C)
+            kernels.matmul_forward(proj, acts.att[l], params.attprojw[l], params.attprojb[l], workspace)         # (N, C)
             kernels.residual_forward(acts.residual2[l], residual, proj)                                          # (N, C)
             kernels.layernorm_forward(acts.ln2[l], acts.ln2_mean[l], acts.ln2_rstd[l],
                                       acts.residual2[l], params.ln2w[l], params.ln2b[l])                         # (N, C)
-            kernels.matmul_forward(acts.fch[l], acts.ln2[l], params.fcw[l], params.fcb[l], threads)              # (N, 4C)
+            kernels.matmul_forward(acts.fch[l], acts.ln2[l], params.fcw[l], params.fcb[l], workspace)            # (N, 4C)
             kernels.gelu_forward(acts.fch_gelu[l], acts.fch[l])                                                  # (N, 4C)
-            kernels.matmul_forward(proj, acts.fch_gelu[l], params.fcprojw[l], params.fcprojb[l], threads)        # (N, C)
+            kernels.matmul_forward(proj, acts.fch_gelu[l], params.fcprojw[l], params.fcprojb[l], workspace)      # (N, C)
             kernels.residual_forward(acts.residual3[l], acts.residual2[l], proj)                                 # (N, C)
             residual = acts.residual3[l]
         kernels.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd,
@@ -101,11 +101,11 @@ class GPT2:
 
     def loss(self, targets):
         """Mean cross entropy of the last forward pass against targets (B, T), without a backward pass."""
-        params, acts, threads = self.params, self.acts, self.threads
+        params, acts, workspace = self.params, self.acts, self.workspace
         targets = targets.reshape(self.tokens.size)
         for rows in self.classifier_chunks():
             logits = self.scratch.logits[:rows.stop - rows.start]
-            kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, threads)                         # (rows, Vp)
+            kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, workspace)                       # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows], 0.0, self.config.vocab_size)      # (rows)
         return float(np.mean(acts.losses, dtype=np.float64))
 
@@ -115,18 +115,18 @@ class GPT2:
         The forward pass in reverse. It starts with the classifier, whose logits serve the loss and the gradients at once.
         """
         N = self.tokens.size
-        params, grads, acts, threads = self.params, self.grads, self.acts, self.threads
+        params, grads, acts, workspace = self.params, self.grads, self.acts, self.workspace
         targets = targets.reshape(N)
         dresidual, dln, datt, dqkv, dfch = (getattr(self.scratch, name)[:N]
                                             for name in ("dresidual", "dln", "datt", "dqkv", "dfch"))
 
         for rows in self.classifier_chunks():
             logits = self.scratch.logits[:rows.stop - rows.start]
-            kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, threads)                         # (rows, Vp)
+            kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, workspace)                       # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
                                      1 / (N * accumulation_steps), self.config.vocab_size)                       # (rows, Vp)
             kernels.matmul_backward(dln[rows], grads.wte, NO_BIAS,
-                                    logits, acts.lnf[rows], params.wte, threads)                                 # (rows, C)
+                                    logits, acts.lnf[rows], params.wte, workspace)                               # (rows, C)
         residual = acts.residual3[-1]
         dresidual[...] = 0
         kernels.layernorm_backward(dresidual, grads.lnfw, grads.lnfb,
@@ -135,18 +135,18 @@ class GPT2:
             residual = acts.residual3[l - 1] if l > 0 else acts.encoded
             # residual3 = residual2 + proj: dresidual is the gradient of both.
             kernels.matmul_backward(dfch, grads.fcprojw[l], grads.fcprojb[l],
-                                    dresidual, acts.fch_gelu[l], params.fcprojw[l], threads)                     # (N, 4C)
+                                    dresidual, acts.fch_gelu[l], params.fcprojw[l], workspace)                   # (N, 4C)
             kernels.gelu_backward(dfch, dfch, acts.fch[l])                                                       # (N, 4C)
             kernels.matmul_backward(dln, grads.fcw[l], grads.fcb[l],
-                                    dfch, acts.ln2[l], params.fcw[l], threads)                                   # (N, C)
+                                    dfch, acts.ln2[l], params.fcw[l], workspace)                                 # (N, C)
             kernels.layernorm_backward(dresidual, grads.ln2w[l], grads.ln2b[l],
                                        dln, acts.ln2_mean[l], acts.ln2_rstd[l], acts.residual2[l], params.ln2w[l])  # (N, C)
             # residual2 = residual + proj: dresidual is the gradient of both.
             kernels.matmul_backward(datt, grads.attprojw[l], grads.attprojb[l],
-                                    dresidual, acts.att[l], params.attprojw[l], threads)                         # (N, C)
+                                    dresidual, acts.att[l], params.attprojw[l], workspace)                       # (N, C)
             kernels.attention_backward(dqkv, datt, acts.att[l], acts.att_lse[l], acts.qkv[l])                    # (N, 3C)
             kernels.matmul_backward(dln, grads.qkvw[l], grads.qkvb[l],
-                                    dqkv, acts.ln1[l], params.qkvw[l], threads)                                  # (N, C)
+                                    dqkv, acts.ln1[l], params.qkvw[l], workspace)                                # (N, C)
             kernels.layernorm_backward(dresidual, grads.ln1w[l], grads.ln1b[l],
                                        dln, acts.ln1_mean[l], acts.ln1_rstd[l], residual, params.ln1w[l])        # (N, C)
         kernels.encoder_backward(grads.wte, grads.wpe, dresidual, self.tokens)                                   # (Vp, C)
@@ -183,7 +183,7 @@ class GPT2:
         """The logits (V,) of the token that follows tokens (1, T), by a forward pass."""
         self.forward(tokens)
         logits = self.scratch.logits[:1]
-        kernels.matmul_forward(logits, self.acts.lnf[-1:], self.params.wte, NO_BIAS, self.threads)
+        kernels.matmul_forward(logits, self.acts.lnf[-1:], self.params.wte, NO_BIAS, self.workspace)
         return logits[0, :self.config.vocab_size].copy()
 
 

@@ -213,8 +213,8 @@ def our_sgemm_flops(kernels, threads):
     import numpy as np
     generator = np.random.default_rng(SEED)
     inp, weight = (generator.standard_normal((SGEMM_SIZE, SGEMM_SIZE), dtype=np.float32) for _ in range(2))
-    out, no_bias = np.zeros_like(inp), np.empty(0, dtype=np.float32)
-    return sgemm_flops(lambda: kernels.matmul_forward(out, inp, weight, no_bias, threads))
+    out, no_bias, workspace = np.zeros_like(inp), np.empty(0, dtype=np.float32), kernels.make_workspace(threads)
+    return sgemm_flops(lambda: kernels.matmul_forward(out, inp, weight, no_bias, workspace))
 
 
 def measure_pytorch(task, compiled, bf16):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from device import ALIGNMENT, Device
+from device import Device
 from files import UserError, whole_file
 
 FOLDER = Path(__file__).resolve().parent
@@ -25,6 +25,7 @@ FLAGS = ["-std=c++17", "-g", "-march=native", "-ffp-contract=fast", "-fno-strict
 FAST = ["-O2"]
 SANITIZE = ["-O0", "-fsanitize=address,signed-integer-overflow,integer-divide-by-zero,shift,bounds,alignment,null"]
 SHARED = re.compile(r"(extern )?__shared__ (__align__\(\d+\) )?(\w[\w ]*) (\w+(?:\[[^]]*\])*(?:, *\w+(?:\[[^]]*\])*)*);")
+ALIGNMENT = 16      # bytes: what a float4 needs; a copy of an array lies no better than the array itself
 MARGIN = 2 ** 20    # bytes before and behind an array that are out of bounds, when sanitizing
 UNSET = 0xFF        # floats of such bytes are NaN, integers -1
 ERROR_LINES = 10    # shown of what the compiler says
@@ -88,10 +89,11 @@ class CpuDevice(Device):
 
     # Computing
 
-    def gemm(self, c, alpha, a, transpose_a, b, transpose_b, beta):
-        self.check_product(c, a, transpose_a, b, transpose_b)
-        product = np.float32(alpha) * ((a.swapaxes(-1, -2) if transpose_a else a) @ (b.swapaxes(-1, -2) if transpose_b else b))
-        c[...] = product if beta == 0 else product + np.float32(beta) * c
+    def gemm(self, c, alpha, a, b, beta):
+        self.check_product(c, a, b)
+        with np.errstate(all="ignore"):     # infinity and NaN come out without a warning, as on a GPU
+            product = np.float32(alpha) * (a @ b)
+            c[...] = product if beta == 0 else product + np.float32(beta) * c
 
     def load(self, sources):
         super().load(sources)

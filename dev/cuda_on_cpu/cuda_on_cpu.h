@@ -162,15 +162,22 @@ static Fiber* take_fiber() {
     return fiber;
 }
 
-// The next thread in the block's order that can go on; -1 if there is none.
-static int next_thread() {
-    for (int i = 0, next = current; i < size; i++) {
+// The first thread in the block's order, from `start` to before `stop` and beginning after the current one, that can go on; -1
+// if there is none.
+static int next_thread(int start, int stop) {
+    for (int i = start, next = current; i < stop; i++) {
         next += step;
-        if (next == size) next = 0;
-        if (next < 0) next = size - 1;
+        if (next == stop) next = start;
+        if (next < start) next = stop - 1;
         if (threads[next].state <= READY) return next;
     }
     return -1;
+}
+
+// A warp goes on as far as it can before the next one's turn comes: so far ahead that a missing barrier shows.
+static int next_thread() {
+    int start = current / 32 * 32, next = next_thread(start, start + 32 < size ? start + 32 : size);
+    return next < 0 ? next_thread(0, size) : next;
 }
 
 static void switch_to_thread(int next) {

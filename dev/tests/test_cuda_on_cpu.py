@@ -3,6 +3,7 @@
 Most kernels run twice, their threads in order and in reverse.
 """
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from dev import cuda_on_cpu
 from dev.cuda_on_cpu import CpuDevice, KernelError
 from files import UserError
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile the CUDA source with")
 
 COMMON = r"""
 #define FULL 0xffffffff

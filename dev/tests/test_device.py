@@ -5,7 +5,9 @@ CuPy: NumPy arrays, a cuBLAS that computes from addresses and leading dimensions
 """
 import ctypes
 import inspect
+import itertools
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -19,9 +21,9 @@ from files import UserError
 KERNEL = r"""
 // Some words (with parentheses) before it.
 extern "C" __global__ void __launch_bounds__(256) scale(
-    float* __restrict__ out,            // (N, 2*C) aligned
+    float* __restrict__ out,            // (N, 2*C)
     const int* __restrict__ tokens,     // (N): which rows
-    const double* weight,               // (C) or empty aligned
+    const double* weight,               // (C) or empty
     unsigned long long* counts,         // (C + 1, 2)
     int N, int C,                       // rows and half their length (no shape)
     unsigned seed, size_t skip, float factor, double offset)
@@ -168,6 +170,8 @@ def fake_cupy(monkeypatch):
 @pytest.fixture(params=["cpu", "fake cuda", "cuda"])
 def device(request, fake_cupy):
     if request.param == "cpu":
+        if not shutil.which("g++"):
+            pytest.skip("no g++ to compile the CUDA source with")
         return CpuDevice()
     if request.param == "fake cuda":
         fake_cupy()
@@ -188,9 +192,9 @@ def test_a_declaration():
     [kernel] = parse_signatures(KERNEL).values()
     assert kernel.name == "scale" and kernel.max_threads == 256
     assert [tuple(p) for p in kernel.parameters] == [
-        ("out", "float32", True, False, "N, 2*C", False, True), ("tokens", "int32", True, True, "N", False, False),
-        ("weight", "float64", True, True, "C", True, True), ("counts", "uint64", True, False, "C + 1, 2", False, False),
-        *((name, dtype, False, False, "", False, False) for name, dtype in (
+        ("out", "float32", True, False, "N, 2*C", False), ("tokens", "int32", True, True, "N", False),
+        ("weight", "float64", True, True, "C", True), ("counts", "uint64", True, False, "C + 1, 2", False),
+        *((name, dtype, False, False, "", False) for name, dtype in (
             ("N", "int32"), ("C", "int32"), ("seed", "uint32"), ("skip", "uint64"),
             ("factor", "float32"), ("offset", "float64")))]
 
@@ -229,11 +233,6 @@ class Arguments(dict):
         return kernel.check(list(self.values()), CpuDevice())
 
 
-def at_odd_address(size, dtype):
-    """An array that starts one element past a multiple of 16 bytes."""
-    return np.zeros(size + 1, dtype)[1:]
-
-
 def read_only(array):
     array.flags.writeable = False
     return array
@@ -252,7 +251,6 @@ def test_right_arguments():
     dict(weight=np.zeros(0)),
     dict(N=np.int64(3), factor=1, offset=np.float32(1), skip=2 ** 63),
     dict(tokens=read_only(np.zeros(3, np.int32))),                      # is only read
-    dict(out=at_odd_address(3 * 6, np.float32), C=3, weight=at_odd_address(3, np.float64), counts=np.zeros(8, np.uint64)),
     dict(N=0, out=np.zeros(0, np.float32), tokens=np.zeros(0, np.int32)),
 ])
 def test_other_right_arguments(changes):
@@ -274,8 +272,6 @@ def test_other_right_arguments(changes):
     (dict(out=np.zeros((8, 3), np.float32).T), ValueError,
      "out has strides (4, 12) for shape (3, 8), expected it to be C-contiguous"),
     (dict(weight=np.zeros(8)[::2]), ValueError, "weight has strides (16,) for shape (4,), expected it to be C-contiguous"),
-    (dict(out=at_odd_address(24, np.float32)), ValueError, "out starts 4 bytes past a multiple of 16, expected at one"),
-    (dict(weight=at_odd_address(4, np.float64)), ValueError, "weight starts 8 bytes past a multiple of 16, expected at one"),
     (dict(counts=read_only(np.zeros(10, np.uint64))), ValueError, "counts is read-only, expected one to write to"),
     (dict(N=3.0), TypeError, "N is float 3.0, expected an integer"),
     (dict(N="3"), TypeError, "N is str '3', expected an integer"),
@@ -340,6 +336,19 @@ def normal(*shape):
     return np.random.default_rng(len(shape)).standard_normal(shape, dtype=np.float32)
 
 
+@pytest.mark.parametrize("m, k, n", itertools.product((1, 3), repeat=3))
+@pytest.mark.parametrize("transpose_b", [False, True])
+@pytest.mark.parametrize("transpose_a", [False, True])
+def test_gemm_of_single_rows_and_columns(device, m, k, n, transpose_a, transpose_b):
+    """Their strides do not tell a matrix from its transpose."""
+    a, b = normal(*((k, m) if transpose_a else (m, k))), normal(*((n, k) if transpose_b else (k, n)))
+    c, a_array, b_array = device.zeros((m, n)), device.to_device(a), device.to_device(b)
+    a, a_array, b, b_array = (array.T if transposed else array for array, transposed in (
+        (a, transpose_a), (a_array, transpose_a), (b, transpose_b), (b_array, transpose_b)))
+    device.gemm(c, 1, a_array, b_array, 0)
+    assert np.allclose(device.to_host(c), a.astype(float) @ b, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("beta", [0, 1, -0.5])
 @pytest.mark.parametrize("transpose_b", [False, True])
 @pytest.mark.parametrize("transpose_a", [False, True])
@@ -357,8 +366,9 @@ def test_gemm(device, batch, transpose_a, transpose_b, beta):
         return view, padded
 
     (a_part, _), (b_part, _), (c_part, c_padded) = part(a), part(b), part(c if beta else np.full_like(c, np.nan))
-    device.gemm(c_part, 0.3, a_part, transpose_a, b_part, transpose_b, beta)
-    a, b = (np.swapaxes(array, -1, -2) if transposed else array for array, transposed in ((a, transpose_a), (b, transpose_b)))
+    a, a_part, b, b_part = (array.swapaxes(-1, -2) if transposed else array for array, transposed in (
+        (a, transpose_a), (a_part, transpose_a), (b, transpose_b), (b_part, transpose_b)))
+    device.gemm(c_part, 0.3, a_part, b_part, beta)
     assert np.allclose(device.to_host(c_part), 0.3 * a.astype(float) @ b + beta * c, rtol=0, atol=1e-5)
     assert np.isnan(device.to_host(c_padded)).sum() == c_padded.size - c.size
 
@@ -367,22 +377,22 @@ def test_gemm(device, batch, transpose_a, transpose_b, beta):
     (dict(a=np.zeros((5, 4))), TypeError, "gemm: a is .* of float64, expected .* of float32"),
     (dict(a=np.zeros((5, 3))), ValueError, r"gemm: c \(5, 7\), a \(5, 3\) and b \(4, 7\) do not fit together"),
     (dict(a=np.zeros((2, 5, 4))), ValueError, r"gemm: a has shape \(2, 5, 4\) and strides \(80, 16, 4\), expected a matrix.*"),
-    (dict(b=np.zeros((7, 4)).T), ValueError, r"gemm: b has shape \(4, 7\) and strides \(4, 16\), expected a matrix.*"),
+    (dict(b=np.zeros((8, 14)).T[::2, ::2]), ValueError, r"gemm: b has shape .* and strides .*, expected a matrix.*"),
+    (dict(c=np.zeros((7, 5)).T), ValueError, r"gemm: c has shape \(5, 7\) and strides \(4, 20\), expected a matrix.*"),
     (dict(b=np.broadcast_to(np.zeros(7), (4, 7))), ValueError, r"gemm: b has shape \(4, 7\) and strides \(0, 4\), expected .*"),
     (dict(c=np.zeros((5, 14))[:, ::2]), ValueError, r"gemm: c has shape \(5, 7\) and strides \(56, 8\), expected a matrix.*"),
-    (dict(b=np.zeros((7, 4)), transpose_a=True, transpose_b=True), ValueError,
-     r"gemm: c \(5, 7\), a \(5, 4\) transposed and b \(7, 4\) transposed do not fit together"),
+    (dict(b=np.zeros((7, 4))), ValueError, r"gemm: c \(5, 7\), a \(5, 4\) and b \(7, 4\) do not fit together"),
 ])
 def test_a_product_that_does_not_fit(fake_cupy, change, kind, message):
     fake_cupy()
     for device in (CpuDevice(), open_device("cuda", "float32")):
-        args = dict(c=np.zeros((5, 7)), a=np.zeros((5, 4)), b=np.zeros((4, 7)), transpose_a=False, transpose_b=False) | change
+        args = dict(c=np.zeros((5, 7)), a=np.zeros((5, 4)), b=np.zeros((4, 7))) | change
         arrays = {}
         for name in "cab":
             array = args[name] if kind is TypeError and name in change else strided_copy(args[name])
             arrays[name] = array.view(device.Array)
         with pytest.raises(kind, match=f"^{message}$"):
-            device.gemm(arrays["c"], 1, arrays["a"], args["transpose_a"], arrays["b"], args["transpose_b"], 0)
+            device.gemm(arrays["c"], 1, arrays["a"], arrays["b"], 0)
 
 
 def strided_copy(array):
@@ -478,7 +488,7 @@ def test_tf32(fake_cupy, monkeypatch):
     monkeypatch.setattr(FakeCublas, "gemmEx", lambda *args: types.append(args[-2]))
     for dtype in ("float32", "tf32"):
         device = open_device("cuda", dtype)
-        device.gemm(device.zeros((2, 2)), 1, device.zeros((2, 2)), False, device.zeros((2, 2)), False, 0)
+        device.gemm(device.zeros((2, 2)), 1, device.zeros((2, 2)), device.zeros((2, 2)), 0)
     assert types == [68, 77]
 
 

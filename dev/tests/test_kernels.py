@@ -87,12 +87,12 @@ class Fast:
 
     def matmul_forward(inp, weight, bias, threads=THREADS):
         out = unset(len(inp), len(weight))
-        kernels_cpu.matmul_forward(out, inp, weight, bias, threads)
+        kernels_cpu.matmul_forward(out, inp, weight, bias, kernels_cpu.make_workspace(threads))
         return out
 
     def matmul_backward(dout, inp, weight, threads=THREADS):
         dinp, dweight, dbias = unset(*inp.shape), Accumulator(*weight.shape), Accumulator(len(weight))
-        kernels_cpu.matmul_backward(dinp, dweight.array, dbias.array, dout, inp, weight, threads)
+        kernels_cpu.matmul_backward(dinp, dweight.array, dbias.array, dout, inp, weight, kernels_cpu.make_workspace(threads))
         return dinp, dweight.added(), dbias.added()
 
     def attention_forward(qkv, B, T, NH):
@@ -446,7 +446,7 @@ def test_sgemm(m, k, n, a_transposed, b_transposed, alpha, beta):
     scale = np.linalg.norm(abs(alpha) * np.abs(a).astype(np.float64) @ np.abs(b) + abs(beta) * np.abs(c))
     if beta == 0:
         c[...] = np.nan
-    kernels_cpu.sgemm(c, alpha, a, b, beta)
+    kernels_cpu.sgemm(c, alpha, a, b, beta, kernels_cpu.make_workspace(1)[0])
     assert np.linalg.norm(c - expected) <= 1e-6 * scale
     c[...] = before[margin:-margin, margin:-margin]
     assert np.array_equal(around, before)  # nothing was written beside c
@@ -455,7 +455,7 @@ def test_sgemm(m, k, n, a_transposed, b_transposed, alpha, beta):
 def test_matmul_backward_without_bias():
     args = CASE["matmul_backward"].args
     dinp, dweight = unset(*args["inp"].shape), np.zeros_like(args["weight"])
-    kernels_cpu.matmul_backward(dinp, dweight, EMPTY, **args, threads=THREADS)
+    kernels_cpu.matmul_backward(dinp, dweight, EMPTY, **args, workspace=kernels_cpu.make_workspace(THREADS))
     expected = results(exact, "matmul_backward", args)
     del expected["dbias"]
     check("matmul_backward", dict(dinp=dinp, dweight=dweight), expected)

@@ -20,6 +20,8 @@ from device import CudaDevice, open_device
 from files import UserError, run_program
 from gpt2 import model_config
 
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile the CUDA source with")
+
 STEPS = 20
 DEVICES = {
     "cpu": CpuDevice,
@@ -31,8 +33,6 @@ DEVICES = {
 @pytest.fixture(scope="module", params=DEVICES)
 def on(request):
     """A device."""
-    if request.param != "cuda" and not shutil.which("g++"):
-        pytest.skip("no g++ to compile the CUDA source with")
     try:
         return DEVICES[request.param]()
     except UserError as error:
