@@ -336,7 +336,7 @@ def normal(*shape):
     return np.random.default_rng(len(shape)).standard_normal(shape, dtype=np.float32)
 
 
-@pytest.mark.parametrize("m, k, n", itertools.product((1, 3), repeat=3))
+@pytest.mark.parametrize("m, k, n", [*itertools.product((1, 3), repeat=3)])
 @pytest.mark.parametrize("transpose_b", [False, True])
 @pytest.mark.parametrize("transpose_a", [False, True])
 def test_gemm_of_single_rows_and_columns(device, m, k, n, transpose_a, transpose_b):
