@@ -68,7 +68,8 @@ def whole_file(path):
             yield file
         os.replace(unfinished, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room for it there or choose another folder") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; "
+                        "make room for it there or choose another folder") from error
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()

@@ -46,6 +46,8 @@ GELU_CUBIC = np.float32(0.044715)
 QUERY_TILE = 128    # rows of the attention matrix that exist at any one time, per thread
 MAXIMA = 64         # running maxima side by side
 COLUMN_BLOCK = 64   # channels a thread sums over tokens at a time, when a sum over tokens is shared among threads
+GROUP = 64          # numbers of an int8 weight that share a scale
+DOT_ROWS = 4        # rows of activations that meet a row of a weight at once
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -246,6 +248,31 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, workspace):
                     add_to(dbias[start:stop], dout[n, start:stop])
 
 
+@kernel
+def matvec_forward(out, inp, weight, bias, workspace):
+    """matmul_forward for an inp of few rows: then the time it takes is that of reading the weight, once.
+
+    Each row of the weight meets all rows of inp while it is in cache, and nothing is copied.
+    """
+    N, OC = out.shape
+    C = inp.shape[1]
+    whole = C // GROUP * GROUP
+    threads = len(workspace)
+    for thread in prange(threads):
+        start, stop = share(thread, threads, OC)
+        sums = workspace[thread, :DOT_ROWS]
+        for o in range(start, stop):
+            for first in range(0, N, DOT_ROWS):
+                rows = min(DOT_ROWS, N - first)
+                dot_products(sums.ctypes.data, inp.ctypes.data + first * inp.strides[0], inp.strides[0], rows,
+                             weight.ctypes.data + o * weight.strides[0], whole // GROUP)
+                for r in range(rows):
+                    total = sums[r] + (bias[o] if bias.size > 0 else np.float32(0))
+                    for c in range(whole, C):
+                        total += inp[first + r, c] * weight[o, c]
+                    out[first + r, o] = total
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention: causal, multi-head, without a (T, T) tensor (Dao et al. 2022)
 
@@ -348,6 +375,62 @@ def attention_backward(dqkv, dout, out, lse, qkv):
             sgemm(dq[start:stop], scale, dscore, k[:stop], 0.0, scratch)
 
 
+@helper
+def softmax(row):
+    """row = exp(row) / sum(exp(row)). Returns log(sum(exp(row)))."""
+    largest = row_max(row)
+    total = np.float32(0)
+    for j in range(row.size):
+        row[j] = exp(row[j] - largest)
+        total += row[j]
+    factor = np.float32(1) / total
+    for j in range(row.size):
+        row[j] *= factor
+    return largest + np.log(total)
+
+
+@kernel
+def attention_cached_forward(out, keys, values, qkv, position):
+    """attention_forward for tokens that come after `position` others, whose keys and values were kept.
+
+    keys and values (B, NH, maxT, HS) hold those of the positions before `position`; those of the T positions in qkv
+    (B*T, 3C) are added to them. Every query sees all earlier positions, and of the new ones its own and those before.
+    A single query needs no matrix product: its keys and values are read where they lie.
+    """
+    B, NH, _, HS = keys.shape
+    T = out.shape[0] // B
+    scale = np.float32(1 / np.sqrt(HS))
+    for head in prange(B * NH):
+        b, h = head // NH, head % NH
+        q, o = one_head(qkv, b, T, h, HS), one_head(out, b, T, h, HS)
+        k, v = keys[b, h, :position + T], values[b, h, :position + T]
+        k[position:] = one_head(qkv, b, T, NH + h, HS)
+        v[position:] = one_head(qkv, b, T, 2 * NH + h, HS)
+        buffer = np.empty(min(QUERY_TILE, T) * (position + T), dtype=np.float32)
+        if T == 1:
+            for j in range(position + 1):
+                score = np.float32(0)
+                for c in range(HS):
+                    score += q[0, c] * k[j, c]
+                buffer[j] = scale * score
+            softmax(buffer)
+            o[0] = 0
+            for j in range(position + 1):
+                for c in range(HS):
+                    o[0, c] += buffer[j] * v[j, c]
+        else:
+            scratch = np.empty(SCRATCH, dtype=np.float32)
+            for start in range(0, T, QUERY_TILE):
+                stop = min(start + QUERY_TILE, T)
+                p = buffer[:(stop - start) * (position + stop)].reshape(stop - start, position + stop)
+                sgemm(p, scale, q[start:stop], k[:position + stop].T, 0.0, scratch)
+                for i in range(stop - start):
+                    visible = position + start + i + 1
+                    softmax(p[i, :visible])
+                    p[i, visible:] = 0
+                sgemm(o[start:stop], 1.0, p, v[:position + stop], 0.0, scratch)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # GELU, the tanh approximation GPT-2 was trained with (Hendrycks and Gimpel 2016)
 
@@ -425,6 +508,105 @@ def fused_classifier(losses, logits, targets, dloss, vocab_size):
             row[i] *= factor
         row[target] -= np.float32(dloss)
         row[vocab_size:] = 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights in int8, for decoding, which is as fast as the weights can be read
+#
+# Every GROUP numbers along a row of a weight share a scale: weight[o, c] is about numbers[o, c] * scales[o, c // GROUP], with
+# numbers from -127 to 127. Activations stay float32.
+
+@kernel
+def quantize(numbers, scales, weight):
+    """numbers (OC, C), int8, and scales (OC, groups) from weight (OC, C)."""
+    for o in prange(weight.shape[0]):
+        for g in range(scales.shape[1]):
+            group = slice(g * GROUP, (g + 1) * GROUP)
+            scales[o, g] = quantize_group(numbers[o, group], weight[o, group])
+
+
+@helper
+def quantize_group(numbers, weight):
+    """numbers from weight, up to GROUP of both: the largest becomes 127 or -127. Returns their scale.
+
+    The largest is found among the bits: without their sign, floats are in the order of the integers that have the same
+    bits, and integers can be compared a whole vector at a time. Infinity and NaN stand above all numbers there. They make
+    the scale NaN, and with it whatever is computed from the group.
+    """
+    bits = weight.view(np.int32)
+    largest_bits = np.int32(0)
+    for i in range(bits.size):
+        largest_bits = np.int32(max(largest_bits, bits[i] & np.int32(0x7fffffff)))
+    largest = np.int32(largest_bits).view(np.float32)
+    if largest_bits >= np.int32(0x7f800000) or largest < np.float32(1e-36):    # 127 / 1e-36 is still a float
+        numbers[:] = 0
+        return largest * np.float32(0)
+    to_127 = np.float32(127) / largest
+    for i in range(weight.size):
+        numbers[i] = np.int8(np.floor(weight[i] * to_127 + np.float32(0.5)))
+    return largest / np.float32(127)
+
+
+@helper
+def dequantize_row(out, numbers, scales):
+    """out (C) = numbers * scales, one row of a weight."""
+    for g in range(scales.size):
+        part, whole = out[g * GROUP:(g + 1) * GROUP], numbers[g * GROUP:(g + 1) * GROUP]
+        for i in range(part.size):
+            part[i] = scales[g] * np.float32(whole[i])
+
+
+@kernel
+def encoder_int8_forward(out, tokens, numbers, scales, wpe):
+    """encoder_forward with a wte in int8."""
+    B, T = tokens.shape
+    for n in prange(B * T):
+        b, t = n // T, n % T
+        dequantize_row(out[n], numbers[tokens[b, t]], scales[tokens[b, t]])
+        add_to(out[n], wpe[t])
+
+
+@kernel
+def matvec_int8_forward(out, inp, numbers, scales, bias, workspace):
+    """matvec_forward with a weight in int8, numbers (OC, C) and scales (OC, groups)."""
+    N, OC = out.shape
+    C = inp.shape[1]
+    whole = C // GROUP * GROUP
+    threads = len(workspace)
+    for thread in prange(threads):
+        start, stop = share(thread, threads, OC)
+        sums = workspace[thread, :DOT_ROWS]
+        for o in range(start, stop):
+            for first in range(0, N, DOT_ROWS):
+                rows = min(DOT_ROWS, N - first)
+                dot_products_int8(sums.ctypes.data, inp.ctypes.data + first * inp.strides[0], inp.strides[0], rows,
+                                  numbers.ctypes.data + o * numbers.strides[0], whole // GROUP,
+                                  scales.ctypes.data + o * scales.strides[0])
+                for r in range(rows):
+                    total = sums[r] + (bias[o] if bias.size > 0 else np.float32(0))
+                    for c in range(whole, C):
+                        total += inp[first + r, c] * scales[o, c // GROUP] * np.float32(numbers[o, c])
+                    out[first + r, o] = total
+
+
+@kernel
+def matmul_int8_forward(out, inp, numbers, scales, bias, workspace):
+    """matmul_forward with a weight in int8, of which each thread turns some rows at a time into float32."""
+    N, OC = out.shape
+    C = inp.shape[1]
+    threads = len(workspace)
+    for thread in prange(threads):
+        start, stop = share(thread, threads, OC)
+        buffer = np.empty((min(BLOCK_COLUMNS, stop - start), C), dtype=np.float32)
+        for first in range(start, stop, BLOCK_COLUMNS):
+            last = min(first + BLOCK_COLUMNS, stop)
+            weight = buffer[:last - first]
+            for o in range(first, last):
+                dequantize_row(weight[o - first], numbers[o], scales[o])
+            if bias.size > 0:
+                for n in range(N):
+                    out[n, first:last] = bias[first:last]
+            sgemm(out[:, first:last], 1.0, inp, weight.T, 1.0 if bias.size > 0 else 0.0, workspace[thread])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -506,6 +688,7 @@ def pointer(build, address, row=0, row_bytes=INT64(0), number=INT64(0)):
 
 
 def load(build, place):
+    """The vector that starts at place."""
     return build.load(build.bitcast(place, VECTOR.as_pointer()), align=4)
 
 
@@ -556,6 +739,7 @@ def multiply_tile(typing, vectors, c, c_row, alpha, beta, a, a_row, rows, b, dep
 
 
 def emit_tile(build, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
+    """The instructions of `multiply_tile` for one width: a loop over depth, whose phis are the sums that stay in registers."""
     tile = [(r, v) for r in range(TILE_ROWS) for v in range(vectors)]
     places = {(r, v): pointer(build, c, r, c_row, INT64(v * LANES)) for r, v in tile}
     for place in places.values():
@@ -679,7 +863,8 @@ def sgemm(c, alpha, a, b, beta, scratch):
     first (the transpose of a matrix). Where beta is 0, c is overwritten, whatever was in it. Every number's sum runs over k
     in the same order, wherever it stands in c. scratch holds SCRATCH numbers.
     """
-    multiply(c[:, :], np.float32(alpha), a[:, :], b[:, :], np.float32(beta), scratch)  # [:, :] makes views of all, one type to compile
+    # [:, :] makes views of whole arrays, too: one type to compile the rest for.
+    multiply(c[:, :], np.float32(alpha), a[:, :], b[:, :], np.float32(beta), scratch)
 
 
 @helper
@@ -728,12 +913,114 @@ def multiply_blocks(c, alpha, a, b, beta, packed):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Dot products of a row of a weight with a few rows of activations, in LLVM's vectors like the tiles above
+#
+# Every group of GROUP numbers is summed by itself, then added to the sum of the row, so that in int8 a scale is multiplied
+# once for LANES products.
+
+BYTES = ir.VectorType(ir.IntType(8), LANES)
+INTEGERS = ir.VectorType(INT32, LANES)
+
+
+@intrinsic
+def dot_products(typing, sums, inp, inp_row, rows, weight, groups):
+    """sums (rows) = the dot products of `rows` (up to DOT_ROWS) rows of inp with a row of a weight, GROUP * groups long."""
+    def emit(context, build, signature, arguments):
+        emit_dot_products(build, *arguments)
+        return context.get_dummy_value()
+
+    address = stride = count = types.intp
+    return types.void(address, address, stride, count, address, count), emit
+
+
+@intrinsic
+def dot_products_int8(typing, sums, inp, inp_row, rows, numbers, groups, scales):
+    """dot_products with a row of a weight in int8."""
+    def emit(context, build, signature, arguments):
+        emit_dot_products(build, *arguments)
+        return context.get_dummy_value()
+
+    address = stride = count = types.intp
+    return types.void(address, address, stride, count, address, count, address), emit
+
+
+def emit_dot_products(build, sums, inp, inp_row, rows, weight, groups, scales=None):
+    """The loop over groups, once for each number of rows. `scales` is None for a weight in float32."""
+    end = build.append_basic_block()
+    choice = build.switch(rows, end)
+    for count in range(1, DOT_ROWS + 1):
+        block = build.append_basic_block()
+        choice.add_case(INT64(count), block)
+        build.position_at_end(block)
+        totals = emit_loop_over_groups(build, count, inp, inp_row, weight, groups, scales)
+        for r in range(count):
+            distance = LANES // 2
+            while distance > 0:    # halve the vector until its sum stands in its first lane
+                moved = shuffle(build, totals[r], totals[r], [(lane + distance) % LANES for lane in range(LANES)])
+                totals[r] = build.fadd(totals[r], moved)
+                distance //= 2
+            build.store(build.extract_element(totals[r], INT32(0)), pointer(build, sums, number=INT64(r)))
+        build.branch(end)
+    build.position_at_end(end)
+
+
+def emit_loop_over_groups(build, rows, inp, inp_row, weight, groups, scales):
+    """The vectors, one for each row, whose lanes add up to its dot product."""
+    fused = ("contract",)
+    before, loop, body, after = build.block, *(build.append_basic_block() for _ in range(3))
+    build.branch(loop)
+    build.position_at_end(loop)
+    g = build.phi(INT64)
+    totals = [build.phi(VECTOR) for _ in range(rows)]
+    build.cbranch(build.icmp_signed("<", g, groups), body, after)
+
+    build.position_at_end(body)
+    first = build.mul(g, INT64(GROUP))
+    parts = [VECTOR(None)] * rows
+    for v in range(0, GROUP, LANES):
+        number = build.add(first, INT64(v))
+        if scales is None:
+            place = pointer(build, weight, number=number)
+            weights = load(build, place)
+        else:
+            place = build.inttoptr(build.add(weight, number), BYTES.as_pointer())
+            weights = build.sitofp(build.sext(build.load(place, align=1), INTEGERS), VECTOR)
+        for r in range(rows):
+            inputs = load(build, pointer(build, inp, r, inp_row, number))
+            parts[r] = build.fadd(build.fmul(inputs, weights, flags=fused), parts[r], flags=fused)
+    if scales is None:
+        totals_after = [build.fadd(total, part) for total, part in zip(totals, parts)]
+    else:
+        scale = spread(build, build.load(pointer(build, scales, number=g)))
+        totals_after = [build.fadd(build.fmul(part, scale, flags=fused), total, flags=fused)
+                        for total, part in zip(totals, parts)]
+    prefetch_bytes = GROUP * (4 if scales is None else 1)
+    for line in range(0, prefetch_bytes, 64):
+        ahead = build.add(weight, build.mul(g, INT64(prefetch_bytes)))
+        prefetch(build, pointer(build, build.add(ahead, INT64(PREFETCH_AHEAD + line))))
+    for phi, start, following in [(g, INT64(0), build.add(g, INT64(1)))] + [
+            (total, VECTOR(None), total_after) for total, total_after in zip(totals, totals_after)]:
+        phi.add_incoming(start, before)
+        phi.add_incoming(following, body)
+    build.branch(loop)
+
+    build.position_at_end(after)
+    return list(totals)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Numba's cache
 
-def all_compiled():
-    """Whether Numba's cache holds every kernel, compiled since this file last changed."""
+DECODING = (quantize, encoder_int8_forward, matvec_forward, matvec_int8_forward, matmul_int8_forward, attention_cached_forward)
+DECODING_AND_TRAINING = (encoder_forward, layernorm_forward, matmul_forward, gelu_forward, residual_forward, fused_classifier)
+
+
+def all_compiled(decoding=False):
+    """Whether Numba's cache holds every kernel of training, or of decoding, compiled since this file last changed."""
     changed = Path(__file__).stat().st_mtime
-    kernels = [value for value in globals().values() if isinstance(value, Dispatcher) and value.targetoptions.get("parallel")]
+    kernels = DECODING + DECODING_AND_TRAINING if decoding else [
+        value for value in globals().values()
+        if isinstance(value, Dispatcher) and value.targetoptions.get("parallel") and value not in DECODING]
     return all(any(index.stat().st_mtime >= changed
                    for index in Path(kernel.stats.cache_path).glob(f"{Path(__file__).stem}.{kernel.__name__}-*.nbi"))
                for kernel in kernels)

@@ -14,10 +14,11 @@ import numba
 import numpy as np
 
 import kernels_cpu as kernels
+from checkpoint import save_model
 from dataloader import DataLoader
 from files import UserError, run_program
-from gpt2 import WEIGHT_DECAYED, Config, Tensors, activation_shapes, initialize, model_config, parameter_shapes
-from training import (TrainingLog, check_finite, due, learning_rate, number, parse_options, prepare_data,
+from gpt2 import WEIGHT_DECAYED, Config, Tensors, activation_shapes, initialize, parameter_shapes
+from training import (TrainingLog, check_finite, due, first_model, learning_rate, number, parse_options, prepare_data,
                       print_configuration, sample_text)
 
 CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time: 512 * 50304 * 4 bytes = 103 MB
@@ -58,6 +59,10 @@ class GPT2:
     def set_params(self, params):
         """Copy the parameters from `params`, Tensors of the same shapes."""
         self.params.flat[...] = params.flat
+
+    def get_params(self):
+        """The parameters, Tensors of NumPy arrays."""
+        return self.params
 
     def forward(self, tokens):
         """From tokens (B, T) to the normalised output of the last block, `acts.lnf` (N, C).
@@ -229,6 +234,22 @@ def train(model, options, train_loader, val_loader, log):
             log.sample(sample_text(step, model, options))
 
 
+def train_and_save(model, params, options, train_loader, val_loader, ideal_seconds=None, **device_rows):
+    """All that follows once a model is there: fill it with params (None: random ones), train it, and keep what it has learned.
+
+    ideal_seconds is TrainingLog's, device_rows are print_configuration's.
+    """
+    if params:
+        model.set_params(params)
+    else:
+        model.initialize(options.seed)
+    print_configuration(options, model, train_loader, val_loader, **device_rows)
+    with TrainingLog(options, ideal_seconds) as log:
+        train(model, options, train_loader, val_loader, log)
+    save_model(options.output_dir, model.config, model.get_params())
+    print(f"wrote the model to {options.output_dir}, a Hugging Face folder")
+
+
 def compile_kernels():
     """Have processes of their own compile the kernels into Numba's cache, unless they are there.
 
@@ -262,17 +283,14 @@ def main():
     if options.threads > cores:
         raise UserError(f"--threads is {options.threads}, expected at most {cores}, all there are here; lower it", status=2)
     numba.set_num_threads(options.threads)
+    config, params = first_model(options)
     prepare_data(options)
-    config = model_config(options.model)
     train_loader, val_loader = (
         DataLoader(pattern, options.batch_size, options.sequence_length, config.vocab_size) if pattern else None
         for pattern in (options.input_bin, options.input_val_bin))
     compile_kernels()
     model = GPT2(config, options.batch_size, options.sequence_length, options.threads)
-    model.initialize(options.seed)
-    print_configuration(options, model, train_loader, val_loader, threads=options.threads)
-    with TrainingLog(options) as log:
-        train(model, options, train_loader, val_loader, log)
+    train_and_save(model, params, options, train_loader, val_loader, threads=options.threads)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import kernels_gpu as kernels
 from dataloader import DataLoader
 from device import open_device
 from files import UserError, run_program
-from gpt2 import (WEIGHT_DECAYED, Tensors, activation_shapes, initialize, model_config, parameter_shapes, training_flops)
-from train_gpt2 import BETA1, BETA2, EPSILON, train
-from training import TrainingLog, parse_options, prepare_data, print_configuration
+from gpt2 import WEIGHT_DECAYED, Tensors, activation_shapes, initialize, parameter_shapes, training_flops
+from train_gpt2 import BETA1, BETA2, EPSILON, train_and_save
+from training import first_model, parse_options, prepare_data
 
 CLASSIFIER_ROWS = 2048    # tokens whose logits exist at any one time: 2048 * 50304 * 4 bytes = 412 MB
 
@@ -71,6 +71,10 @@ class GPT2:
     def set_params(self, params):
         """Copy the parameters from `params`, Tensors of NumPy arrays of the same shapes."""
         self.params.flat[...] = self.device.to_device(params.flat)
+
+    def get_params(self):
+        """A copy of the parameters, Tensors of NumPy arrays."""
+        return Tensors(self.params.shapes, allocate=lambda size: self.device.to_host(self.params.flat))
 
     def forward(self, tokens):
         """From tokens (B, T) to the normalised output of the last block, `acts.lnf` (N, C).
@@ -229,12 +233,14 @@ class Prefetch:
 
 
 def main():
-    options = parse_options("Train GPT-2 on a GPU.",
-                            device=dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the GPU's kernels on the CPU, slowly"),
-                            dtype=dict(choices=["float32", "tf32"], default="float32", help="of matrix products; tf32: faster, 10 bits of mantissa"))
+    options = parse_options(
+        "Train GPT-2 on a GPU.",
+        device=dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the GPU's kernels on the CPU, slowly"),
+        dtype=dict(default="float32", choices=["float32", "tf32"],
+                   help="of matrix products; tf32: faster, with 10 bits of mantissa"))
     device = open_device(options.device, options.dtype)
+    config, params = first_model(options)
     prepare_data(options)
-    config = model_config(options.model)
     B, T = options.batch_size, options.sequence_length
     needed, (free, total) = memory_needed(config, B, T), device.memory()
     if needed > free:
@@ -243,13 +249,10 @@ def main():
     train_loader, val_loader = (
         Prefetch(DataLoader(pattern, B, T, config.vocab_size), device) if pattern else None
         for pattern in (options.input_bin, options.input_val_bin))
-    model = GPT2(config, B, T, device)
-    model.initialize(options.seed)
-    print_configuration(options, model, train_loader, val_loader, device=f"{device.name}, {options.dtype}",
-                        memory=f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free")
     peak = device.peak_flops()
-    with TrainingLog(options, options.accumulation_steps * sum(training_flops(config, B, T)) / peak if peak else None) as log:
-        train(model, options, train_loader, val_loader, log)
+    train_and_save(GPT2(config, B, T, device), params, options, train_loader, val_loader,
+                   ideal_seconds=options.accumulation_steps * sum(training_flops(config, B, T)) / peak if peak else None,
+                   device=f"{device.name}, {options.dtype}", memory=f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free")
 
 
 if __name__ == "__main__":

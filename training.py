@@ -3,18 +3,21 @@ import argparse
 import contextlib
 import csv
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 
+from checkpoint import load_model
 from files import DATA_DIR, OneLineParser, UserError, whole_file
-from gpt2 import CONTEXT, HEADS_BY_DEPTH
+from gpt2 import CONTEXT, HEADS_BY_DEPTH, VOCABULARY, model_config
 from prepare_tinyshakespeare import prepare
 from tokenizer import END_OF_TEXT, fetch_vocabulary, gpt2_encoding
 
 TRAIN_TOKENS = DATA_DIR / "tiny_shakespeare_train.bin"
 VAL_TOKENS = DATA_DIR / "tiny_shakespeare_val.bin"
 CSV_COLUMNS = ("step", "train_loss", "val_loss", "grad_norm", "learning_rate", "milliseconds", "tokens_per_second")
+NEW_MODELS = [f"d{depth}" for depth in HEADS_BY_DEPTH]
 SAMPLE_TOKENS = 96
 TEMPERATURE = 0.8
 
@@ -37,6 +40,13 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def model_name(text):
+    """An argparse type: a name of model_config's, or whatever checkpoint.load_model may find."""
+    if re.fullmatch(r"d\d+", text) and text not in NEW_MODELS and not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(map(repr, NEW_MODELS))}, or a checkpoint")
+    return text
+
+
 def parse_options(description, arguments=None, **own_flags):
     """The flags as a namespace, checked, with `total_batch_size` and `accumulation_steps` (micro-batches a step) filled in.
 
@@ -50,18 +60,23 @@ def parse_options(description, arguments=None, **own_flags):
         parser.add_argument(flag, default=default, help=help + (" (default: %(default)s)" if default is not None else ""), **rest)
 
     positive, count = number(int, 1), number(int, 0)
-    add("--model", choices=[f"d{depth}" for depth in HEADS_BY_DEPTH], default="d4", help="a new model of so many layers; d12 is GPT-2 124M")
+    add("--model", default="d4", type=model_name,
+        help=f"a new model of so many layers, one of {', '.join(NEW_MODELS)}, of which d12 is GPT-2 124M; or one to go on from: "
+             "a Hugging Face folder, its name on the hub, a .safetensors file, an llm.c .bin file")
     add("--input-bin", help="training tokens: a file, or a glob in quotes (default: Tiny Shakespeare, prepared if need be)")
     add("--input-val-bin", help="validation tokens (default: Tiny Shakespeare's if --input-bin is not given, else none)")
-    add("--output-dir", default="out", type=Path, help="folder for log.csv and loss.png, which are replaced")
+    add("--output-dir", default="out", type=Path, help="folder for log.csv, loss.png and the trained model, which are replaced")
     add("--batch-size", default=4, type=positive, help="sequences in a (micro-)batch, B")
-    add("--sequence-length", default=64, type=positive, help=f"tokens in a sequence, T, up to {CONTEXT}")
+    add("--sequence-length", default=64, type=positive,
+        help=f"tokens in a sequence, T, up to the model's context, {CONTEXT} in GPT-2's")
     add("--total-batch-size", type=positive, help="tokens in a step, a multiple of B*T (default: B*T); gradients accumulate")
     add("--num-iterations", default=1000, type=positive, help="steps")
     add("--learning-rate", default=1e-3, type=number(float, 0), help="the highest learning rate")
     add("--warmup-iters", default=50, type=count, help="steps over which the learning rate rises to its highest")
-    add("--learning-rate-decay-frac", default=0.1, type=number(float, 0, 1), help="share of the highest learning rate left at the end")
-    add("--schedule", choices=["cosine", "linear", "constant", "wsd"], default="cosine", help="how the learning rate falls; wsd: in the last fifth only")
+    add("--learning-rate-decay-frac", default=0.1, type=number(float, 0, 1),
+        help="share of the highest learning rate left at the end")
+    add("--schedule", choices=["cosine", "linear", "constant", "wsd"], default="cosine",
+        help="how the learning rate falls; wsd: in the last fifth only")
     add("--weight-decay", default=0.1, type=number(float, 0), help="AdamW's, on matrices and embeddings only")
     add("--grad-clip", default=1.0, type=number(float, 0), help="norm to which longer gradients are shortened; 0: never")
     add("--val-loss-every", default=500, type=count, help="steps between validations, with one at the end; 0: never")
@@ -74,8 +89,6 @@ def parse_options(description, arguments=None, **own_flags):
     options = parser.parse_args(arguments)
 
     tokens = options.batch_size * options.sequence_length
-    if options.sequence_length > CONTEXT:
-        parser.error(f"--sequence-length is {options.sequence_length}, expected at most {CONTEXT}, GPT-2's context")
     if options.total_batch_size is None:
         options.total_batch_size = tokens
     if options.total_batch_size % tokens != 0:
@@ -96,6 +109,24 @@ def parse_options(description, arguments=None, **own_flags):
 def due(every, step, last):
     """Whether something done every so many steps (0: never), and at the last one, is due."""
     return every > 0 and (step % every == 0 or step == last)
+
+
+def first_model(options):
+    """The Config of --model, and its parameters, Tensors; None for those of a new model, which are for its seed to make.
+
+    Raises UserError if there is no such model, or none for sequences as long as --sequence-length.
+    """
+    if options.model in NEW_MODELS:
+        config, params = model_config(options.model), None
+    else:
+        config, params = load_model(options.model)
+    if options.sequence_length > config.max_seq_len:
+        raise UserError(f"--sequence-length is {options.sequence_length}, expected at most {config.max_seq_len}, the context of "
+                        f"--model {options.model}", status=2)
+    if config.vocab_size != VOCABULARY and options.sample_every > 0:
+        print(f"no samples will be printed: the model has a vocabulary of {config.vocab_size:,}, not GPT-2's")
+        options.sample_every = 0
+    return config, params
 
 
 def prepare_data(options):

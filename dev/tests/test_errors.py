@@ -119,12 +119,15 @@ def test_same_command_gives_the_same_losses_from_any_working_directory(tokens, t
 
     logs = []
     for folder in folders:
-        assert sorted(path.name for path in (folder / "out").iterdir()) == ["log.csv", "loss.png"]
+        assert {path.name for path in (folder / "out").iterdir()} >= {"log.csv", "loss.png", "config.json", "model.safetensors"}
+        assert_nothing_unfinished(folder)
         assert_is_picture(folder / "out" / "loss.png")
         assert (folder / "out" / "log.csv").read_text().splitlines()[0] == LOG_COLUMNS
         logs.append([{name: value for name, value in row.items() if name not in ("milliseconds", "tokens_per_second")}
                      for row in read_log(folder / "out")])
     assert logs[0] == logs[1]
+    models = [(folder / "out" / "model.safetensors").read_bytes() for folder in folders]
+    assert models[0] == models[1]
     assert [row["step"] for row in logs[0] if row["train_loss"]] == ["1", "2", "3", "4", "5"]
     assert [row["step"] for row in logs[0] if row["val_loss"]] == ["2", "4", "5"]
     assert len({row["train_loss"] or row["val_loss"] for row in logs[0]}) == 8
@@ -223,11 +226,11 @@ def test_help_states_the_real_defaults(run, monkeypatch):
 def test_process_ends_with_one_line(tokens, out, tmp_path):
     (tmp_path / "cut.bin").write_bytes(tokens.read_bytes()[:-1])
     cut = start(*SMALL, "--input-bin", "cut.bin", "--output-dir", out, cwd=tmp_path)
-    usage = start("--model", "gpt2", cwd=tmp_path)
+    usage = start("--model", "d5", cwd=tmp_path)
     assert finish(cut) == (1, "", "train_gpt2.py: error: cut.bin has 1,121 bytes, expected 1,122 for the 49 tokens of its "
                                   "header; write it again with prepare_tinyshakespeare.py\n")
     finished = finish(usage)
-    assert_one_line(finished, 2, "--model", "'gpt2'", "'d12'", "--help")
+    assert_one_line(finished, 2, "--model", "'d5'", "'d12'", "--help")
     assert finished.out == ""
     assert [path.name for path in tmp_path.iterdir() if path.name != "tokens.bin"] == ["cut.bin"]
 

@@ -20,7 +20,7 @@ import test_kernels as cpu
 from dev.cuda_on_cpu import CpuDevice
 from device import open_device
 from files import UserError
-from test_kernels import BETA1, BETA2, EMPTY, EPSILON, LEARNING_RATE, Accumulator, Case, collect, integers, normal, unset
+from test_kernels import BETA1, BETA2, EMPTY, EPSILON, LEARNING_RATE, Accumulator, Case, collect, normal, unset
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile the CUDA source with")
 OUTPUTS = {

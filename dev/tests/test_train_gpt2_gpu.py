@@ -115,6 +115,24 @@ def test_training_like_the_cpu_program(run, tokens, tmp_path):
     assert cpu[0, 0] - cpu[-2, 0] > 1e-2     # it has learned something, so the steps were not all the same
 
 
+@pytest.mark.parametrize("first, second", [(train_gpt2, train_gpt2_gpu), (train_gpt2_gpu, train_gpt2)])
+def test_each_program_goes_on_from_what_the_other_saved(run, tokens, tmp_path, first, second):
+    """A run that changes nothing has the validation loss with which the one before it ended."""
+    flags = ("--input-bin", tokens, "--input-val-bin", tokens, "--batch-size", 2, "--sequence-length", 9, "--sample-every", 0,
+             "--val-max-steps", 3)
+    own = {train_gpt2: (), train_gpt2_gpu: ("--device", "cpu")}
+    folders = tmp_path / "first", tmp_path / "second"
+    finished = [run("--model", "d2", "--num-iterations", 5, "--warmup-iters", 0, *flags, *own[first], "--output-dir", folders[0],
+                    program=first),
+                run("--model", folders[0], "--num-iterations", 1, "--learning-rate", 0, *flags, *own[second],
+                    "--output-dir", folders[1], program=second)]
+    assert [each.status for each in finished] == [0, 0], finished
+    losses = [columns(folder / "log.csv", "val_loss")[-1, 0] for folder in folders]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[0] < 10.8
+    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1]
+
+
 def test_the_same_run_twice_gives_the_same_bits(on):
     reference = test_gpt2.Reference(test_gpt2.TINY, 0)
     runs = [list(test_gpt2.train(test_gpt2.build(model_on(on), reference), reference)) for _ in range(2)]
