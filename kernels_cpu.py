@@ -21,6 +21,7 @@ Threads
 """
 import os
 from pathlib import Path
+from types import FunctionType
 
 # How often an OpenMP thread looks for its next kernel before it goes to sleep. GNU's default, milliseconds long, makes a
 # step four times slower as soon as another program wants the same cores; this costs nothing where none does.
@@ -108,6 +109,20 @@ def row_max(row):
     for i in range(whole, row.size):
         largest = row[i] if row[i] > largest else largest
     return largest
+
+
+@helper
+def softmax(row):
+    """row = exp(row) / sum(exp(row)). Returns log(sum(exp(row)))."""
+    largest = row_max(row)
+    total = np.float32(0)
+    for j in range(row.size):
+        row[j] = exp(row[j] - largest)
+        total += row[j]
+    factor = np.float32(1) / total
+    for j in range(row.size):
+        row[j] *= factor
+    return largest + np.log(total)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,17 +325,8 @@ def attention_forward(out, lse, qkv):
             sgemm(p, scale, q[start:stop], k[:stop].T, 0.0, scratch)
             for i in range(stop - start):
                 visible = start + i + 1
-                row = p[i, :visible]
-                largest = row_max(row)
-                total = np.float32(0)
-                for j in range(visible):
-                    row[j] = exp(row[j] - largest)
-                    total += row[j]
-                factor = np.float32(1) / total
-                for j in range(visible):
-                    row[j] *= factor
+                lse[b, h, start + i] = softmax(p[i, :visible])
                 p[i, visible:] = 0
-                lse[b, h, start + i] = largest + np.log(total)
             sgemm(o[start:stop], 1.0, p, v[:stop], 0.0, scratch)
 
 
@@ -373,20 +379,6 @@ def attention_backward(dqkv, dout, out, lse, qkv):
             sgemm(dv[:stop], 1.0, p.T, do[start:stop], beta, scratch)
             sgemm(dk[:stop], scale, dscore.T, q[start:stop], beta, scratch)
             sgemm(dq[start:stop], scale, dscore, k[:stop], 0.0, scratch)
-
-
-@helper
-def softmax(row):
-    """row = exp(row) / sum(exp(row)). Returns log(sum(exp(row)))."""
-    largest = row_max(row)
-    total = np.float32(0)
-    for j in range(row.size):
-        row[j] = exp(row[j] - largest)
-        total += row[j]
-    factor = np.float32(1) / total
-    for j in range(row.size):
-        row[j] *= factor
-    return largest + np.log(total)
 
 
 @kernel
@@ -508,6 +500,21 @@ def fused_classifier(losses, logits, targets, dloss, vocab_size):
             row[i] *= factor
         row[target] -= np.float32(dloss)
         row[vocab_size:] = 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# For a token at a time
+
+def on_one_thread(kernel):
+    """The same kernel without threads: for a few rows, waking the others would take longer than the work."""
+    function = FunctionType(kernel.py_func.__code__, globals())
+    function.__name__ = function.__qualname__ = f"{kernel.__name__}_on_one_thread"    # also its name in Numba's cache
+    return helper(function)
+
+
+layernorm_forward_on_one_thread = on_one_thread(layernorm_forward)
+gelu_forward_on_one_thread = on_one_thread(gelu_forward)
+residual_forward_on_one_thread = on_one_thread(residual_forward)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1011,14 +1018,16 @@ def emit_loop_over_groups(build, rows, inp, inp_row, weight, groups, scales):
 # ----------------------------------------------------------------------------------------------------------------------
 # Numba's cache
 
-DECODING = (quantize, encoder_int8_forward, matvec_forward, matvec_int8_forward, matmul_int8_forward, attention_cached_forward)
-DECODING_AND_TRAINING = (encoder_forward, layernorm_forward, matmul_forward, gelu_forward, residual_forward, fused_classifier)
+# What training does without, and what it shares with decoding.
+DECODING = (quantize, encoder_int8_forward, matvec_forward, matvec_int8_forward, matmul_int8_forward, attention_cached_forward,
+            layernorm_forward_on_one_thread, gelu_forward_on_one_thread, residual_forward_on_one_thread)
+SHARED = (encoder_forward, layernorm_forward, matmul_forward, gelu_forward, residual_forward, fused_classifier)
 
 
 def all_compiled(decoding=False):
     """Whether Numba's cache holds every kernel of training, or of decoding, compiled since this file last changed."""
     changed = Path(__file__).stat().st_mtime
-    kernels = DECODING + DECODING_AND_TRAINING if decoding else [
+    kernels = DECODING + SHARED if decoding else [
         value for value in globals().values()
         if isinstance(value, Dispatcher) and value.targetoptions.get("parallel") and value not in DECODING]
     return all(any(index.stat().st_mtime >= changed

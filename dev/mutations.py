@@ -107,7 +107,7 @@ MUTATIONS = [Mutation(*row) for row in [
      "sgemm(p, scale, q[start:stop], k[:stop].T, 0.0, scratch)\n            for",
      "sgemm(p, 1.0, q[start:stop], k[:stop].T, 0.0, scratch)\n            for", kernel("attention")),
     ("attention: mask lets one later key through", "kernels_cpu.py",
-     "visible = start + i + 1\n                row =", "visible = min(start + i + 2, stop)\n                row =",
+     "visible = start + i + 1\n                lse[b", "visible = min(start + i + 2, stop)\n                lse[b",
      kernel("attention")),
     ("attention: lse without the maximum", "kernels_cpu.py",
      "largest + np.log(total)", "np.log(total)", kernel("attention")),
