@@ -88,6 +88,23 @@ def activation_shapes(config, B, T):
     }
 
 
+def scratch_shapes(config, B, T, classifier_rows):
+    """Name -> shape of what lives for one layer only, and so is not kept layer by layer.
+
+    There are logits for so many rows at a time: those of a large batch would be larger than all activations together.
+    """
+    N, C = B * T, config.channels
+    return {
+        "proj": (N, C),                           # what a projection adds to the residual stream
+        "dresidual": (N, C),                      # the gradient that flows down the residual stream
+        "dln": (N, C),
+        "datt": (N, C),
+        "dqkv": (N, 3 * C),
+        "dfch": (N, 4 * C),
+        "logits": (min(N, classifier_rows), config.padded_vocab_size),
+    }
+
+
 def training_flops(config, B, T):
     """FLOPs of a training step's matrix products on a batch: (in the linear layers, in attention).
 

@@ -17,7 +17,7 @@ import kernels_cpu as kernels
 from checkpoint import save_model
 from dataloader import DataLoader
 from files import UserError, run_program
-from gpt2 import WEIGHT_DECAYED, Config, Tensors, activation_shapes, initialize, parameter_shapes
+from gpt2 import WEIGHT_DECAYED, Config, Tensors, activation_shapes, initialize, parameter_shapes, scratch_shapes
 from training import (TrainingLog, check_finite, due, first_model, learning_rate, number, parse_options, prepare_data,
                       print_configuration, sample_text)
 
@@ -39,17 +39,7 @@ class GPT2:
         shapes = parameter_shapes(config)
         self.params, self.grads, self.adam_m, self.adam_v = (Tensors(shapes) for _ in range(4))
         self.acts = Tensors(activation_shapes(config, batch_size, sequence_length))
-        N, C = batch_size * sequence_length, config.channels
-        # Scratch that lives for one layer only, and so is not kept layer by layer.
-        self.scratch = Tensors({
-            "proj": (N, C),                   # what a projection adds to the residual stream
-            "dresidual": (N, C),              # the gradient that flows down the residual stream
-            "dln": (N, C),
-            "datt": (N, C),
-            "dqkv": (N, 3 * C),
-            "dfch": (N, 4 * C),
-            "logits": (min(N, CLASSIFIER_ROWS), config.padded_vocab_size),
-        })
+        self.scratch = Tensors(scratch_shapes(config, batch_size, sequence_length, CLASSIFIER_ROWS))
         self.tokens = None
 
     def initialize(self, seed):

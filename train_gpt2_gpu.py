@@ -13,34 +13,26 @@ import kernels_gpu as kernels
 from dataloader import DataLoader
 from device import open_device
 from files import UserError, run_program
-from gpt2 import WEIGHT_DECAYED, Tensors, activation_shapes, initialize, parameter_shapes, training_flops
+from gpt2 import (WEIGHT_DECAYED, Tensors, activation_shapes, initialize, parameter_shapes, scratch_shapes,
+                  training_flops)
 from train_gpt2 import BETA1, BETA2, EPSILON, train_and_save
 from training import first_model, parse_options, prepare_data
 
 CLASSIFIER_ROWS = 2048    # tokens whose logits exist at any one time: 2048 * 50304 * 4 bytes = 412 MB
 
 
-def scratch_shapes(config, B, T):
-    """Name -> shape of what lives for one layer only, and so is not kept layer by layer."""
-    N, C = B * T, config.channels
-    return {
-        "proj": (N, C),                                         # what a projection adds to the residual stream
-        "dresidual": (N, C),                                    # the gradient that flows down the residual stream
-        "dln": (N, C),
-        "datt": (N, C),
-        "dqkv": (N, 3 * C),
-        "dfch": (N, 4 * C),
-        "scores": (config.num_heads, T, T),                     # of one sequence at a time
-        "dscores": (config.num_heads, T, T),
-        "logits": (min(N, CLASSIFIER_ROWS), config.padded_vocab_size),
-    }
+def gpu_scratch_shapes(config, B, T):
+    """scratch_shapes, and the attention scores of one sequence at a time."""
+    scores = (config.num_heads, T, T)
+    return scratch_shapes(config, B, T, CLASSIFIER_ROWS) | {"scores": scores, "dscores": scores}
 
 
 def memory_needed(config, B, T):
     """Bytes on the device for training with batches of (B, T): parameters, gradients and two moments, activations, scratch."""
     def size(shapes):
         return sum(map(prod, shapes.values()))
-    return 4 * (4 * size(parameter_shapes(config)) + size(activation_shapes(config, B, T)) + size(scratch_shapes(config, B, T)))
+    return 4 * (4 * size(parameter_shapes(config)) + size(activation_shapes(config, B, T))
+                + size(gpu_scratch_shapes(config, B, T)))
 
 
 class GPT2:
@@ -57,7 +49,7 @@ class GPT2:
         shapes = parameter_shapes(config)
         self.params, self.grads, self.adam_m, self.adam_v = (Tensors(shapes, device.zeros) for _ in range(4))
         self.acts = Tensors(activation_shapes(config, batch_size, sequence_length), device.empty)
-        self.scratch = Tensors(scratch_shapes(config, batch_size, sequence_length), device.empty)
+        self.scratch = Tensors(gpu_scratch_shapes(config, batch_size, sequence_length), device.empty)
         self.no_bias = device.empty(0)
         self.report = device.zeros(2)       # a step's loss and gradient norm, side by side to be read at once
         self.tokens = None
@@ -87,7 +79,7 @@ class GPT2:
             raise ValueError(f"tokens are {T} long, expected at most {self.config.max_seq_len}")
         activations, scratch = self.acts.flat, self.scratch.flat
         self.acts = Tensors(activation_shapes(self.config, B, T), allocate=lambda size: activations)
-        self.scratch = Tensors(scratch_shapes(self.config, B, T), allocate=lambda size: scratch)
+        self.scratch = Tensors(gpu_scratch_shapes(self.config, B, T), allocate=lambda size: scratch)
         self.tokens = tokens
         params, acts, proj, scores, no_bias = self.params, self.acts, self.scratch.proj, self.scratch.scores, self.no_bias
         L = self.config.num_layers
