@@ -318,8 +318,12 @@ class CudaDevice(Device):
     def to_device(self, array):
         """A copy of a NumPy array on the GPU, C-contiguous."""
         copy = self.empty(array.shape, array.dtype)
-        copy.set(np.ascontiguousarray(array))
+        self.fill(copy, array)
         return copy
+
+    def fill(self, array, values):
+        """Copy a NumPy array of the same shape and dtype into a GPU array."""
+        array.set(np.ascontiguousarray(values))
 
     def to_host(self, array):
         """A copy of a GPU array as NumPy array, once everything launched before has run."""

@@ -62,7 +62,7 @@ class GPT2:
 
     def set_params(self, params):
         """Copy the parameters from `params`, Tensors of NumPy arrays of the same shapes."""
-        self.params.flat[...] = self.device.to_device(params.flat)
+        self.device.fill(self.params.flat, params.flat)
 
     def get_params(self):
         """A copy of the parameters, Tensors of NumPy arrays."""

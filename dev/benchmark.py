@@ -3,9 +3,12 @@
     python dev/benchmark.py                                            d12, at B x T = 4x64 and 1x1024
     python dev/benchmark.py --python ~/torch/bin/python                PyTorch lives in another environment
     python dev/benchmark.py --shapes 4x64 1x1024 4x1024 --rounds 5
+    python dev/benchmark.py --device cuda                              train_gpt2_gpu.py on a GPU, at 4x1024
+
+The last is what to run where a GPU is at hand. It needs CuPy (requirements-gpu.txt) and PyTorch for CUDA.
 
 What is timed
-    A whole step: forward, backward, clipping at norm 1, AdamW, and reading the loss. Ours is the loop of train_gpt2.py itself.
+    A whole step: forward, backward, clipping at norm 1, AdamW, and the loss. Ours is the loop of train_gpt2.py itself.
     PyTorch's is the GPT-2 of reference_pytorch.py with its real vocabulary, GPT-2's initialisation and fused AdamW. Random
     tokens from one seed and as many threads for all.
 
@@ -15,8 +18,20 @@ How
     is the median over all steps, a ratio the median over the rounds of the ratio of that round's medians. PyTorch's two ways
     to compute attention, spelled out and scaled_dot_product_attention (sdpa), both run in the first round, and each program
     keeps the one that is faster for it.
+
+On a GPU (--device cuda)
+    Each program runs with float32 and with TF32 products, and is compared with ours of the same kind. Times are those of CUDA
+    events, from before the batch is copied to the GPU until the last kernel has run. PyTorch's vocabulary is padded like
+    ours: with one of 50,257 its products would be slower. Memory is that of arrays: of PyTorch, the most that existed at any
+    one time; of ours, all that CuPy's pool has taken, which is no less. MFU, model FLOPs utilisation, is the share that a
+    step's matrix products have in what the GPU's cores could have computed meanwhile, at their highest clock rate.
+
+    In further steps our kernels are timed one by one. A kernel's GB/s are the bytes it cannot but move: each array once, and
+    twice if it is read and written. They are held against a copy of 1 GiB, counted likewise; an array that is still in the
+    GPU's cache can be faster. A product's GFLOP/s, masked scores included, are held against one of large matrices.
 """
-# The processes that measure import NumPy, Numba and PyTorch themselves: PyTorch may be in another environment, and on Linux a process counts what its parent occupied when it started as its own peak memory.
+# The processes that measure import NumPy, Numba and PyTorch themselves: PyTorch may be in another environment, and on Linux
+# a process counts what its parent occupied when it started as its own peak memory.
 import argparse
 import importlib.metadata
 import json
@@ -29,7 +44,8 @@ import time
 from collections import Counter
 from datetime import date
 from functools import partial
-from math import prod
+from itertools import pairwise
+from math import inf, prod
 from pathlib import Path
 from statistics import median
 from typing import Callable, NamedTuple
@@ -42,10 +58,12 @@ SEED = 1337
 LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP = 1e-4, 0.1, 1.0
 WARMUP_STEPS = 2          # the first compiles, or loads what was compiled before
 MINIMUM_STEPS = 3
-STEP_TOKENS = 256         # batches with more tokens than this get fewer steps
+STEP_TOKENS = {"cpu": 256, "cuda": 4096}    # batches with more tokens than this get fewer steps
 PROFILED_STEPS = 3
-SGEMM_SIZE = 3072
-SGEMM_PRODUCTS = 5
+MATRIX_SIZE = {"cpu": 3072, "cuda": 8192}   # of the products that tell the machine's rate
+COPIED_FLOATS = 2 ** 28   # in the copy that tells a GPU's
+RATE_REPEATS = 5
+SPIN_ROUNDS = 50_000      # some 0.1 ms on a GPU
 QUIET_CORES = 0.2         # as much as other programs may keep busy before times say little
 MEASURE = "--measure"     # starts this file as one of its own measuring processes, with a task in JSON
 
@@ -63,21 +81,61 @@ class Shape(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# In the measuring processes: a task {program, model, shape, threads, steps, and a variant's keys} -> a result for JSON
+# In the measuring processes: a task {program, device, model, shape, threads, steps, and a variant's keys} -> a result for JSON
 
 class RandomBatches:
-    """A data loader of random tokens, the same for every program."""
+    """Stands in for a DataLoader: random tokens, the same for every program."""
+    num_tokens = batches = inf
 
     def __init__(self, shape, vocab_size):
+        self.batch_size, self.sequence_length = shape
+        self.vocab_size = vocab_size
+        self.reset()
+
+    def reset(self):
         import numpy as np
         self.generator = np.random.default_rng(SEED)
-        self.shape, self.vocab_size = shape, vocab_size
 
     def next_batch(self):
         """Inputs (B, T) and targets (B, T), int32."""
-        B, T = self.shape
-        sequences = self.generator.integers(0, self.vocab_size, (B, T + 1), dtype="int32")
+        sequences = self.generator.integers(0, self.vocab_size, (self.batch_size, self.sequence_length + 1), dtype="int32")
         return sequences[:, :-1].copy(), sequences[:, 1:].copy()
+
+
+class WallClock:
+    """Tells the time as device.CudaDevice does."""
+    event = staticmethod(time.perf_counter)
+
+    def seconds(self, start, stop):
+        return stop - start
+
+
+class TorchCudaClock:
+    """Tells the time as device.CudaDevice does, from PyTorch's stream."""
+
+    def event(self):
+        import torch
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start, stop):
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
+
+
+def typical_seconds(work, clock):
+    """The median time of some calls of `work`, a first one left out. A GPU has the next at hand when it is done with one."""
+    events = [clock.event()]
+    for _ in range(1 + RATE_REPEATS):
+        work()
+        events.append(clock.event())
+    return median(clock.seconds(*pair) for pair in list(pairwise(events))[1:])
+
+
+def product_rate(multiply, n, clock):
+    """FLOPs a second of a function that multiplies two large matrices, n x n: no smaller product will be faster."""
+    return 2 * n ** 3 / typical_seconds(multiply, clock)
 
 
 def peak_memory():
@@ -122,33 +180,70 @@ def measure_ours(task):
     import numba
     import train_gpt2
     from gpt2 import model_config
-    from training import parse_options
 
     numba.set_num_threads(task["threads"])
     config = model_config(task["model"])
-    B, T = task["shape"]
-    model = train_gpt2.GPT2(config, B, T, task["threads"])
+    model = train_gpt2.GPT2(config, *task["shape"], task["threads"])
+    train = our_training(model, RandomBatches(task["shape"], config.vocab_size), task)
+    result = time_training(train, task) | dict(peak_memory=peak_memory(), versions=versions("numpy", "numba"))
+    result["product_rate"] = our_product_rate(train_gpt2.kernels, task["threads"])
+    result["kernels"] = time_kernels(train_gpt2.kernels)
+    result["profiled_seconds"] = sum(train(PROFILED_STEPS)[0])
+    return result
+
+
+def measure_ours_on_gpu(task, dtype):
+    """The same for train_gpt2_gpu, with matrix products in `dtype`, and the rates of this GPU."""
+    import train_gpt2_gpu
+    from device import open_device
+    from gpt2 import model_config
+
+    device = open_device(task["device"], dtype)
+
+    def time_steps_and_kernels():   # when it returns, the model's memory is free for the large arrays of gpu_rates
+        config = model_config(task["model"])
+        model = train_gpt2_gpu.GPT2(config, *task["shape"], device)
+        batches = train_gpt2_gpu.Prefetch(RandomBatches(task["shape"], config.vocab_size), device)
+        train = our_training(model, batches, task)
+        result = time_training(train, task)
+        result["peak_memory"] = device.cupy.get_default_memory_pool().total_bytes()
+        calls = time_launches(device)
+        train(PROFILED_STEPS)
+        result["kernels"] = calls()
+        result["profiled_seconds"] = PROFILED_STEPS * median(result["seconds"])    # those steps waited between kernels
+        return result
+
+    result = time_steps_and_kernels() | gpu_rates(device)
+    result["versions"] = versions("numpy") | {"cupy": device.cupy.__version__}
+    return result | dict(gpu=device.name, peak_flops=device.peak_flops())
+
+
+def our_training(model, batches, task):
+    """A function that runs train_gpt2's loop for so many steps, and returns the seconds of each and the last loss."""
+    import train_gpt2
+    from training import parse_options
+
     model.initialize(SEED)
+    B, T = task["shape"]
     options = parse_options("", f"--model {task['model']} --batch-size {B} --sequence-length {T} --learning-rate {LEARNING_RATE} "
                                 f"--warmup-iters 0 --schedule constant --weight-decay {WEIGHT_DECAY} --grad-clip {GRAD_CLIP} "
                                 "--val-loss-every 0 --sample-every 0".split())
-    batches = RandomBatches(task["shape"], config.vocab_size)
 
     def train(steps):
         log = StepTimes()
         options.num_iterations = steps
         train_gpt2.train(model, options, batches, None, log)
-        return log
+        return log.seconds, log.loss
 
+    return train
+
+
+def time_training(train, task):
+    """What every program's result begins with, from a function as our_training returns."""
     train(WARMUP_STEPS)
     others = OtherPrograms()
-    log = train(task["steps"])
-    result = dict(seconds=log.seconds, loss=log.loss, busy_cores=others.cores(), peak_memory=peak_memory(),
-                  versions=versions("numpy", "numba"))
-    result["sgemm_flops"] = our_sgemm_flops(train_gpt2.kernels, task["threads"])
-    result["kernels"] = time_kernels(train_gpt2.kernels)
-    result["profiled_seconds"] = sum(train(PROFILED_STEPS).seconds)
-    return result
+    seconds, loss = train(task["steps"])
+    return dict(seconds=seconds, loss=loss, busy_cores=others.cores())
 
 
 class StepTimes:
@@ -167,6 +262,14 @@ def attention_flops(B, T, C, products):
     return products * 2 * B * C * T * (T + 1) // 2
 
 
+class Call(NamedTuple):
+    """A kernel ran once."""
+    name: str
+    seconds: float
+    flops: int = 0          # of matrix products
+    nbytes: float = 0       # moved between a GPU and its memory
+
+
 # FLOPs of one call, from its leading arguments. Scores that a backward pass computes again are not counted as work done.
 KERNEL_FLOPS = {
     "matmul_forward": lambda out, inp, *rest: 2 * out.size * inp.shape[1],
@@ -177,10 +280,7 @@ KERNEL_FLOPS = {
 
 
 def time_kernels(kernels):
-    """Replace every parallel kernel of the module by one that records its calls; return the list they will be in.
-
-    A record is (name, seconds, FLOPs or 0).
-    """
+    """Replace every parallel kernel of the module by one that records its calls; return the list of Call they will be in."""
     from numba.core.dispatcher import Dispatcher
     calls = []
 
@@ -189,7 +289,7 @@ def time_kernels(kernels):
             started = time.perf_counter()
             result = kernel(*arguments)
             seconds = time.perf_counter() - started
-            calls.append((name, seconds, KERNEL_FLOPS[name](*arguments) if name in KERNEL_FLOPS else 0))
+            calls.append(Call(name, seconds, KERNEL_FLOPS[name](*arguments) if name in KERNEL_FLOPS else 0))
             return result
         return call
 
@@ -199,36 +299,110 @@ def time_kernels(kernels):
     return calls
 
 
-def sgemm_flops(multiply):
-    """FLOPs a second of a function that multiplies two SGEMM_SIZE x SGEMM_SIZE matrices: no smaller product will be faster."""
-    seconds = []
-    for _ in range(1 + SGEMM_PRODUCTS):
-        started = time.perf_counter()
-        multiply()
-        seconds.append(time.perf_counter() - started)
-    return 2 * SGEMM_SIZE ** 3 / median(seconds[1:])
-
-
-def our_sgemm_flops(kernels, threads):
+def our_product_rate(kernels, threads):
     import numpy as np
     generator = np.random.default_rng(SEED)
-    inp, weight = (generator.standard_normal((SGEMM_SIZE, SGEMM_SIZE), dtype=np.float32) for _ in range(2))
+    n = MATRIX_SIZE["cpu"]
+    inp, weight = (generator.standard_normal((n, n), dtype=np.float32) for _ in range(2))
     out, no_bias, workspace = np.zeros_like(inp), np.empty(0, dtype=np.float32), kernels.make_workspace(threads)
-    return sgemm_flops(lambda: kernels.matmul_forward(out, inp, weight, no_bias, workspace))
+    return product_rate(lambda: kernels.matmul_forward(out, inp, weight, no_bias, workspace), n, WallClock())
 
 
-def measure_pytorch(task, compiled, bf16):
+SPIN = r"""
+// One thread keeps the GPU busy, but not its memory, while Python prepares the launch that is to be timed. Otherwise the GPU
+// might have nothing left to do by then, and the time between the two events would be Python's.
+extern "C" __global__ void spin(
+    float* __restrict__ out,    // (1)
+    int rounds)
+{
+    float x = 0;
+    for (int i = 0; i < rounds; i++) x = 0.5f * x + 1;
+    out[0] = x;
+}
+"""
+
+# How often a launch moves the bytes of its arrays, where that is not once, as a number or from the arguments `a`.
+TIMES_MOVED = {
+    "column_sums": {"out": lambda a: 1 + a["accumulate"]},
+    "encoder_forward": {"wte": lambda a: a["N"] / a["Vp"], "wpe": lambda a: a["T"] / a["maxT"]},
+    "encoder_backward_wte": {"dwte": lambda a: 2 * a["N"] / a["Vp"]},      # as if no token came twice
+    "encoder_backward_wpe": {"dwpe": lambda a: 2 * a["T"] / a["maxT"]},
+    "layernorm_backward": {"dinp": 2},
+    "add_bias": {"out": 2},
+    "causal_softmax": {"scores": 1.5},                                     # read up to the diagonal
+    "causal_softmax_backward": {"scores": 1.5, "dscores": 1.5},
+    "bias_gelu_forward": {"inp": 2},
+    "fused_classifier": {"logits": 2},
+    "add_mean_loss": {"total": 2},
+    "adamw_update": {"params": 2, "grads": 2, "m": 2, "v": 2},
+}
+
+
+def bytes_moved(kernel, arguments):
+    """Bytes that a launch of a device.Kernel reads and writes."""
+    a = dict(zip((parameter.name for parameter in kernel.parameters), arguments))
+    total = 0
+    for _, array in kernel.arrays:
+        times = TIMES_MOVED.get(kernel.name, {}).get(array.name, 1)
+        total += a[array.name].nbytes * (times(a) if callable(times) else times)
+    return total
+
+
+def time_launches(device):
+    """Have the device time its launches and products from now on; return a function that gives a list of Call for them."""
+    timed = []
+    launch, gemm = device.launch, device.gemm
+    device.load(["", SPIN])
+    spun = device.empty(1)
+
+    def time_one(name, flops, nbytes, start):
+        launch("spin", 1, 1, spun, SPIN_ROUNDS)
+        started = device.event()
+        start()
+        timed.append((name, started, device.event(), flops, nbytes))
+
+    def timed_launch(kernel_name, grid, block, *arguments, **options):
+        time_one(kernel_name, 0, bytes_moved(device.kernels[kernel_name], arguments),
+                 lambda: launch(kernel_name, grid, block, *arguments, **options))
+
+    def timed_gemm(c, alpha, a, b, beta):
+        (m, n), k = c.shape[-2:], a.shape[-1]
+        batch = f"{len(c)} of " if c.ndim == 3 else ""
+        time_one(f"gemm, {batch}{m} x {n} x {k}", 2 * c.size * k, 0, lambda: gemm(c, alpha, a, b, beta))
+
+    device.launch, device.gemm = timed_launch, timed_gemm
+    return lambda: [Call(name, device.seconds(started, stopped), flops, nbytes)
+                    for name, started, stopped, flops, nbytes in timed]
+
+
+def gpu_rates(device):
+    """What this GPU can do: FLOPs a second of a product, and bytes a second of a copy, counted as read and as written."""
+    import numpy as np
+    generator = np.random.default_rng(SEED)
+    n = MATRIX_SIZE["cuda"]
+    a, b = (device.to_device(generator.standard_normal((n, n), dtype=np.float32)) for _ in range(2))
+    c = device.empty((n, n))
+    source, copy = device.zeros(COPIED_FLOATS), device.empty(COPIED_FLOATS)
+    copy_seconds = typical_seconds(lambda: np.copyto(copy, source), device)     # NumPy leaves CuPy's arrays to CuPy
+    return dict(product_rate=product_rate(lambda: device.gemm(c, 1.0, a, b, 0.0), n, device),
+                copy_rate=2 * copy.nbytes / copy_seconds)
+
+
+def measure_pytorch(task, compiled, bf16=False, tf32=False):
     """Time PyTorch's step, with task["attention"] "plain" or "sdpa"."""
     import torch
     from gpt2 import model_config
     from reference_pytorch import GPT2
 
     torch.set_num_threads(task["threads"])
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     config = model_config(task["model"])
+    on_gpu = task["device"] == "cuda"
+    clock = TorchCudaClock() if on_gpu else WallClock()
     # initialize: with the N(0, 1) of PyTorch's own embedding, probabilities underflow to denormals and a step takes 6 times
     # as long as any user's.
-    model = GPT2(config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads, config.channels,
-                 task["attention"]).initialize(SEED)
+    model = GPT2(config.max_seq_len, config.padded_vocab_size if on_gpu else config.vocab_size, config.num_layers,
+                 config.num_heads, config.channels, task["attention"]).initialize(SEED).to(task["device"])
     optimizer = model.optimizer(LEARNING_RATE, WEIGHT_DECAY)
     forward = torch.compile(model) if compiled else model
     batches = RandomBatches(task["shape"], config.vocab_size)
@@ -236,48 +410,72 @@ def measure_pytorch(task, compiled, bf16):
     def train(steps):
         seconds = []
         for _ in range(steps):
-            started = time.perf_counter()
-            inputs, targets = (torch.from_numpy(tokens).long() for tokens in batches.next_batch())
+            started = clock.event()
+            inputs, targets = (torch.from_numpy(tokens).to(task["device"]).long() for tokens in batches.next_batch())
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
                 loss = forward(inputs, targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
             optimizer.step()
             optimizer.zero_grad()
+            stopped = clock.event()
             loss = loss.item()
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock.seconds(started, stopped))
         return seconds, loss
 
-    train(WARMUP_STEPS)
-    others = OtherPrograms()
-    seconds, loss = train(task["steps"])
-    result = dict(seconds=seconds, loss=loss, busy_cores=others.cores(), peak_memory=peak_memory(), versions=versions("torch"))
-    matrices = torch.randn(2, SGEMM_SIZE, SGEMM_SIZE)
-    result["sgemm_flops"] = sgemm_flops(lambda: torch.mm(*matrices))
-    return result
+    result = time_training(train, task)
+    result["peak_memory"] = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
+    n = MATRIX_SIZE[task["device"]]
+    matrices = torch.randn(2, n, n, device=task["device"])
+    result["product_rate"] = product_rate(lambda: torch.mm(*matrices), n, clock)
+    return result | dict(versions=versions("torch"))
 
 
 class Program(NamedTuple):
-    measure: Callable        # task -> result: seconds, loss, busy_cores, peak_memory, versions, sgemm_flops
+    measure: Callable        # task -> result: seconds, loss, busy_cores, peak_memory, versions, product_rate, and more if ours
     needs_torch: bool = False
     variants: tuple = ({},)  # what to add to the task: all are tried in the first round, then the fastest
 
 
-ATTENTIONS = ({"attention": "plain"}, {"attention": "sdpa"})
-OURS = "gpt2-by-hand"
+def pytorch(**settings):
+    return Program(partial(measure_pytorch, **settings), True, ({"attention": "plain"}, {"attention": "sdpa"}))
+
+
+OURS, OURS_TF32 = "gpt2-by-hand", "gpt2-by-hand tf32"
 PROGRAMS = {
-    OURS: Program(measure_ours),
-    "PyTorch eager": Program(partial(measure_pytorch, compiled=False, bf16=False), True, ATTENTIONS),
-    "PyTorch compile": Program(partial(measure_pytorch, compiled=True, bf16=False), True, ATTENTIONS),
-    "PyTorch compile bf16": Program(partial(measure_pytorch, compiled=True, bf16=True), True, ATTENTIONS),
+    "cpu": {
+        OURS: Program(measure_ours),
+        "PyTorch eager": pytorch(compiled=False),
+        "PyTorch compile": pytorch(compiled=True),
+        "PyTorch compile bf16": pytorch(compiled=True, bf16=True),
+    },
+    "cuda": {
+        OURS: Program(partial(measure_ours_on_gpu, dtype="float32")),
+        OURS_TF32: Program(partial(measure_ours_on_gpu, dtype="tf32")),
+        "PyTorch eager": pytorch(compiled=False),
+        "PyTorch eager tf32": pytorch(compiled=False, tf32=True),
+        "PyTorch compile": pytorch(compiled=True),
+        "PyTorch compile tf32": pytorch(compiled=True, tf32=True),
+    },
 }
+
+
+def ours_beside(name):
+    """The program of ours that a program is compared with: the one whose products are of the same type."""
+    return OURS_TF32 if "tf32" in name else OURS
+
+
+def is_ours(name):
+    return name == ours_beside(name)
 
 
 def measuring_process(task):
     """What a measuring process does: carry out the task and print its result, or what went wrong, as the last line."""
     task["shape"] = Shape(*task["shape"])
     try:
-        result = PROGRAMS[task["program"]].measure(task)
+        result = PROGRAMS[task["device"]][task["program"]].measure(task)
+    except UserError as error:
+        result = {"error": str(error)}
     except Exception as error:
         message = str(error).strip().partition("\n")[0]
         result = {"error": f"{type(error).__name__}: {message}"}
@@ -306,18 +504,22 @@ def progress(line):
 
 
 def measure_shape(shape, options, programs):
-    """The programs in turn, for some rounds: label -> its results, one a round. A peer that fails is left out."""
-    variants = {name: PROGRAMS[name].variants for name in programs}
+    """The programs in turn, for some rounds: label -> its results, one a round. One that fails is left out, with its peers."""
+    variants = {name: program.variants for name, program in programs.items()}
     results = {name: [] for name in programs}
-    steps = max(MINIMUM_STEPS, options.steps * STEP_TOKENS // max(STEP_TOKENS, shape.tokens))
+    most_tokens = STEP_TOKENS[options.device]
+    steps = max(MINIMUM_STEPS, options.steps * most_tokens // max(most_tokens, shape.tokens))
     for round_number in range(1, options.rounds + 1):
         for name in list(variants):
-            python = options.python if PROGRAMS[name].needs_torch else sys.executable
+            if ours_beside(name) not in variants:   # left out a moment ago
+                del variants[name], results[name]
+                continue
+            python = options.python if programs[name].needs_torch else sys.executable
             tried = []
             try:
                 for variant in variants[name]:
-                    result = run_task(python, dict(program=name, model=options.model, shape=shape, steps=steps,
-                                                   threads=options.threads) | variant)
+                    result = run_task(python, dict(program=name, device=options.device, model=options.model, shape=shape,
+                                                   steps=steps, threads=options.threads) | variant)
                     tried.append((median(result["seconds"]), variant, result))
                     progress(f"round {round_number}/{options.rounds} | {str(shape):>7} | {label(name, variant):<29} | "
                              f"{steps} steps, median {1000 * tried[-1][0]:8,.1f} ms | loss {result['loss']:.3f}"
@@ -340,7 +542,7 @@ def label(name, variant):
 
 class Summary(NamedTuple):
     milliseconds: float
-    ratio: float             # to ours
+    ratio: float             # to ours_beside it
     peak_memory: int
 
 
@@ -348,7 +550,7 @@ def summarize(results):
     """label -> Summary, from the results of one shape."""
     medians = {name: [median(result["seconds"]) for result in rounds] for name, rounds in results.items()}
     return {name: Summary(milliseconds=1000 * median(second for result in rounds for second in result["seconds"]),
-                          ratio=median(its / ours for its, ours in zip(medians[name], medians[OURS])),
+                          ratio=median(its / ours for its, ours in zip(medians[name], medians[ours_beside(name)])),
                           peak_memory=max(result["peak_memory"] for result in rounds))
             for name, rounds in results.items()}
 
@@ -375,12 +577,12 @@ def cpu_name():
         return platform.processor() or platform.machine()
 
 
-def print_machine(options, results):
+def print_machine(options, results, hardware):
     found, busy = {}, []
     for rounds in (rounds for programs in results.values() for rounds in programs.values()):
         found = rounds[0]["versions"] | found  # ours, the first, is the one whose Python is named
         busy += [result["busy_cores"] for result in rounds if result["busy_cores"] is not None]
-    print(f"GPT-2 {options.model}, training steps. {cpu_name()}, {options.threads} threads, {platform.system()}; "
+    print(f"GPT-2 {options.model}, training steps. {hardware}, {platform.system()}; "
           + ", ".join(f"{name} {version}" for name, version in found.items())
           + f"; {options.rounds} {'round' if options.rounds == 1 else 'rounds'}, {date.today()}."
           + (f" Meanwhile other programs kept {min(busy)} to {max(busy)} cores busy." if busy else "") + "\n")
@@ -388,50 +590,78 @@ def print_machine(options, results):
         print("**The machine was not quiet, which slows programs down unequally: measure again before quoting a ratio.**\n")
 
 
-def print_steps(summaries):
-    rows = [(str(shape), name, f"{row.milliseconds:,.0f}", f"{row.ratio:.2f}",
-             f"{1000 * shape.tokens / row.milliseconds:,.0f}", f"{row.peak_memory / 1e9:.2f} GB")
-            for shape, summary in summaries.items() for name, row in summary.items()]
-    print_table(("B x T", "program", "ms a step", "time / ours", "tokens/s", "peak memory"), rows, left=2)
+def milliseconds(number):
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
 
 
-def print_floor(config, results, summaries):
-    """How far the step is from what its matrix products alone would take."""
+def print_steps(config, summaries, peak_flops):
+    """The main table. peak_flops: FLOPs a second by program of ours, without those for which it is not known."""
     from gpt2 import training_flops
-    rates = [(result["sgemm_flops"], name) for programs in results.values() for name, rounds in programs.items()
-             for result in rounds]
+
+    def mfu(shape, name, row):
+        peak = peak_flops.get(ours_beside(name))
+        return f"{sum(training_flops(config, *shape)) / (row.milliseconds / 1000) / peak:.1%}" if peak else ""
+
+    rows = [(str(shape), name, milliseconds(row.milliseconds), f"{row.ratio:.2f}",
+             f"{1000 * shape.tokens / row.milliseconds:,.0f}", f"{row.peak_memory / 1e9:.2f} GB",
+             *([mfu(shape, name, row)] if peak_flops else []))
+            for shape, summary in summaries.items() for name, row in summary.items()]
+    print_table(("B x T", "program", "ms a step", "time / ours", "tokens/s", "peak memory", *(["MFU"] if peak_flops else [])),
+                rows, left=2)
+
+
+def print_floor(config, results, summaries, ours, size):
+    """How far the step of one of our programs is from what its matrix products alone would take."""
+    from gpt2 import training_flops
+    rates = [(result["product_rate"], name) for programs in results.values() for name, rounds in programs.items()
+             if ours_beside(name) == ours for result in rounds]
     peak, program = max(rates)
-    ours = max(rate for rate, name in rates if name == OURS)
-    print(f"The fastest float32 products of {SGEMM_SIZE} x {SGEMM_SIZE} matrices were those of {program}, {peak / 1e9:,.0f} "
-          f"GFLOP/s; ours reach {ours / 1e9:,.0f}. The products of a step: 6 N (12 L C^2 + Vp C) in the linear layers and the "
-          "classifier, and 6 L C B T (T+1) in attention, whose causal half alone is counted, once.\n")
+    our_peak = max(rate for rate, name in rates if name == ours)
+    print(f"The fastest {'tf32' if ours == OURS_TF32 else 'float32'} products of {size} x {size} matrices were those of "
+          f"{program}, {peak / 1e9:,.0f} GFLOP/s; ours reach {our_peak / 1e9:,.0f}. The products of a step: "
+          "6 N (12 L C^2 + Vp C) in the linear layers and the classifier, and 6 L C B T (T+1) in attention, whose causal half "
+          "alone is counted, once.\n")
     rows = []
-    for shape, summary in summaries.items():
+    for shape, summary in ((shape, summary) for shape, summary in summaries.items() if ours in summary):
         linear, attention = training_flops(config, *shape)
         floor = 1000 * (linear + attention) / peak
-        rows.append((str(shape), f"{linear / 1e9:,.1f}", f"{attention / 1e9:,.1f}", f"{floor:,.0f}",
-                     f"{summary[OURS].milliseconds:,.0f}", f"{summary[OURS].milliseconds / floor:.2f}"))
+        rows.append((str(shape), f"{linear / 1e9:,.1f}", f"{attention / 1e9:,.1f}", milliseconds(floor),
+                     milliseconds(summary[ours].milliseconds), f"{summary[ours].milliseconds / floor:.2f}"))
     print_table(("B x T", "GFLOP linear", "GFLOP attention", "ms at that rate", "ms a step", "step / products"), rows, left=1)
 
 
-def print_kernels(shape, rounds):
-    """Where our step spends its time: every kernel, summed over the rounds, and what is left for Python between them."""
+def print_kernels(heading, rounds):
+    """Where our step spends its time: every kernel, summed over the rounds, and what is left for Python between them.
+
+    On a GPU also the bytes moved, and which share of the rates measured there a kernel reaches.
+    """
     steps = len(rounds) * PROFILED_STEPS
-    calls, seconds, flops = Counter(), Counter(), Counter()
-    for name, call_seconds, call_flops in (call for result in rounds for call in result["kernels"]):
-        calls[name] += 1
-        seconds[name] += call_seconds
-        flops[name] += call_flops
+    calls, seconds, flops, nbytes = Counter(), Counter(), Counter(), Counter()
+    for call in (Call(*call) for result in rounds for call in result["kernels"]):
+        calls[call.name] += 1
+        seconds[call.name] += call.seconds
+        flops[call.name] += call.flops
+        nbytes[call.name] += call.nbytes
     total = sum(result["profiled_seconds"] for result in rounds)
-    rows = [(name, f"{calls[name] // steps}", f"{1000 * kernel_seconds / steps:,.1f}", f"{kernel_seconds / total:.1%}",
-             f"{flops[name] / kernel_seconds / 1e9:,.0f}" if flops[name] else "")
-            for name, kernel_seconds in seconds.most_common()]
-    rest = total - seconds.total()
-    rows.append(("(between kernels)", "", f"{1000 * rest / steps:,.1f}", f"{rest / total:.1%}", ""))
-    print_table((f"kernel at {shape}", "calls", "ms a step", "share", "GFLOP/s"), rows, left=1)
+    on_gpu = "copy_rate" in rounds[0]
+    decimals = 3 if on_gpu else 1
+
+    def row(name, number_of_calls, kernel_seconds):
+        flop_rate, byte_rate = flops[name] / kernel_seconds, nbytes[name] / kernel_seconds
+        cells = (name, number_of_calls, f"{1000 * kernel_seconds / steps:,.{decimals}f}", f"{kernel_seconds / total:.1%}",
+                 f"{flop_rate / 1e9:,.0f}" if flop_rate else "")
+        if on_gpu:
+            best = max(result["product_rate"] if flop_rate else result["copy_rate"] for result in rounds)
+            cells += (f"{byte_rate / 1e9:,.0f}" if byte_rate else "",
+                      f"{(flop_rate or byte_rate) / best:.0%}" if flop_rate or byte_rate else "")
+        return cells
+
+    rows = [row(name, f"{calls[name] // steps}", kernel_seconds) for name, kernel_seconds in seconds.most_common()]
+    rows.append(row("(between kernels)", "", total - seconds.total()))
+    print_table((heading, "calls", "ms a step", "share", "GFLOP/s", *(["GB/s", "of best"] if on_gpu else [])), rows, left=1)
 
 
-def draw(summaries, options):
+def draw(summaries, options, hardware):
     """A bar for every program, a group for every shape. Each group has its own scale: the shapes differ by more than tenfold."""
     import matplotlib
     matplotlib.use("Agg")
@@ -442,19 +672,19 @@ def draw(summaries, options):
                                      layout="constrained", gridspec_kw={"height_ratios": bars})
     for axes, (shape, summary) in zip(groups[:, 0], summaries.items()):
         times = [row.milliseconds for row in summary.values()]
-        colours = ["tab:orange" if name == OURS else "lightsteelblue" for name in summary]
+        colours = ["tab:orange" if is_ours(name) else "lightsteelblue" for name in summary]
         drawn = axes.barh(list(summary), times, color=colours)
-        axes.bar_label(drawn, [f"{row.milliseconds:,.0f} ms" + ("" if name == OURS else f", {row.ratio:.2f} x")
+        axes.bar_label(drawn, [f"{milliseconds(row.milliseconds)} ms" + ("" if is_ours(name) else f", {row.ratio:.2f} x")
                                for name, row in summary.items()], padding=4, fontsize=9)
-        axes.get_yticklabels()[list(summary).index(OURS)].set_fontweight("bold")
+        for name, tick in zip(summary, axes.get_yticklabels()):
+            tick.set_fontweight("bold" if is_ours(name) else "normal")
         axes.set_title(f"B x T = {shape}", loc="left", fontsize=10)
         axes.set_xlim(0, 1.3 * max(times))  # room for the labels
         axes.invert_yaxis()
         axes.xaxis.set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.suptitle(f"GPT-2 {options.model}: time of a training step, {options.threads} CPU threads (shorter is better)",
-                    fontsize=11)
+    figure.suptitle(f"GPT-2 {options.model}: time of a training step, {hardware} (shorter is better)", fontsize=11)
     with whole_file(options.output) as file:
         figure.savefig(file, dpi=120, format="png")
     print(f"wrote {options.output}")
@@ -474,6 +704,12 @@ def parse_shape(text):
     return shape
 
 
+DEFAULTS = {
+    "cpu": dict(shapes=[Shape(4, 64), Shape(1, 1024)], steps=10, output=Path(__file__).with_name("benchmark.png")),
+    "cuda": dict(shapes=[Shape(4, 1024)], steps=40, output=Path(__file__).with_name("benchmark_cuda.png")),
+}
+
+
 def parse_options():
     from gpt2 import HEADS_BY_DEPTH
     from training import number
@@ -481,16 +717,22 @@ def parse_options():
     parser = OneLineParser(description="Measure a training step beside PyTorch's.",
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
+
+    def add_by_device(flag, help, **settings):
+        cpu, cuda = (DEFAULTS[device][flag] for device in ("cpu", "cuda"))
+        add(f"--{flag}", default=argparse.SUPPRESS, help=f"{help} (default: {cpu}; on cuda: {cuda})", **settings)
+
+    add("--device", choices=list(PROGRAMS), default="cpu", help="cuda: train_gpt2_gpu.py and PyTorch, both on the GPU")
     add("--model", choices=[f"d{depth}" for depth in HEADS_BY_DEPTH], default="d12", help="d12 is GPT-2 124M")
-    add("--shapes", nargs="+", type=parse_shape, default=[Shape(4, 64), Shape(1, 1024)], metavar="BxT",
-        help="sequences in a batch x tokens in a sequence")
+    add_by_device("shapes", "sequences in a batch x tokens in a sequence", nargs="+", type=parse_shape, metavar="BxT")
     add("--rounds", type=number(int, 1), default=3, help="times each program gets its turn")
-    add("--steps", type=number(int, 1), default=10,
-        help=f"timed steps a turn up to {STEP_TOKENS} tokens; fewer, at least {MINIMUM_STEPS}, for larger batches")
-    add("--threads", type=number(int, 1, cores), default=cores, help="threads of every program")
+    add_by_device("steps", f"timed steps a turn up to {STEP_TOKENS['cpu']} tokens, on cuda {STEP_TOKENS['cuda']:,}; fewer, at "
+                  f"least {MINIMUM_STEPS}, for larger batches", type=number(int, 1))
+    add("--threads", type=number(int, 1, cores), default=cores, help="CPU threads of every program")
     add("--python", default=sys.executable, metavar="PATH", help="the Python that has PyTorch")
-    add("--output", type=Path, default=Path(__file__).with_name("benchmark.png"), metavar="FILE", help="the bar chart")
+    add_by_device("output", "the bar chart", type=Path, metavar="FILE")
     options = parser.parse_args()
+    options = argparse.Namespace(**DEFAULTS[options.device] | vars(options))
     options.python = shutil.which(options.python)
     if options.python is None:
         parser.error("--python names no program that can be run, expected the path of a Python")
@@ -502,20 +744,26 @@ def main():
         return measuring_process(json.loads(sys.argv[2]))
     options = parse_options()
     from gpt2 import model_config
-    programs = list(PROGRAMS)
+    config = model_config(options.model)
+    programs = PROGRAMS[options.device]
     if subprocess.run([options.python, "-c", "import torch"], capture_output=True).returncode != 0:
         progress(f"no PyTorch in {options.python}: measuring {OURS} alone; --python PATH names a Python that has it")
-        programs = [name for name in programs if not PROGRAMS[name].needs_torch]
+        programs = {name: program for name, program in programs.items() if not program.needs_torch}
 
     results = {shape: measure_shape(shape, options, programs) for shape in dict.fromkeys(options.shapes)}
     summaries = {shape: summarize(by_program) for shape, by_program in results.items()}
+    ours = {name: rounds for by_program in results.values() for name, rounds in by_program.items() if is_ours(name)}
+    gpu = ours[OURS][0].get("gpu")
     progress("")
-    print_machine(options, results)
-    print_steps(summaries)
-    print_floor(model_config(options.model), results, summaries)
+    print_machine(options, results, gpu or f"{cpu_name()}, {options.threads} threads")
+    peak_flops = {name: rounds[0].get("peak_flops") for name, rounds in ours.items()}
+    print_steps(config, summaries, {name: peak for name, peak in peak_flops.items() if peak})
+    for name in ours:
+        print_floor(config, results, summaries, name, MATRIX_SIZE[options.device])
     for shape, by_program in results.items():
-        print_kernels(shape, by_program[OURS])
-    draw(summaries, options)
+        for name in filter(is_ours, by_program):
+            print_kernels(f"kernel at {shape}{', tf32' if name == OURS_TF32 else ''}", by_program[name])
+    draw(summaries, options, gpu or f"{options.threads} CPU threads")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,9 @@ class CpuDevice(Device):
     def to_device(self, array):
         return np.array(array, order="C")
 
+    def fill(self, array, values):
+        array[...] = values
+
     def to_host(self, array):
         return array.copy()
 
