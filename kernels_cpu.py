@@ -16,11 +16,10 @@ What is added and what is overwritten
 
 Threads
     There is one thread pool, Numba's. Every thread computes its own block of a matrix product with `sgemm`, which runs on one
-    thread and stands at the end of this file. No two threads ever add into the same number, and every sum runs in a fixed
+    thread and stands towards the end of this file. No two threads ever add into the same number, and every sum runs in a fixed
     order that does not depend on how many threads there are, so the same input gives the same bits.
 """
 import os
-from pathlib import Path
 from types import FunctionType
 
 # How often an OpenMP thread looks for its next kernel before it goes to sleep. GNU's default, milliseconds long, makes a
@@ -400,16 +399,18 @@ def attention_cached_forward(out, keys, values, qkv, position):
         v[position:] = one_head(qkv, b, T, 2 * NH + h, HS)
         buffer = np.empty(min(QUERY_TILE, T) * (position + T), dtype=np.float32)
         if T == 1:
+            query, average = qkv[b, h * HS:(h + 1) * HS], out[b, h * HS:(h + 1) * HS]    # whose numbers are side by side
             for j in range(position + 1):
-                score = np.float32(0)
+                key, score = k[j], np.float32(0)
                 for c in range(HS):
-                    score += q[0, c] * k[j, c]
+                    score += query[c] * key[c]
                 buffer[j] = scale * score
             softmax(buffer)
-            o[0] = 0
+            average[:] = 0
             for j in range(position + 1):
+                value, weight = v[j], buffer[j]
                 for c in range(HS):
-                    o[0, c] += buffer[j] * v[j, c]
+                    average[c] += weight * value[c]
         else:
             scratch = np.empty(SCRATCH, dtype=np.float32)
             for start in range(0, T, QUERY_TILE):
@@ -1025,11 +1026,13 @@ SHARED = (encoder_forward, layernorm_forward, matmul_forward, gelu_forward, resi
 
 
 def all_compiled(decoding=False):
-    """Whether Numba's cache holds every kernel of training, or of decoding, compiled since this file last changed."""
-    changed = Path(__file__).stat().st_mtime
+    """Whether Numba's cache holds every kernel of training, or of decoding, as this file has it and for this processor.
+
+    Numba has no public way to ask: an index of its cache is empty if another version wrote it or the file has changed since.
+    """
     kernels = DECODING + SHARED if decoding else [
         value for value in globals().values()
         if isinstance(value, Dispatcher) and value.targetoptions.get("parallel") and value not in DECODING]
-    return all(any(index.stat().st_mtime >= changed
-                   for index in Path(kernel.stats.cache_path).glob(f"{Path(__file__).stem}.{kernel.__name__}-*.nbi"))
-               for kernel in kernels)
+    indices = {kernel: kernel._cache._cache_file._load_index() for kernel in kernels}
+    return all(any(target == kernel.targetctx.codegen().magic_tuple() for _, target, *_ in index)
+               for kernel, index in indices.items())

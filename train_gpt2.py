@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numba
@@ -18,7 +19,7 @@ from checkpoint import save_model
 from dataloader import DataLoader
 from files import UserError, run_program
 from gpt2 import WEIGHT_DECAYED, Config, Tensors, activation_shapes, initialize, parameter_shapes, scratch_shapes
-from training import (TrainingLog, check_finite, due, first_model, learning_rate, number, parse_options, prepare_data,
+from training import (NEW_MODELS, TrainingLog, check_finite, due, first_model, learning_rate, number, parse_options, prepare_data,
                       print_configuration, sample_text)
 
 CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time: 512 * 50304 * 4 bytes = 103 MB
@@ -224,19 +225,31 @@ def train(model, options, train_loader, val_loader, log):
             log.sample(sample_text(step, model, options))
 
 
+def trained_part(model, options):
+    """The Config and parameters of what was trained: a new model's positions past --sequence-length never were, and go."""
+    config, params = model.config, model.get_params()
+    if options.model not in NEW_MODELS:
+        return config, params
+    config = replace(config, max_seq_len=options.sequence_length)
+    trained = Tensors(parameter_shapes(config))
+    for name, tensor in trained.items():
+        tensor[...] = getattr(params, name)[:len(tensor)]
+    return config, trained
+
+
 def train_and_save(model, params, options, train_loader, val_loader, ideal_seconds=None, **device_rows):
     """All that follows once a model is there: fill it with params (None: random ones), train it, and keep what it has learned.
 
     ideal_seconds is TrainingLog's, device_rows are print_configuration's.
     """
-    if params:
+    if params is not None:
         model.set_params(params)
     else:
         model.initialize(options.seed)
     print_configuration(options, model, train_loader, val_loader, **device_rows)
     with TrainingLog(options, ideal_seconds) as log:
         train(model, options, train_loader, val_loader, log)
-    save_model(options.output_dir, model.config, model.get_params())
+    save_model(options.output_dir, *trained_part(model, options))
     print(f"wrote the model to {options.output_dir}, a Hugging Face folder")
 
 
@@ -244,25 +257,35 @@ def compile_kernels():
     """Have processes of their own compile the kernels into Numba's cache, unless they are there.
 
     A parallel kernel that was just compiled, and the same kernel loaded from the cache, may add in another order. If no run
-    computes with what it compiled itself, the first run gives the same bits as every later one. Two processes begin at
-    either end, and each finds in the cache what the other has done.
+    computes with what it compiled itself, the first run gives the same bits as every later one. Two processes begin with
+    different kernels, and each finds in the cache what the other has done.
     """
     if not kernels.all_compiled():
         print("compiling the kernels, once: some 15 seconds", flush=True)
-        compilers = [subprocess.Popen([sys.executable, "-c", f"import train_gpt2; train_gpt2.run_every_kernel({order})"],
-                                      cwd=Path(__file__).parent) for order in ("forward_first=True", "forward_first=False")]
+        run = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import train_gpt2; train_gpt2.run_every_kernel"
+        compilers = [subprocess.Popen([sys.executable, "-c", f"{run}(backward_first={order})"]) for order in (False, True)]
         for compiler in compilers:
             compiler.wait()
 
 
-def run_every_kernel(forward_first):
-    """One step of the smallest model, its passes in one order or the other, which makes Numba compile all it has not yet."""
+def run_every_kernel(backward_first):
+    """One step of the smallest model, which makes Numba compile all it has not yet.
+
+    With backward_first it begins with the two kernels of the backward pass that take longest to compile.
+    """
     model = GPT2(Config(1, 1, 128, num_layers=1, num_heads=1, channels=1), 1, 1, threads=1)
-    model.tokens = token = np.zeros((1, 1), dtype=np.int32)
-    passes = [lambda: model.forward(token), lambda: model.backward(token), model.gradient_norm,
-              lambda: model.update(1, learning_rate=0.0, weight_decay=0.0, norm=0.0, grad_clip=0.0)]
-    for run in passes if forward_first else reversed(passes):
-        run()
+    grads, params, acts, scratch = model.grads, model.params, model.acts, model.scratch
+    token = np.zeros((1, 1), dtype=np.int32)
+    if backward_first:
+        kernels.attention_backward(scratch.dqkv, scratch.datt, acts.att[0], acts.att_lse[0], acts.qkv[0])
+        kernels.matmul_backward(scratch.datt, grads.attprojw[0], grads.attprojb[0],
+                                scratch.dresidual, acts.att[0], params.attprojw[0], model.workspace)
+        model.tokens = token
+        model.backward(token)
+    model.forward(token)
+    model.gradient_norm()
+    model.update(1, learning_rate=0.0, weight_decay=0.0, norm=0.0, grad_clip=0.0)
+    model.backward(token)
 
 
 def main():

@@ -3,7 +3,7 @@
 The twin of train_gpt2.py, from which it has the training loop: the same memory, the same two flat passes, call for call,
 with the kernels of kernels_gpu.py. Where those do in one launch what takes several on the CPU, the passes differ: a
 projection's bias, the residual connection and the layernorm after it are one call, a bias and the GELU another. Every call
-returns at once; the GPU works through them while Python goes on, and is waited for in `finish` only.
+returns at once; the GPU works through them while Python goes on, and inside a step is waited for in `finish` only.
 """
 from math import prod
 
@@ -50,6 +50,7 @@ class GPT2:
         self.params, self.grads, self.adam_m, self.adam_v = (Tensors(shapes, device.zeros) for _ in range(4))
         self.acts = Tensors(activation_shapes(config, batch_size, sequence_length), device.empty)
         self.scratch = Tensors(gpu_scratch_shapes(config, batch_size, sequence_length), device.empty)
+        self.sequence_length = sequence_length
         self.no_bias = device.empty(0)
         self.report = device.zeros(2)       # a step's loss and gradient norm, side by side to be read at once
         self.tokens = None
@@ -71,12 +72,12 @@ class GPT2:
     def forward(self, tokens):
         """From tokens (B, T) to the normalised output of the last block, `acts.lnf` (N, C).
 
-        T may be up to the context, B*T up to the model's; ValueError if not. `loss` and `backward` belong to the latest
+        T and B*T may be up to the model's; ValueError if not. `loss` and `backward` belong to the latest
         forward pass: the next one lays its activations out anew, for its own B and T, in the same memory.
         """
         B, T = tokens.shape
-        if T > self.config.max_seq_len:
-            raise ValueError(f"tokens are {T} long, expected at most {self.config.max_seq_len}")
+        if T > self.sequence_length:
+            raise ValueError(f"tokens are {T} long, expected at most {self.sequence_length}")
         activations, scratch = self.acts.flat, self.scratch.flat
         self.acts = Tensors(activation_shapes(self.config, B, T), allocate=lambda size: activations)
         self.scratch = Tensors(gpu_scratch_shapes(self.config, B, T), allocate=lambda size: scratch)
@@ -237,7 +238,8 @@ def main():
     needed, (free, total) = memory_needed(config, B, T), device.memory()
     if needed > free:
         raise UserError(f"{options.model} with batches of {B} x {T} needs {needed / 1e9:.1f} GB, and {device.name} has "
-                        f"{free / 1e9:.1f} of its {total / 1e9:.1f} GB free; lower --batch-size or --sequence-length")
+                        f"{free / 1e9:.1f} of its {total / 1e9:.1f} GB free; lower --batch-size or --sequence-length, or "
+                        "choose a smaller --model")
     train_loader, val_loader = (
         Prefetch(DataLoader(pattern, B, T, config.vocab_size), device) if pattern else None
         for pattern in (options.input_bin, options.input_val_bin))

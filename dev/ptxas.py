@@ -53,7 +53,8 @@ def load_nvrtc():
 def compile_source(source, architecture):
     """CUDA source Compiled for an architecture. Raises CompileError, or NvrtcMissing."""
     nvrtc = load_nvrtc()
-    options = [b"--std=c++17", f"--gpu-architecture={architecture}".encode(), b"--ptxas-options=-v"]
+    # As CuPy compiles: numbers too small for a float's usual precision become zero (ftz).
+    options = [b"--std=c++17", b"-ftz=true", f"--gpu-architecture={architecture}".encode(), b"--ptxas-options=-v"]
     program = ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
     try:

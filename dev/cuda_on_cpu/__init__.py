@@ -45,6 +45,9 @@ class CpuDevice(Device):
 
     def __init__(self, reverse=False, sanitize=False):
         super().__init__()
+        if sys.platform == "win32":
+            raise UserError("--device cpu needs Linux or macOS; on Windows, run it in WSL")
+        machine()   # now, and not once a run has begun, if there is no compiler
         self.name = "CPU (CUDA compiled by g++)"
         self.reverse = reverse
         self.sanitize = sanitize

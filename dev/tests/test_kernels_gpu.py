@@ -8,7 +8,6 @@ the last to the first (dev/cuda_on_cpu), and on the GPU, where there is one. Wha
 what from other numbers than zero is as in test_kernels.py.
 """
 import inspect
-import shutil
 import sys
 
 import kernels_cpu
@@ -22,7 +21,6 @@ from device import open_device
 from files import UserError
 from test_kernels import BETA1, BETA2, EMPTY, EPSILON, LEARNING_RATE, Accumulator, Case, collect, normal, unset
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile the CUDA source with")
 OUTPUTS = {
     **{kernel: cpu.OUTPUTS[kernel] for kernel in (
         "encoder_forward", "encoder_backward", "layernorm_forward", "layernorm_backward", "matmul_forward", "matmul_backward",

@@ -1,0 +1,491 @@
+"""Generate text with GPT-2 on the CPU: `python generate_gpt2.py --model MODEL --prompt TEXT`, or --help for the rest.
+
+Read it from the top: int8 weights, the decoder with its flat forward pass (train_gpt2.py's, with a memory), the loop that
+samples, how tokens become text, and the command line. Only text goes to standard output; notes and speed to standard error.
+"""
+import codecs
+import contextlib
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+import kernels_cpu as kernels
+from checkpoint import load_model
+from dataloader import MAGIC, open_tokens
+from files import OneLineParser, UserError, run_program
+from gpt2 import VOCABULARY, Config, Tensors, parameter_shapes
+from sampling import sample
+from tokenizer import END_OF_TEXT, gpt2_encoding
+from training import number
+
+FEW_ROWS = 12             # up to so many, a product waits for its weight to be read
+CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time when a text is scored
+NO_BIAS = np.empty(0, dtype=np.float32)
+UNSOUND = "the model's weights are damaged, or it diverged in training; take another --model"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights in float32 or int8
+
+class Int8Weight(NamedTuple):
+    """A weight (OC, C) as int8 numbers (OC, C) and float32 scales (OC, groups), see kernels_cpu.quantize."""
+    numbers: np.ndarray
+    scales: np.ndarray
+
+
+def quantize(config, params):
+    """The parameters with every weight of a linear layer, and wte, as Int8Weight; what remains is copied.
+
+    A quarter of the memory, and a sixteenth for the scales; nothing in it refers to `params`.
+    """
+    def quantized(weight):
+        OC, C = weight.shape
+        numbers, scales = np.empty((OC, C), np.int8), np.empty((OC, math.ceil(C / kernels.GROUP)), np.float32)
+        kernels.quantize(numbers, scales, weight)
+        return Int8Weight(numbers, scales)
+
+    return SimpleNamespace(**{name: quantized(tensor[:config.vocab_size]) if name == "wte" else
+                              [quantized(weight) for weight in tensor] if name in LINEAR_WEIGHTS else tensor.copy()
+                              for name, tensor in params.items()})
+
+
+LINEAR_WEIGHTS = ("qkvw", "attprojw", "fcw", "fcprojw")
+
+
+def encoder_forward(out, tokens, wte, wpe):
+    """out (N, C) = wte[token] + wpe[position] for tokens (B, T), N = B*T."""
+    if isinstance(wte, Int8Weight):
+        kernels.encoder_int8_forward(out, tokens, *wte, wpe)
+    else:
+        kernels.encoder_forward(out, tokens, wte, wpe)
+
+
+def linear_forward(out, inp, weight, bias, workspace):
+    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), by the kernel that suits N and the weight."""
+    if isinstance(weight, Int8Weight):
+        product = kernels.matvec_int8_forward if len(inp) <= FEW_ROWS else kernels.matmul_int8_forward
+        product(out, inp, *weight, bias, workspace)
+    else:
+        product = kernels.matvec_forward if len(inp) <= FEW_ROWS else kernels.matmul_forward
+        product(out, inp, weight, bias, workspace)
+
+
+# The kernels that work on every row by itself: (for many rows, for few rows).
+ROW_BY_ROW = ((kernels.layernorm_forward, kernels.gelu_forward, kernels.residual_forward),
+              (kernels.layernorm_forward_on_one_thread, kernels.gelu_forward_on_one_thread,
+               kernels.residual_forward_on_one_thread))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The decoder
+
+class Decoder:
+    """A GPT-2 that reads B texts side by side, a few tokens at a time, and keeps the keys and values of all it has read.
+
+    params: gpt2.Tensors, or what `quantize` makes of them
+    start: where in the texts the first token is that it remembers
+    length: how many tokens of each text it remembers, at most config.max_seq_len
+    """
+
+    def __init__(self, config, params, num_texts, threads):
+        self.config, self.params, self.workspace = config, params, kernels.make_workspace(threads)
+        cache = (config.num_layers, num_texts, config.num_heads, config.max_seq_len, config.channels // config.num_heads)
+        self.keys, self.values = np.zeros(cache, dtype=np.float32), np.zeros(cache, dtype=np.float32)
+        self.start = self.length = 0
+        self.acts = Tensors({"residual": (0, 0)})
+
+    def forward(self, tokens):
+        """From tokens (B, T), which follow those it remembers, to the normalised output of the last block (N, C), N = B*T.
+
+        B may be less than there are texts: the first B are then read. ValueError if the context is exceeded.
+        """
+        B, T = tokens.shape
+        N, C, workspace = B * T, self.config.channels, self.workspace
+        position, end = self.length, self.length + T
+        if end > self.config.max_seq_len:
+            raise ValueError(f"{end} tokens, expected at most {self.config.max_seq_len}")
+        if len(self.acts.residual) != N:
+            self.acts = Tensors({"residual": (N, C), "ln": (N, C), "mean": (N,), "rstd": (N,), "qkv": (N, 3 * C),
+                                 "att": (N, C), "proj": (N, C), "fch": (N, 4 * C)})
+        params, acts, residual = self.params, self.acts, self.acts.residual
+        attention_forward = kernels.attention_cached_forward
+        layernorm_forward, gelu_forward, residual_forward = ROW_BY_ROW[N <= FEW_ROWS]
+
+        encoder_forward(residual, tokens, params.wte, params.wpe[position:end])                                  # (N, C)
+        for l in range(self.config.num_layers):
+            layernorm_forward(acts.ln, acts.mean, acts.rstd, residual, params.ln1w[l], params.ln1b[l])           # (N, C)
+            linear_forward(acts.qkv, acts.ln, params.qkvw[l], params.qkvb[l], workspace)                         # (N, 3C)
+            attention_forward(acts.att, self.keys[l, :B], self.values[l, :B], acts.qkv, position)                # (N, C)
+            linear_forward(acts.proj, acts.att, params.attprojw[l], params.attprojb[l], workspace)               # (N, C)
+            residual_forward(residual, residual, acts.proj)                                                      # (N, C)
+            layernorm_forward(acts.ln, acts.mean, acts.rstd, residual, params.ln2w[l], params.ln2b[l])           # (N, C)
+            linear_forward(acts.fch, acts.ln, params.fcw[l], params.fcb[l], workspace)                           # (N, 4C)
+            gelu_forward(acts.fch, acts.fch)                                                                     # (N, 4C)
+            linear_forward(acts.proj, acts.fch, params.fcprojw[l], params.fcprojb[l], workspace)                 # (N, C)
+            residual_forward(residual, residual, acts.proj)                                                      # (N, C)
+        layernorm_forward(acts.ln, acts.mean, acts.rstd, residual, params.lnfw, params.lnfb)                     # (N, C)
+        self.length = end
+        return acts.ln
+
+    def logits(self, rows):
+        """The logits (n, V) of the tokens that follow, for rows (n, C) of what `forward` returned."""
+        logits = np.empty((len(rows), self.config.vocab_size), dtype=np.float32)
+        wte = self.params.wte
+        weight = wte if isinstance(wte, Int8Weight) else wte[:self.config.vocab_size]
+        linear_forward(logits, rows, weight, NO_BIAS, self.workspace)
+        return logits
+
+    def next_logits(self, texts):
+        """The logits (B, V) of the token that follows each of the B texts, lists of tokens of the same length.
+
+        The texts are those of the last call, grown: only what is new is read. Where that would exceed the context, it
+        forgets all and reads the latest half of a context again. Positions are learned one by one, so it cannot just
+        forget the oldest.
+        """
+        length = len(texts[0])
+        if length - self.start > self.config.max_seq_len:
+            self.start, self.length = length - max(1, self.config.max_seq_len // 2), 0
+        B, fresh, seen = len(texts), self.length == 0, self.start + self.length
+        tokens = np.array([text[seen:] for text in texts], dtype=np.int32)                                       # (B, T)
+        if fresh and (tokens == tokens[0]).all():   # the same prompt for all: read once
+            rows = self.forward(tokens[:1])
+            self.keys[:, 1:, :, :self.length] = self.keys[:, :1, :, :self.length]
+            self.values[:, 1:, :, :self.length] = self.values[:, :1, :, :self.length]
+            return np.repeat(self.logits(rows[-1:]), B, axis=0)
+        rows = self.forward(tokens).reshape(*tokens.shape, -1)
+        return self.logits(np.ascontiguousarray(rows[:, -1]))
+
+
+def generate(decoder, texts, generators, max_new_tokens, **sampling):
+    """Yield the next token of each of the texts and append it, max_new_tokens times.
+
+    Each text has its own generator, so what becomes of it does not depend on how many others there are.
+    Raises UserError if the model's logits are not finite.
+    """
+    for _ in range(max_new_tokens):
+        logits = decoder.next_logits(texts)
+        if not np.isfinite(logits).all():
+            raise UserError(f"the logits after {len(texts[0]):,} tokens are not finite: {UNSOUND}")
+        tokens = [sample(row, text, generator, **sampling) for row, text, generator in zip(logits, texts, generators)]
+        for text, token in zip(texts, tokens):
+            text.append(token)
+        yield tokens
+
+
+def mean_loss(decoder, tokens):
+    """The mean cross entropy, in nats a token, of all but the first of `tokens`, each given those before it.
+
+    The model sees a context's worth at a time. Windows overlap by half, so that every token but those of the first half
+    has at least half a context before it.
+    """
+    config = decoder.config
+    T, n = config.max_seq_len, len(tokens) - 1
+    total, scored, start = 0.0, 0, 0
+    while scored < n:
+        end = min(start + T, n)
+        decoder.length = 0
+        rows = decoder.forward(np.array([tokens[start:end]], dtype=np.int32))[scored - start:]
+        targets = np.array(tokens[scored + 1:end + 1], dtype=np.int32)
+        for first in range(0, len(rows), CLASSIFIER_ROWS):
+            logits = decoder.logits(rows[first:first + CLASSIFIER_ROWS])
+            losses = np.empty(len(logits), dtype=np.float32)
+            kernels.fused_classifier(losses, logits, targets[first:first + CLASSIFIER_ROWS], 0.0, config.vocab_size)
+            total += losses.sum(dtype=np.float64)
+        scored, start = end, end - T // 2
+    return total / n
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From tokens to text
+
+class TextStream:
+    """Turns tokens into text as they come: no half characters, and nothing from the first of the texts `stops` on.
+
+    A token's bytes may end inside a character, and a text's end may be the beginning of a stop: both wait for what follows.
+    stopped: whether a stop has been found
+    """
+
+    def __init__(self, encoding, stops):
+        self.encoding, self.stops = encoding, stops
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.waiting = ""
+        self.stopped = False
+
+    def add(self, token):
+        """The text that is certain now."""
+        return self.release(self.decoder.decode(self.encoding.decode_single_token_bytes(token)))
+
+    def finish(self):
+        """The text that still waited: nothing follows."""
+        text = self.release(self.decoder.decode(b"", final=True)) + self.waiting
+        self.waiting = ""
+        return text
+
+    def release(self, text):
+        if self.stopped:
+            return ""
+        text = self.waiting + text
+        found = min((text.index(stop) for stop in self.stops if stop in text), default=None)
+        self.stopped = found is not None
+        if self.stopped:
+            self.waiting = ""
+            return text[:found]
+        waiting = max((size for stop in self.stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+        self.waiting = text[len(text) - waiting:]
+        return text[:len(text) - waiting]
+
+
+class Speed:
+    """Tokens and seconds of prompts and of what was generated; printing it gives the line at the end of a run."""
+
+    def __init__(self):
+        self.prompt_tokens = self.new_tokens = 0
+        self.prompt_seconds = self.new_seconds = 0.0
+
+    def __str__(self):
+        def rate(tokens, seconds):
+            return f"{tokens:,} tokens, {tokens / seconds if seconds > 0 else 0:,.1f} tok/s"
+        return (f"prompt: {rate(self.prompt_tokens, self.prompt_seconds)} | "
+                f"generated: {rate(self.new_tokens, self.new_seconds)}")
+
+
+def write_texts(decoder, encoding, texts, generators, options, speed):
+    """Go on with the texts until each is as long as asked for, meets a stop or ends; return what was added to each, as text.
+
+    The first is written to standard output as it is made. Counts and times go into `speed`.
+    """
+    streams = [TextStream(encoding, options.stop) for _ in texts]
+    written = [""] * len(texts)
+    ended = [False] * len(texts)
+
+    def write(i, text):
+        written[i] += text
+        if i == 0:
+            print(text, end="", flush=True)
+
+    start, length = decoder.start, decoder.length
+    forgetful = start > 0
+    started = time.perf_counter()
+    for step, tokens in enumerate(generate(decoder, texts, generators, options.max_new_tokens, temperature=options.temperature,
+                                           top_k=options.top_k, top_p=options.top_p,
+                                           repetition_penalty=options.repetition_penalty)):
+        if step == 0:
+            speed.prompt_tokens += decoder.length - (length if decoder.start == start else 0)
+            speed.prompt_seconds += time.perf_counter() - started
+            started = time.perf_counter()
+        else:
+            speed.new_tokens += len(texts)
+        for i, token in enumerate(tokens):
+            if not ended[i]:
+                if token != END_OF_TEXT:
+                    write(i, streams[i].add(token))
+                ended[i] = token == END_OF_TEXT or streams[i].stopped
+        if decoder.start > 0 and not forgetful:
+            forgetful = True
+            context = decoder.config.max_seq_len
+            note("\n[longer than the model's context: from here on it remembers the latest "
+                 f"{context // 2:,} to {context:,} tokens]")
+        if all(ended):
+            break
+    speed.new_seconds += time.perf_counter() - started
+    for i, stream in enumerate(streams):
+        write(i, stream.finish())
+    return written
+
+
+def note(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def parse_options(arguments=None):
+    """The flags as a namespace, checked. Raises UserError with status 2 for anything that cannot be."""
+    parser = OneLineParser(description="Generate text with GPT-2 on the CPU.")
+
+    def add(flag, default=None, help="", **rest):
+        """A flag; its default is stated in the help unless the help says it in words."""
+        parser.add_argument(flag, default=default, help=help + (" (default: %(default)s)" if default is not None else ""), **rest)
+
+    positive, count = number(int, 1), number(int, 0)
+    add("--model", required=True, help="a folder as Hugging Face's or as train_gpt2.py leaves it, a .safetensors file, llm.c's "
+        ".bin, or a name on the Hugging Face hub: gpt2, gpt2-medium, distilgpt2, ...")
+    add("--prompt", help="the text to go on with; <|endoftext|>, the beginning of a text, if it is empty (default: standard "
+        "input without its last newline, if it is a file or a pipe)")
+    add("--max-new-tokens", default=256, type=positive, help="tokens to generate")
+    add("--temperature", default=0.8, type=number(float, 0),
+        help="above 1 more surprising, below less; 0: always the most probable token")
+    add("--top-k", default=0, type=count, help="choose among so many most probable tokens; 0: all")
+    add("--top-p", default=0.95, type=number(float, 0, 1),
+        help="choose among the most probable tokens of this probability together")
+    add("--repetition-penalty", default=1.0, type=number(float, 1),
+        help="makes tokens that occurred before less probable; 1: does not")
+    add("--seed", default=1337, type=count, help="seed of the choices: the same one gives the same text")
+    add("--num-samples", default=1, type=positive, help="texts to generate, side by side")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                        help="end before this text; may be given several times")
+    add("--quantize", choices=["int8"], help="round the weights to 8 bits: a quarter of the memory, faster")
+    add("--threads", type=positive, help="CPU threads (default: one for each core)")
+    parser.add_argument("--interactive", action="store_true",
+                        help="go on with line after line from standard input, each with all before")
+    add("--perplexity", metavar="FILE", help="score a text or token file instead")
+    options = parser.parse_args(arguments)
+
+    if options.top_p == 0:
+        parser.error("--top-p is 0, expected more than 0 and at most 1")
+    if "" in options.stop:
+        parser.error("--stop is empty, expected a text")
+    if options.interactive and options.num_samples > 1:
+        parser.error(f"--num-samples is {options.num_samples}, expected 1 with --interactive")
+    cores = numba.config.NUMBA_NUM_THREADS
+    options.threads = options.threads or cores
+    if options.threads > cores:
+        parser.error(f"--threads is {options.threads}, expected at most {cores}, all there are here")
+    return options
+
+
+def compile_kernels():
+    """Have processes of their own compile the kernels into Numba's cache, unless they are there (as train_gpt2.py does)."""
+    if not kernels.all_compiled(decoding=True):
+        note("compiling the kernels, once: some 10 seconds")
+        compilers = [subprocess.Popen([sys.executable, "-c", f"import generate_gpt2; generate_gpt2.run_every_kernel({int8})"],
+                                      cwd=Path(__file__).parent) for int8 in (False, True)]
+        for compiler in compilers:
+            compiler.wait()
+
+
+def run_every_kernel(int8):
+    """Reads and scores a text with the smallest model, which makes Numba compile all it has not yet."""
+    config = Config(max_seq_len=2 * FEW_ROWS, vocab_size=2, padded_vocab_size=2, num_layers=1, num_heads=1, channels=1)
+    params = Tensors(parameter_shapes(config))
+    decoder = Decoder(config, quantize(config, params) if int8 else params, num_texts=1, threads=1)
+    decoder.next_logits([[0]])
+    mean_loss(decoder, [0] * (2 * FEW_ROWS + 1))
+
+
+def read_bytes(path, size=-1):
+    """The first `size` bytes of a file, or all. Raises UserError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; name a file that can be read") from error
+
+
+def as_text(name, contents):
+    """The contents of a file or of standard input as text. Raises UserError if it is not UTF-8."""
+    try:
+        return contents.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} has the byte {contents[error.start]:#04x} at position {error.start:,}, expected UTF-8; "
+                        "convert it to UTF-8") from error
+
+
+def encode(encoding, text, context):
+    """The tokens of a prompt. Raises UserError if it is longer than the context."""
+    tokens = encoding.encode_ordinary(text)
+    if len(tokens) > context:
+        raise UserError(f"the prompt is {len(tokens):,} tokens long, expected at most {context:,}, the model's context; "
+                        "shorten it")
+    return tokens
+
+
+def tokenizer_of(config, name):
+    """GPT-2's encoding, the only one there is here. Raises UserError if the model has another vocabulary."""
+    if config.vocab_size != VOCABULARY:
+        raise UserError(f"--model {name} has a vocabulary of {config.vocab_size:,} tokens, expected GPT-2's {VOCABULARY:,}: "
+                        "for text there is no other tokenizer here (--perplexity takes token files)")
+    return gpt2_encoding()
+
+
+def score(decoder, options):
+    """Print the perplexity of the text or token file options.perplexity."""
+    path, config = options.perplexity, decoder.config
+    if read_bytes(path, 4) == np.array(MAGIC, dtype="<i4").tobytes():
+        tokens = open_tokens(path, config.vocab_size)
+    else:
+        tokens = [END_OF_TEXT, *tokenizer_of(config, options.model).encode_ordinary(as_text(path, read_bytes(path)))]
+    if len(tokens) < 2:
+        raise UserError(f"{path} holds {len(tokens)} token, expected at least 2: the first is not scored")
+    started = time.perf_counter()
+    loss = mean_loss(decoder, tokens)
+    seconds = time.perf_counter() - started
+    if not math.isfinite(loss):
+        raise UserError(f"the loss on {path} is {loss}: {UNSOUND}")
+    print(f"perplexity {np.exp(np.float64(loss)):,.3f} | loss {loss:.5f} nats a token | {len(tokens) - 1:,} tokens of {path}")
+    note(f"{(len(tokens) - 1) / seconds:,.1f} tok/s")
+
+
+def complete(decoder, encoding, prompt, options, generators, speed):
+    """Print the prompt and what the model adds to it; of several samples the others when the first is done."""
+    tokens = encode(encoding, prompt, decoder.config.max_seq_len) or [END_OF_TEXT]
+    texts = [list(tokens) for _ in generators]
+    heading = (lambda i: f"--- sample {i + 1} of {len(texts)} ---\n") if len(texts) > 1 else lambda i: ""
+    print(heading(0) + prompt, end="", flush=True)
+    written = write_texts(decoder, encoding, texts, generators, options, speed)
+    print()
+    for i in range(1, len(texts)):
+        print(heading(i) + prompt + written[i])
+
+
+def converse(decoder, encoding, options, generators, speed):
+    """Go on with line after line of standard input until it ends, each after all that was written before.
+
+    Ctrl-C ends a reply, not the conversation. A new line stands between the two, as on the screen.
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, it gives `input` arrow keys and a history
+    sys.stdin.reconfigure(errors="replace")
+    text = []
+    line = options.prompt
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "") if line is None else line
+        except EOFError:
+            break
+        text += encode(encoding, "\n" + line if text else line, decoder.config.max_seq_len) or [END_OF_TEXT]
+        line = None
+        with contextlib.suppress(KeyboardInterrupt):
+            write_texts(decoder, encoding, [text], generators, options, speed)
+        print()
+        if text[-1] == END_OF_TEXT:
+            text.pop()
+
+
+def main():
+    options = parse_options()
+    numba.set_num_threads(options.threads)
+    prompt = options.prompt or ""
+    if options.prompt is None and not (options.interactive or options.perplexity or sys.stdin.isatty()):
+        prompt = as_text("standard input", sys.stdin.buffer.read()).removesuffix("\n").removesuffix("\r")
+    config, params = load_model(options.model)
+    encoding = None if options.perplexity else tokenizer_of(config, options.model)
+    compile_kernels()
+    if options.quantize:
+        params = quantize(config, params)
+    try:
+        decoder = Decoder(config, params, options.num_samples, options.threads)
+    except MemoryError as error:
+        raise UserError(f"not enough memory for the keys and values of --num-samples {options.num_samples}; lower it") from error
+    if options.perplexity:
+        score(decoder, options)
+        return
+    generators = [np.random.default_rng([options.seed, i]) for i in range(options.num_samples)]
+    speed = Speed()
+    if options.interactive:
+        converse(decoder, encoding, options, generators, speed)
+    else:
+        complete(decoder, encoding, prompt, options, generators, speed)
+    note(speed)
+
+
+if __name__ == "__main__":
+    run_program(main)
