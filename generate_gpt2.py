@@ -356,8 +356,9 @@ def compile_kernels():
     """Have processes of their own compile the kernels into Numba's cache, unless they are there (as train_gpt2.py does)."""
     if not kernels.all_compiled(decoding=True):
         note("compiling the kernels, once: some 10 seconds")
-        compilers = [subprocess.Popen([sys.executable, "-c", f"import generate_gpt2; generate_gpt2.run_every_kernel({int8})"],
-                                      cwd=Path(__file__).parent) for int8 in (False, True)]
+        run = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import generate_gpt2; generate_gpt2.run_every_kernel"
+        compilers = [subprocess.Popen([sys.executable, "-c", f"{run}({int8})"], stderr=subprocess.DEVNULL)
+                     for int8 in (False, True)]
         for compiler in compilers:
             compiler.wait()
 

@@ -263,7 +263,9 @@ def compile_kernels():
     if not kernels.all_compiled():
         print("compiling the kernels, once: some 15 seconds", flush=True)
         run = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import train_gpt2; train_gpt2.run_every_kernel"
-        compilers = [subprocess.Popen([sys.executable, "-c", f"{run}(backward_first={order})"]) for order in (False, True)]
+        # Silent: what goes wrong there goes wrong again here, unless it is Ctrl-C.
+        compilers = [subprocess.Popen([sys.executable, "-c", f"{run}(backward_first={order})"], stderr=subprocess.DEVNULL)
+                     for order in (False, True)]
         for compiler in compilers:
             compiler.wait()
 
