@@ -1,6 +1,6 @@
 """Put a bug into the program, see a test fail, and again for every bug in a table: who tests the tests.
 
-    python dev/mutations.py               all bugs: about five minutes on two cores
+    python dev/mutations.py               all bugs: about ten minutes on two cores
     python dev/mutations.py layernorm     those with `layernorm` in their name
 
 Each bug is one exact replacement in a copy of the checkout, in a temporary folder, where only the tests named beside it
@@ -44,6 +44,17 @@ def checkpoints(names):
     return f"dev/tests/test_checkpoint.py -k {names}"
 
 
+def generating(names):
+    """The tests of generate_gpt2.py with these names."""
+    return f"dev/tests/test_generate.py -k {names}"
+
+
+def decoding(names):
+    """The tests of the decoding kernels with these names."""
+    return f"dev/tests/test_decode_kernels.py -k {names}"
+
+
+SAMPLING = "dev/tests/test_sampling.py"
 GPU = "kernels_gpu.py"
 
 
@@ -540,6 +551,38 @@ MUTATIONS = [Mutation(*row) for row in [
      "np.where(np.isnan(values), 0x7FC0, rounded)", "rounded", checkpoints("rounding")),
     ("checkpoint: all of a long buffer saved", "checkpoint.py",
      "for _, tensor in params.items():", "for tensor in [params.flat]:", checkpoints("longer_than")),
+
+    # Generating text
+    ("decoder: positions of a new token counted from 0", "generate_gpt2.py",
+     "params.wpe[position:end])", "params.wpe[:T])", generating("cached_forward")),
+    ("decoder: window re-read from a token too late", "generate_gpt2.py",
+     "length - max(1, self.config.max_seq_len // 2), 0", "length - max(1, self.config.max_seq_len // 2 - 1), 0",
+     generating("growing")),
+    ("decoder: values of a shared prompt not handed on", "generate_gpt2.py",
+     "            self.values[:, 1:, :, :self.length] = self.values[:, :1, :, :self.length]\n", "", generating("same_prompt")),
+    ("decoder: windows of a scored text do not overlap", "generate_gpt2.py",
+     "scored, start = end, end - T // 2", "scored, start = end, end", generating("mean_loss")),
+    ("decoder: NaN goes unnoticed", "generate_gpt2.py",
+     "if not np.isfinite(logits).all():", "if np.isinf(logits).any():", generating("not_numbers")),
+    ("decoding attention: the latest key not kept", "kernels_cpu.py",
+     "k[position:] = one_head", "k[position + 1:] = one_head", decoding("attention")),
+    ("int8: one scale for a whole row", "kernels_cpu.py",
+     "total += inp[first + r, c] * scales[o, c // GROUP] * np.float32(numbers[o, c])",
+     "total += inp[first + r, c] * scales[o, 0] * np.float32(numbers[o, c])", decoding("product_against")),
+    ("int8: rounded down", "kernels_cpu.py",
+     "to_127 + np.float32(0.5)", "to_127", decoding("nearest")),
+    ("int8: NaN becomes 0", "kernels_cpu.py",
+     "return largest * np.float32(0)", "return np.float32(0)", decoding("finite or extremes")),
+    ("sampling: largest logit not subtracted", "sampling.py",
+     "(logits - logits.max()) /", "logits /", SAMPLING),
+    ("sampling: penalty rewards what is improbable", "sampling.py",
+     "logits[seen] * penalty", "logits[seen] / penalty", SAMPLING),
+    ("sampling: too little probability kept", "sampling.py",
+     "before < p", "before <= p - 0.1", SAMPLING),
+    ("sampling: one token too many kept", "sampling.py",
+     "np.partition(logits, -k)[-k]", "np.partition(logits, -k)[-k - 1]", SAMPLING),
+    ("sampling: chosen among what was thrown away", "sampling.py",
+     "generator.random() * cumulative[-1]", "generator.random()", SAMPLING),
 ]]
 
 
