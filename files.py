@@ -29,6 +29,10 @@ class UserError(Exception):
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are one line like every other error's."""
 
+    def add_flag(self, flag, default=None, help="", **rest):
+        """A flag; its default is stated in the help unless the help says it in words."""
+        self.add_argument(flag, default=default, help=help + (" (default: %(default)s)" if default is not None else ""), **rest)
+
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags", status=2)
 

@@ -6,10 +6,8 @@ samples, how tokens become text, and the command line. Only text goes to standar
 import codecs
 import contextlib
 import math
-import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -310,11 +308,7 @@ def note(text):
 def parse_options(arguments=None):
     """The flags as a namespace, checked. Raises UserError with status 2 for anything that cannot be."""
     parser = OneLineParser(description="Generate text with GPT-2 on the CPU.")
-
-    def add(flag, default=None, help="", **rest):
-        """A flag; its default is stated in the help unless the help says it in words."""
-        parser.add_argument(flag, default=default, help=help + (" (default: %(default)s)" if default is not None else ""), **rest)
-
+    add = parser.add_flag
     positive, count = number(int, 1), number(int, 0)
     add("--model", required=True, help="a folder as Hugging Face's or as train_gpt2.py leaves it, a .safetensors file, llm.c's "
         ".bin, or a name on the Hugging Face hub: gpt2, gpt2-medium, distilgpt2, ...")
@@ -353,14 +347,10 @@ def parse_options(arguments=None):
 
 
 def compile_kernels():
-    """Have processes of their own compile the kernels into Numba's cache, unless they are there (as train_gpt2.py does)."""
+    """Compile the kernels into Numba's cache, unless they are there."""
     if not kernels.all_compiled(decoding=True):
         note("compiling the kernels, once: some 10 seconds")
-        run = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import generate_gpt2; generate_gpt2.run_every_kernel"
-        compilers = [subprocess.Popen([sys.executable, "-c", f"{run}({int8})"], stderr=subprocess.DEVNULL)
-                     for int8 in (False, True)]
-        for compiler in compilers:
-            compiler.wait()
+        kernels.compile_in_processes("generate_gpt2")
 
 
 def run_every_kernel(int8):

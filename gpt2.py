@@ -105,6 +105,11 @@ def scratch_shapes(config, B, T, classifier_rows):
     }
 
 
+def chunks(rows, size):
+    """Slices of at most `size` rows that make up all of them."""
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
 def training_flops(config, B, T):
     """FLOPs of a training step's matrix products on a batch: (in the linear layers, in attention).
 

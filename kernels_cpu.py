@@ -20,6 +20,9 @@ Threads
     order that does not depend on how many threads there are, so the same input gives the same bits.
 """
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import FunctionType
 
 # How often an OpenMP thread looks for its next kernel before it goes to sleep. GNU's default, milliseconds long, makes a
@@ -1036,3 +1039,18 @@ def all_compiled(decoding=False):
     indices = {kernel: kernel._cache._cache_file._load_index() for kernel in kernels}
     return all(any(target == kernel.targetctx.codegen().magic_tuple() for _, target, *_ in index)
                for kernel, index in indices.items())
+
+
+def compile_in_processes(program):
+    """Have two processes compile into Numba's cache what run_every_kernel(False) and (True) of a program's module call.
+
+    A parallel kernel that was just compiled, and the same kernel loaded from the cache, may add in another order. If no run
+    computes with what it compiled itself, the first run gives the same bits as every later one. The two begin with different
+    kernels, and each finds in the cache what the other has done. They are silent: what goes wrong there goes wrong again
+    here, unless it is Ctrl-C.
+    """
+    run = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {program}; {program}.run_every_kernel"
+    compilers = [subprocess.Popen([sys.executable, "-c", f"{run}({argument})"], stderr=subprocess.DEVNULL)
+                 for argument in (False, True)]
+    for compiler in compilers:
+        compiler.wait()

@@ -5,11 +5,9 @@ forward and backward passes are flat lists of kernel calls (kernels_cpu.py) that
 gives the shape of what the call writes.
 """
 import math
-import subprocess
-import sys
 import time
+from copy import copy
 from dataclasses import replace
-from pathlib import Path
 
 import numba
 import numpy as np
@@ -18,7 +16,8 @@ import kernels_cpu as kernels
 from checkpoint import save_model
 from dataloader import DataLoader
 from files import UserError, run_program
-from gpt2 import WEIGHT_DECAYED, Config, Tensors, activation_shapes, initialize, parameter_shapes, scratch_shapes
+from gpt2 import (WEIGHT_DECAYED, Config, Tensors, activation_shapes, chunks, initialize, parameter_shapes,
+                  scratch_shapes)
 from training import (NEW_MODELS, TrainingLog, check_finite, due, first_model, learning_rate, number, parse_options, prepare_data,
                       print_configuration, sample_text)
 
@@ -90,16 +89,11 @@ class GPT2:
         kernels.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd,
                                   residual, params.lnfw, params.lnfb)                                            # (N, C)
 
-    def classifier_chunks(self):
-        """The rows of the batch in slices of at most CLASSIFIER_ROWS, so that no logits of size (N, Vp) ever exist."""
-        N, size = self.tokens.size, len(self.scratch.logits)
-        return [slice(start, min(start + size, N)) for start in range(0, N, size)]
-
     def loss(self, targets):
         """Mean cross entropy of the last forward pass against targets (B, T), without a backward pass."""
         params, acts, workspace = self.params, self.acts, self.workspace
         targets = targets.reshape(self.tokens.size)
-        for rows in self.classifier_chunks():
+        for rows in chunks(self.tokens.size, CLASSIFIER_ROWS):
             logits = self.scratch.logits[:rows.stop - rows.start]
             kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, workspace)                       # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows], 0.0, self.config.vocab_size)      # (rows)
@@ -116,7 +110,7 @@ class GPT2:
         dresidual, dln, datt, dqkv, dfch = (getattr(self.scratch, name)[:N]
                                             for name in ("dresidual", "dln", "datt", "dqkv", "dfch"))
 
-        for rows in self.classifier_chunks():
+        for rows in chunks(self.tokens.size, CLASSIFIER_ROWS):
             logits = self.scratch.logits[:rows.stop - rows.start]
             kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, workspace)                       # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
@@ -230,11 +224,9 @@ def trained_part(model, options):
     config, params = model.config, model.get_params()
     if options.model not in NEW_MODELS:
         return config, params
-    config = replace(config, max_seq_len=options.sequence_length)
-    trained = Tensors(parameter_shapes(config))
-    for name, tensor in trained.items():
-        tensor[...] = getattr(params, name)[:len(tensor)]
-    return config, trained
+    trained = copy(params)      # of the names, not of the tensors
+    trained.wpe = params.wpe[:options.sequence_length]
+    return replace(config, max_seq_len=options.sequence_length), trained
 
 
 def train_and_save(model, params, options, train_loader, val_loader, ideal_seconds=None, **device_rows):
@@ -254,24 +246,14 @@ def train_and_save(model, params, options, train_loader, val_loader, ideal_secon
 
 
 def compile_kernels():
-    """Have processes of their own compile the kernels into Numba's cache, unless they are there.
-
-    A parallel kernel that was just compiled, and the same kernel loaded from the cache, may add in another order. If no run
-    computes with what it compiled itself, the first run gives the same bits as every later one. Two processes begin with
-    different kernels, and each finds in the cache what the other has done.
-    """
+    """Compile the kernels into Numba's cache, unless they are there."""
     if not kernels.all_compiled():
         print("compiling the kernels, once: some 15 seconds", flush=True)
-        run = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import train_gpt2; train_gpt2.run_every_kernel"
-        # Silent: what goes wrong there goes wrong again here, unless it is Ctrl-C.
-        compilers = [subprocess.Popen([sys.executable, "-c", f"{run}(backward_first={order})"], stderr=subprocess.DEVNULL)
-                     for order in (False, True)]
-        for compiler in compilers:
-            compiler.wait()
+        kernels.compile_in_processes("train_gpt2")
 
 
 def run_every_kernel(backward_first):
-    """One step of the smallest model, which makes Numba compile all it has not yet.
+    """One step of the smallest model, which makes Numba compile all it has not yet: for kernels_cpu.compile_in_processes.
 
     With backward_first it begins with the two kernels of the backward pass that take longest to compile.
     """

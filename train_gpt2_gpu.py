@@ -13,7 +13,7 @@ import kernels_gpu as kernels
 from dataloader import DataLoader
 from device import open_device
 from files import UserError, run_program
-from gpt2 import (WEIGHT_DECAYED, Tensors, activation_shapes, initialize, parameter_shapes, scratch_shapes,
+from gpt2 import (WEIGHT_DECAYED, Tensors, activation_shapes, chunks, initialize, parameter_shapes, scratch_shapes,
                   training_flops)
 from train_gpt2 import BETA1, BETA2, EPSILON, train_and_save
 from training import first_model, parse_options, prepare_data
@@ -108,16 +108,11 @@ class GPT2:
                                                acts.residual2[l], proj, params.fcprojb[l], weight, bias)         # (N, C)
             residual = acts.residual3[l]
 
-    def classifier_chunks(self):
-        """The rows of the batch in slices of at most CLASSIFIER_ROWS, so that the logits of a large batch never all exist."""
-        N, size = self.tokens.size, len(self.scratch.logits)
-        return [slice(start, min(start + size, N)) for start in range(0, N, size)]
-
     def loss(self, targets):
         """Mean cross entropy of the last forward pass against targets (B, T), without a backward pass."""
         params, acts = self.params, self.acts
         targets = targets.reshape(self.tokens.size)
-        for rows in self.classifier_chunks():
+        for rows in chunks(self.tokens.size, CLASSIFIER_ROWS):
             logits = self.scratch.logits[:rows.stop - rows.start]
             kernels.matmul_forward(logits, acts.lnf[rows], params.wte, self.no_bias)                             # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows], 0.0, self.config.vocab_size)      # (rows)
@@ -139,7 +134,7 @@ class GPT2:
         dresidual, dln, datt, dqkv, dfch, scores, dscores = (
             getattr(self.scratch, name) for name in ("dresidual", "dln", "datt", "dqkv", "dfch", "scores", "dscores"))
 
-        for rows in self.classifier_chunks():
+        for rows in chunks(self.tokens.size, CLASSIFIER_ROWS):
             logits = self.scratch.logits[:rows.stop - rows.start]
             kernels.matmul_forward(logits, acts.lnf[rows], params.wte, self.no_bias)                             # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows],

@@ -54,11 +54,7 @@ def parse_options(description, arguments=None, **own_flags):
     that cannot be.
     """
     parser = OneLineParser(description=description)
-
-    def add(flag, default=None, help="", **rest):
-        """A flag; its default is stated in the help unless the help says it in words."""
-        parser.add_argument(flag, default=default, help=help + (" (default: %(default)s)" if default is not None else ""), **rest)
-
+    add = parser.add_flag
     positive, count = number(int, 1), number(int, 0)
     add("--model", default="d4", type=model_name,
         help=f"a new model of so many layers, one of {', '.join(NEW_MODELS)}, of which d12 is GPT-2 124M; or one to go on from: "
