@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -22,8 +21,9 @@ import pytest
 
 import train_gpt2
 import training
+from conftest import Finished
 from dataloader import write_tokens
-from files import UserError, run_program
+from files import UserError
 
 PROGRAM = Path(train_gpt2.__file__).resolve()
 B, T = 1, 16
@@ -33,27 +33,10 @@ LOG_COLUMNS = "step,train_loss,val_loss,grad_norm,learning_rate,milliseconds,tok
 SECONDS = 300  # until a process that should long have ended is given up; it may have to compile the kernels
 
 
-class Finished(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the program in this process with the given flags. What is not an error fit for a user fails the test."""
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", [str(PROGRAM), *map(str, flags)])
-        threads = numba.get_num_threads()
-        status = 0
-        try:
-            run_program(train_gpt2.main)
-        except SystemExit as error:
-            status = error.code
-        finally:
-            numba.set_num_threads(threads)
-        return Finished(status, *capsys.readouterr())
-    return run
+def run(run_main):
+    """Runs train_gpt2.py in this process with the given flags."""
+    return lambda *flags: run_main(train_gpt2, *flags)
 
 
 def start(*flags, program=PROGRAM, **options):

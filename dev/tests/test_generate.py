@@ -6,13 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numba
 import numpy as np
 import pytest
 
 import generate_gpt2
+from conftest import Finished
 from checkpoint import load_model, save_model
 from dataloader import write_tokens
 from files import UserError, run_program
@@ -290,29 +290,14 @@ def test_only_what_may_begin_a_stop_waits(encoding):
 TINY = Config(16, 50257, 50304, num_layers=2, num_heads=2, channels=6)
 
 
-class Finished(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(monkeypatch, capsys, encoding):
-    """Runs the program in this process on a tiny model. What is not an error fit for a user fails the test."""
+def run(run_main, monkeypatch, encoding):
+    """Runs generate_gpt2.py in this process on a tiny model."""
     def run(*flags, config=TINY, params=None, stdin=None):
         params = params or random_params(config, scale=20)
         monkeypatch.setattr(generate_gpt2, "load_model", lambda name: (config, params))
-        monkeypatch.setattr(sys, "argv", [str(PROGRAM), "--model", "tiny", *map(str, flags)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b""), encoding="utf-8"))
-        threads = numba.get_num_threads()
-        status = 0
-        try:
-            run_program(generate_gpt2.main)
-        except SystemExit as error:
-            status = error.code
-        finally:
-            numba.set_num_threads(threads)
-        return Finished(status, *capsys.readouterr())
+        return run_main(generate_gpt2, "--model", "tiny", *flags)
     return run
 
 

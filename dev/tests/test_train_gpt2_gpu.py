@@ -4,8 +4,6 @@ The checks of test_gpt2.py, on three devices: on the CPU with a block's threads 
 last to the first (dev/cuda_on_cpu), and on the GPU, where there is one.
 """
 import csv
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ import train_gpt2_gpu
 from dataloader import DataLoader, write_tokens
 from dev.cuda_on_cpu import CpuDevice
 from device import CudaDevice, open_device
-from files import UserError, run_program
+from files import UserError
 from gpt2 import model_config
 
 STEPS = 20
@@ -47,17 +45,9 @@ def device_flag(request):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the program in this process with the given flags; returns its status, output and errors."""
-    def run(*flags, program=train_gpt2_gpu):
-        monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, flags)])
-        status = 0
-        try:
-            run_program(program.main)
-        except SystemExit as error:
-            status = error.code
-        return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
-    return run
+def run(run_main):
+    """Runs train_gpt2_gpu.py, or another program, in this process with the given flags."""
+    return lambda *flags, program=train_gpt2_gpu: run_main(program, *flags)
 
 
 @pytest.fixture
