@@ -306,8 +306,7 @@ class CudaDevice(Device):
         except MemoryError as error:
             asked = np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64)
             asked, free, total = (f"{nbytes / 2**20:,.0f} MiB" for nbytes in (asked, *self.memory()))
-            raise UserError(f"out of memory on {self.name}: {asked} asked for, {free} of {total} free; "
-                            "choose a smaller --batch-size or --sequence-length") from error
+            raise MemoryError(f"{self.name}: {asked} asked for, {free} of {total} free") from error
 
     def zeros(self, shape, dtype=np.float32):
         return self.allocate(self.cupy.zeros, shape, dtype)

@@ -37,8 +37,11 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags", status=2)
 
 
-def run_program(main):
-    """Call `main()`; end the process with one line on standard error for a UserError, too little memory or an interruption."""
+def run_program(main, to_save_memory="close other programs"):
+    """Call `main()`; end the process with one line on standard error for a UserError, too little memory or an interruption.
+
+    to_save_memory: what to do about too little memory
+    """
     sys.stdout.reconfigure(errors="replace")  # a terminal, or a file on Windows, may lack a letter that a model makes up
     program = Path(sys.argv[0]).name
     try:
@@ -47,8 +50,7 @@ def run_program(main):
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(error.status)
     except MemoryError as error:
-        print(f"{program}: error: not enough memory{f' ({error})' if str(error) else ''}; "
-              "choose a smaller --model, --batch-size or --sequence-length", file=sys.stderr)
+        print(f"{program}: error: not enough memory{f' ({error})' if str(error) else ''}; {to_save_memory}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it exits

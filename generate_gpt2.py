@@ -11,7 +11,6 @@ import time
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 import kernels_cpu as kernels
@@ -26,6 +25,7 @@ from training import number
 FEW_ROWS = 12             # up to so many, a product waits for its weight to be read
 CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time when a text is scored
 NO_BIAS = np.empty(0, dtype=np.float32)
+TO_SAVE_MEMORY = "choose a smaller --model, fewer --num-samples or --quantize int8"
 UNSOUND = "the model's weights are damaged, or it diverged in training; take another --model"
 
 
@@ -140,6 +140,12 @@ class Decoder:
         linear_forward(logits, rows, weight, NO_BIAS, self.workspace)
         return logits
 
+    def losses(self, rows, targets):
+        """The cross entropies (n,), in nats, of targets (n,) given rows (n, C) of what `forward` returned."""
+        losses, logits = np.empty(len(rows), dtype=np.float32), self.logits(rows)
+        kernels.fused_classifier(losses, logits, targets, 0.0, self.config.vocab_size)
+        return losses
+
     def next_logits(self, texts):
         """The logits (B, V) of the token that follows each of the B texts, lists of tokens of the same length.
 
@@ -158,7 +164,7 @@ class Decoder:
             self.values[:, 1:, :, :self.length] = self.values[:, :1, :, :self.length]
             return np.repeat(self.logits(rows[-1:]), B, axis=0)
         rows = self.forward(tokens).reshape(*tokens.shape, -1)
-        return self.logits(np.ascontiguousarray(rows[:, -1]))
+        return self.logits(rows[:, -1].copy())
 
 
 def generate(decoder, texts, generators, max_new_tokens, **sampling):
@@ -192,10 +198,8 @@ def mean_loss(decoder, tokens):
         rows = decoder.forward(np.array([tokens[start:end]], dtype=np.int32))[scored - start:]
         targets = np.array(tokens[scored + 1:end + 1], dtype=np.int32)
         for first in range(0, len(rows), CLASSIFIER_ROWS):
-            logits = decoder.logits(rows[first:first + CLASSIFIER_ROWS])
-            losses = np.empty(len(logits), dtype=np.float32)
-            kernels.fused_classifier(losses, logits, targets[first:first + CLASSIFIER_ROWS], 0.0, config.vocab_size)
-            total += losses.sum(dtype=np.float64)
+            part = slice(first, first + CLASSIFIER_ROWS)
+            total += decoder.losses(rows[part], targets[part]).sum(dtype=np.float64)
         scored, start = end, end - T // 2
     return total / n
 
@@ -305,9 +309,12 @@ def note(text):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-def parse_options(arguments=None):
-    """The flags as a namespace, checked. Raises UserError with status 2 for anything that cannot be."""
-    parser = OneLineParser(description="Generate text with GPT-2 on the CPU.")
+def parse_options(description, arguments=None, **own_flags):
+    """The flags as a namespace, checked. own_flags are those of one program only: threads=dict(type=..., help=...).
+
+    Raises UserError with status 2 for anything that cannot be.
+    """
+    parser = OneLineParser(description=description)
     add = parser.add_flag
     positive, count = number(int, 1), number(int, 0)
     add("--model", required=True, help="a folder as Hugging Face's or as train_gpt2.py leaves it, a .safetensors file, llm.c's "
@@ -326,11 +333,11 @@ def parse_options(arguments=None):
     add("--num-samples", default=1, type=positive, help="texts to generate, side by side")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="end before this text; may be given several times")
-    add("--quantize", choices=["int8"], help="round the weights to 8 bits: a quarter of the memory, faster")
-    add("--threads", type=positive, help="CPU threads (default: one for each core)")
     parser.add_argument("--interactive", action="store_true",
                         help="go on with line after line from standard input, each with all before")
     add("--perplexity", metavar="FILE", help="score a text or token file instead")
+    for name, settings in own_flags.items():
+        add(f"--{name}", **settings)
     options = parser.parse_args(arguments)
 
     if options.top_p == 0:
@@ -339,10 +346,6 @@ def parse_options(arguments=None):
         parser.error("--stop is empty, expected a text")
     if options.interactive and options.num_samples > 1:
         parser.error(f"--num-samples is {options.num_samples}, expected 1 with --interactive")
-    cores = numba.config.NUMBA_NUM_THREADS
-    options.threads = options.threads or cores
-    if options.threads > cores:
-        parser.error(f"--threads is {options.threads}, expected at most {cores}, all there are here")
     return options
 
 
@@ -451,21 +454,15 @@ def converse(decoder, encoding, options, generators, speed):
             text.pop()
 
 
-def main():
-    options = parse_options()
-    numba.set_num_threads(options.threads)
-    prompt = options.prompt or ""
-    if options.prompt is None and not (options.interactive or options.perplexity or sys.stdin.isatty()):
-        prompt = as_text("standard input", sys.stdin.buffer.read()).removesuffix("\n").removesuffix("\r")
-    config, params = load_model(options.model)
-    encoding = None if options.perplexity else tokenizer_of(config, options.model)
-    compile_kernels()
-    if options.quantize:
-        params = quantize(config, params)
-    try:
-        decoder = Decoder(config, params, options.num_samples, options.threads)
-    except MemoryError as error:
-        raise UserError(f"not enough memory for the keys and values of --num-samples {options.num_samples}; lower it") from error
+def read_prompt(options):
+    """The prompt: the flag's, or that which comes through a pipe."""
+    if options.prompt is not None or options.interactive or options.perplexity or sys.stdin.isatty():
+        return options.prompt or ""
+    return as_text("standard input", sys.stdin.buffer.read()).removesuffix("\n").removesuffix("\r")
+
+
+def run(decoder, encoding, prompt, options):
+    """What the flags ask for, once a decoder is there: score a file, go on with the prompt, or with line after line."""
     if options.perplexity:
         score(decoder, options)
         return
@@ -478,5 +475,20 @@ def main():
     note(speed)
 
 
+def main():
+    options = parse_options(
+        "Generate text with GPT-2 on the CPU.",
+        quantize=dict(choices=["int8"], help="round the weights to 8 bits: a quarter of the memory, faster"),
+        threads=dict(type=number(int, 1), help="CPU threads (default: one for each core)"))
+    threads = kernels.use_threads(options.threads)
+    prompt = read_prompt(options)
+    config, params = load_model(options.model)
+    encoding = None if options.perplexity else tokenizer_of(config, options.model)
+    compile_kernels()
+    if options.quantize:
+        params = quantize(config, params)
+    run(Decoder(config, params, options.num_samples, threads), encoding, prompt, options)
+
+
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, TO_SAVE_MEMORY)

@@ -32,9 +32,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import config, njit, prange, set_num_threads, types
 from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
+
+from files import UserError
 
 # Sums may be reordered and products fused into sums, which is what lets a loop run on vector registers. Unlike
 # `fastmath=True`, this set does not assume the absence of NaN, which must come out wherever it went in.
@@ -1026,6 +1028,19 @@ def emit_loop_over_groups(build, rows, inp, inp_row, weight, groups, scales):
 DECODING = (quantize, encoder_int8_forward, matvec_forward, matvec_int8_forward, matmul_int8_forward, attention_cached_forward,
             layernorm_forward_on_one_thread, gelu_forward_on_one_thread, residual_forward_on_one_thread)
 SHARED = (encoder_forward, layernorm_forward, matmul_forward, gelu_forward, residual_forward, fused_classifier)
+
+
+def use_threads(threads):
+    """Let the kernels run on so many threads, or on one for each core if `threads` is None. Returns how many that are.
+
+    Raises UserError with status 2 if there are fewer cores.
+    """
+    cores = config.NUMBA_NUM_THREADS
+    threads = threads or cores
+    if threads > cores:
+        raise UserError(f"--threads is {threads}, expected at most {cores}, all there are here; lower it", status=2)
+    set_num_threads(threads)
+    return threads
 
 
 def all_compiled(decoding=False):

@@ -424,6 +424,35 @@ extern "C" __global__ void add_bias(
         fours.store(row, o, sum);
     }
 }
+
+// A warp for each row of the weight, which meets four rows of inp while it is in registers, four columns a thread.
+extern "C" __global__ void matvec_forward(
+    float* __restrict__ out,            // (N, OC)
+    const float* __restrict__ inp,      // (N, C)
+    const float* __restrict__ weight,   // (OC, C)
+    const float* __restrict__ bias,     // (OC) or empty
+    int N, int C, int OC)
+{
+    Fours fours(C, inp, weight);
+    int o = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, first = 4 * blockIdx.y;
+    if (o >= OC) return;
+    float sums[4] = {};
+    #pragma unroll 4                    // four loads on their way at a time
+    for (int c = 4 * lane; c < C; c += 4 * 32) {
+        Four w = fours.load(weight + (size_t)o * C, c);
+        #pragma unroll
+        for (int r = 0; r < 4; r++) {
+            if (first + r >= N) break;
+            Four x = fours.load(inp + (size_t)(first + r) * C, c);
+            for (int k = 0; k < 4; k++) sums[r] += w.x[k] * x.x[k];
+        }
+    }
+    #pragma unroll
+    for (int r = 0; r < 4; r++) {
+        float sum = warp_sum(sums[r]);
+        if (lane == 0 && first + r < N) out[(size_t)(first + r) * OC + o] = sum + (bias ? bias[o] : 0);
+    }
+}
 """
 
 
@@ -443,32 +472,39 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
         column_sums(dbias, dout)
 
 
+def matvec_forward(out, inp, weight, bias):
+    """matmul_forward for an inp of few rows: then the time it takes is that of reading the weight."""
+    N, OC = out.shape
+    device.launch("matvec_forward", (ceil_div(OC, 8), ceil_div(N, 4)), 256, out, inp, weight, bias, N, inp.shape[1], OC)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention: causal, multi-head, with the (T, T) scores of one sequence at a time
 
 ATTENTION = r"""
-// From the scores of a row to its weights, in place: a warp for each row, 128 columns at a time. What lies right of the
-// diagonal is never read (but for the up to three numbers of a four it cuts), and set to 0 for the product with v. The
-// second read of a row finds it in the cache. A block's 8 rows are neighbours and so take equally long.
+// From the scores of a row to its weights, in place: a warp for each row, 128 columns at a time. Query i sees the first
+// S - T + i + 1 of the S keys: those of the tokens before it, and its own. What lies right of that is never read (but for
+// the up to three numbers of a four it cuts), and set to 0 for the product with v. The second read of a row finds it in
+// the cache. A block's 8 rows are neighbours and so take equally long.
 extern "C" __global__ void causal_softmax(
-    float* __restrict__ scores,         // (NH, T, T)
-    float* __restrict__ lse,            // (NH, T)
-    int NH, int T)
+    float* __restrict__ scores,         // (NH, T, S)
+    float* __restrict__ lse,            // (NH, T) or empty
+    int NH, int T, int S)
 {
-    Fours fours(T, scores);
-    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, i = row % T;
+    Fours fours(S, scores);
+    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, last = S - T + row % T;
     if (row >= NH * T) return;
-    float* p = scores + (size_t)row * T;
+    float* p = scores + (size_t)row * S;
     Softmax seen = NOTHING_SEEN;
-    for (int j = 4 * lane; j <= i; j += 4 * 32) seen = see(seen, fours.load(p, j), i + 1 - j);
+    for (int j = 4 * lane; j <= last; j += 4 * 32) seen = see(seen, fours.load(p, j), last + 1 - j);
     seen = warp_softmax(seen);
     float factor = 1 / seen.sum;
-    for (int j = 4 * lane; j < T; j += 4 * 32) {
-        Four score = j <= i ? fours.load(p, j) : Four{};
-        for (int k = 0; k < 4; k++) score.x[k] = j + k <= i ? expf(score.x[k] - seen.largest) * factor : 0;
+    for (int j = 4 * lane; j < S; j += 4 * 32) {
+        Four score = j <= last ? fours.load(p, j) : Four{};
+        for (int k = 0; k < 4; k++) score.x[k] = j + k <= last ? expf(score.x[k] - seen.largest) * factor : 0;
         fours.store(p, j, score);
     }
-    if (lane == 0) lse[row] = seen.largest + logf(seen.sum);
+    if (lane == 0 && lse) lse[row] = seen.largest + logf(seen.sum);
 }
 
 // From a row's scores and dp to its p and dscore, in place, and shared out in the same way. delta takes the 2 * HS numbers
@@ -505,6 +541,58 @@ extern "C" __global__ void causal_softmax_backward(
         fours.store(dp, j, dx);
     }
 }
+
+// Attention of one new query for each text and head, a block for each: to the keys and values kept of `position` tokens,
+// and to its own, which the block adds to them. A warp takes every so many-th key, four channels a thread. Once all scores
+// are in shared memory, every warp finds the largest and the sum by itself, which takes no longer than waiting for another.
+extern "C" __global__ void attention_cached_forward(
+    float* __restrict__ out,            // (B, NH*HS)
+    float* keys,                        // (B, NH, maxT, HS)
+    float* values,                      // (B, NH, maxT, HS)
+    const float* __restrict__ qkv,      // (B, 3*NH*HS)
+    float scale, int B, int NH, int maxT, int HS, int position)
+{
+    Fours fours(HS, out, keys, values, qkv);
+    extern __shared__ Four scores[];            // position + 1 numbers
+    __shared__ Four threads[512];
+    float* score = scores[0].x;
+    int head = blockIdx.x, b = head / NH, lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
+    const float *q = qkv + ((size_t)b * 3 * NH + head % NH) * HS, *k = q + (size_t)NH * HS, *v = k + (size_t)NH * HS;
+    keys += (size_t)head * maxT * HS;
+    values += (size_t)head * maxT * HS;
+    for (int c = warp * 32 + lane; c < HS; c += warps * 32) {
+        keys[(size_t)position * HS + c] = k[c];
+        values[(size_t)position * HS + c] = v[c];
+    }
+    __syncthreads();
+    for (int j = warp; j <= position; j += warps) {
+        float sum = 0;
+        for (int c = 4 * lane; c < HS; c += 4 * 32) {
+            Four key = fours.load(keys + (size_t)j * HS, c), query = fours.load(q, c);
+            for (int i = 0; i < 4; i++) sum += query.x[i] * key.x[i];
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) score[j] = scale * sum;
+    }
+    __syncthreads();
+    Softmax seen = NOTHING_SEEN;
+    for (int j = 4 * lane; j <= position; j += 4 * 32) seen = see(seen, scores[j / 4], position + 1 - j);
+    seen = warp_softmax(seen);
+    for (int start = 0; start < HS; start += 4 * 32) {      // as many rounds for all: there are barriers inside
+        int c = start + 4 * lane;
+        Four sum = {};
+        if (c < HS)
+            for (int j = warp; j <= position; j += warps) {
+                Four value = fours.load(values + (size_t)j * HS, c);
+                float weight = expf(score[j] - seen.largest);
+                for (int i = 0; i < 4; i++) sum.x[i] += weight * value.x[i];
+            }
+        __syncthreads();                                    // the round before may still be summing
+        sum = sum_over_y(sum, threads);
+        for (int i = 0; i < 4; i++) sum.x[i] /= seen.sum;
+        if (warp == 0 && c < HS) fours.store(out + (size_t)head * HS, c, sum);
+    }
+}
 """
 
 
@@ -530,7 +618,7 @@ def attention_forward(out, lse, qkv, scores):
     for b in range(B):
         q, k, v = qkv[b, :NH], qkv[b, NH:2 * NH], qkv[b, 2 * NH:]
         device.gemm(scores, scale, q, transposed(k), 0.0)
-        device.launch("causal_softmax", ceil_div(NH * T, 8), 256, scores, lse[b], NH, T)
+        device.launch("causal_softmax", ceil_div(NH * T, 8), 256, scores, lse[b], NH, T, T)
         device.gemm(out[b], 1.0, scores, v, 0.0)
 
 
@@ -551,6 +639,31 @@ def attention_backward(dqkv, dout, out, lse, qkv, scores, dscores):
         device.gemm(dv, 1.0, transposed(scores), dout_heads[b], 0.0)
         device.gemm(dk, scale, transposed(dscores), q, 0.0)
         device.gemm(dq, scale, dscores, k, 0.0)
+
+
+def attention_cached_forward(out, keys, values, qkv, position):
+    """attention_forward for tokens that come after `position` others, whose keys and values were kept.
+
+    keys and values (B, NH, maxT, HS) hold those of the positions before `position`; those of the T positions in qkv
+    (B*T, 3C) are added to them. A single token of each text takes one launch, a prompt the products of training.
+    """
+    B, NH, maxT, HS = keys.shape
+    T = len(out) // B
+    end, scale = position + T, HS ** -0.5
+    if T == 1 and end <= 8192:      # their scores, 4 bytes each, fit into shared memory
+        warps = min(16, 1 << (position // 8).bit_length())      # a power of two for sum_over_y
+        device.launch("attention_cached_forward", B * NH, (32, warps), out, keys, values, qkv, scale, B, NH, maxT, HS, position,
+                      shared_bytes=16 * ceil_div(end, 4))
+        return
+    qkv, out = heads(qkv, B, 3 * NH), heads(out, B, NH)
+    scores = device.empty((NH, T, end))
+    for b in range(B):
+        k, v = keys[b, :, :end], values[b, :, :end]
+        k[:, position:] = qkv[b, NH:2 * NH]
+        v[:, position:] = qkv[b, 2 * NH:]
+        device.gemm(scores, scale, qkv[b, :NH], transposed(k), 0.0)
+        device.launch("causal_softmax", ceil_div(NH * T, 8), 256, scores, device.empty(0), NH, T, end)
+        device.gemm(out[b], 1.0, scores, v, 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,17 +9,16 @@ import time
 from copy import copy
 from dataclasses import replace
 
-import numba
 import numpy as np
 
 import kernels_cpu as kernels
 from checkpoint import save_model
 from dataloader import DataLoader
-from files import UserError, run_program
+from files import run_program
 from gpt2 import (WEIGHT_DECAYED, Config, Tensors, activation_shapes, chunks, initialize, parameter_shapes,
                   scratch_shapes)
-from training import (NEW_MODELS, TrainingLog, check_finite, due, first_model, learning_rate, number, parse_options, prepare_data,
-                      print_configuration, sample_text)
+from training import (NEW_MODELS, TO_SAVE_MEMORY, TrainingLog, check_finite, due, first_model, learning_rate, number,
+                      parse_options, prepare_data, print_configuration, sample_text)
 
 CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time: 512 * 50304 * 4 bytes = 103 MB
 NO_BIAS = np.empty(0, dtype=np.float32)
@@ -275,20 +274,16 @@ def run_every_kernel(backward_first):
 def main():
     options = parse_options("Train GPT-2 on the CPU.",
                             threads=dict(type=number(int, 1), help="CPU threads (default: one for each core)"))
-    cores = numba.config.NUMBA_NUM_THREADS
-    options.threads = options.threads or cores
-    if options.threads > cores:
-        raise UserError(f"--threads is {options.threads}, expected at most {cores}, all there are here; lower it", status=2)
-    numba.set_num_threads(options.threads)
+    threads = kernels.use_threads(options.threads)
     config, params = first_model(options)
     prepare_data(options)
     train_loader, val_loader = (
         DataLoader(pattern, options.batch_size, options.sequence_length, config.vocab_size) if pattern else None
         for pattern in (options.input_bin, options.input_val_bin))
     compile_kernels()
-    model = GPT2(config, options.batch_size, options.sequence_length, options.threads)
-    train_and_save(model, params, options, train_loader, val_loader, threads=options.threads)
+    model = GPT2(config, options.batch_size, options.sequence_length, threads)
+    train_and_save(model, params, options, train_loader, val_loader, threads=threads)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, TO_SAVE_MEMORY)

@@ -16,7 +16,7 @@ from files import UserError, run_program
 from gpt2 import (WEIGHT_DECAYED, Tensors, activation_shapes, chunks, initialize, parameter_shapes, scratch_shapes,
                   training_flops)
 from train_gpt2 import BETA1, BETA2, EPSILON, train_and_save
-from training import first_model, parse_options, prepare_data
+from training import TO_SAVE_MEMORY, first_model, parse_options, prepare_data
 
 CLASSIFIER_ROWS = 2048    # tokens whose logits exist at any one time: 2048 * 50304 * 4 bytes = 412 MB
 
@@ -245,4 +245,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, TO_SAVE_MEMORY)

@@ -18,6 +18,7 @@ TRAIN_TOKENS = DATA_DIR / "tiny_shakespeare_train.bin"
 VAL_TOKENS = DATA_DIR / "tiny_shakespeare_val.bin"
 CSV_COLUMNS = ("step", "train_loss", "val_loss", "grad_norm", "learning_rate", "milliseconds", "tokens_per_second")
 NEW_MODELS = [f"d{depth}" for depth in HEADS_BY_DEPTH]
+TO_SAVE_MEMORY = "choose a smaller --model, --batch-size or --sequence-length"
 SAMPLE_TOKENS = 96
 TEMPERATURE = 0.8
 

@@ -8,7 +8,34 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from files import run_program
+from dev.cuda_on_cpu import CpuDevice
+from device import open_device
+from files import UserError, run_program
+
+DEVICES = {
+    "cpu": CpuDevice,
+    "cpu-reversed": lambda: CpuDevice(reverse=True),
+    "cuda": lambda: open_device("cuda", "float32"),
+}
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def on(request):
+    """A device: the CPU with a block's threads run from the first to the last, or from the last to the first, or the GPU."""
+    try:
+        return DEVICES[request.param]()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device_flag(request):
+    """The flag that chooses a device there is."""
+    try:
+        open_device(request.param, "float32")
+    except UserError as error:
+        pytest.skip(str(error))
+    return "--device", request.param
 
 
 class Finished(NamedTuple):
@@ -25,7 +52,7 @@ def run_main(monkeypatch, capsys):
         threads = numba.get_num_threads()
         status = 0
         try:
-            run_program(program.main)
+            run_program(program.main, program.TO_SAVE_MEMORY)
         except SystemExit as error:
             status = error.code
         finally:

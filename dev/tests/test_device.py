@@ -495,8 +495,7 @@ def test_tf32(fake_cupy, monkeypatch):
 def test_out_of_memory(fake_cupy):
     fake_cupy(free=2 ** 29)
     device = open_device("cuda:1", "float32")
-    with raises(UserError, "out of memory on Fake GPU 1: 8,192 MiB asked for, 768 MiB of 16,384 MiB free; "
-                           "choose a smaller --batch-size or --sequence-length"):
+    with raises(MemoryError, "Fake GPU 1: 8,192 MiB asked for, 768 MiB of 16,384 MiB free"):
         device.empty((2 ** 21, 2 ** 10))
 
 

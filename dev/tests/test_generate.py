@@ -498,7 +498,7 @@ def test_mistake_on_the_command_line(run, flags, parts):
 def test_no_model(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(PROGRAM)])
     with pytest.raises(SystemExit):
-        run_program(generate_gpt2.main)
+        run_program(generate_gpt2.main, generate_gpt2.TO_SAVE_MEMORY)
     assert_one_line(Finished(2, *capsys.readouterr()), 2, "--model", "--help")
 
 
@@ -527,7 +527,7 @@ def test_more_samples_than_memory(run, monkeypatch):
     def too_large(*arguments):
         raise MemoryError
     monkeypatch.setattr(generate_gpt2, "Decoder", too_large)
-    assert_one_line(run("--prompt", "I", "--num-samples", 99), 1, "memory", "--num-samples 99")
+    assert_one_line(run("--prompt", "I", "--num-samples", 99), 1, "memory", "--num-samples")
 
 
 def test_help_states_the_real_defaults(run, monkeypatch):
@@ -536,7 +536,7 @@ def test_help_states_the_real_defaults(run, monkeypatch):
     finished = run("--help")
     assert finished.status == 0 and finished.err == ""
     texts = dict(re.findall(r"^  --([a-z0-9-]+)(.*(?:\n {10,}.*)*)", finished.out, re.MULTILINE))
-    flags = vars(generate_gpt2.parse_options(["--model", "m"]))
+    flags = vars(generate_gpt2.parse_options("", ["--model", "m"], quantize={}, threads={}))
     assert {flag.replace("-", "_") for flag in texts} == set(flags)
     for flag, text in texts.items():
         stated = re.findall(r"\(default: ([^)]*)\)", text)

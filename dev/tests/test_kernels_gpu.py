@@ -26,6 +26,8 @@ OUTPUTS = {
         "encoder_forward", "encoder_backward", "layernorm_forward", "layernorm_backward", "matmul_forward", "matmul_backward",
         "attention_forward", "attention_backward", "gelu_backward", "fused_classifier", "global_norm", "adamw_update")},
     "residual_layernorm_forward": ("residual", "out", "mean", "rstd"),
+    "matvec_forward": ("out",),
+    "attention_cached_forward": ("out", "keys", "values"),
     "bias_gelu_forward": ("out", "inp"),
     "add_mean_loss": ("total",),
 }
@@ -113,6 +115,26 @@ class Runner:
         kernels_gpu.matmul_backward(dinp, dweight.array, dbias.array, dout, inp, weight)
         return dinp, dweight, dbias
 
+    def matvec_forward(self, inp, weight, bias):
+        out = self.unset(len(inp), len(weight))
+        kernels_gpu.matvec_forward(out, inp, weight, bias)
+        return out
+
+    def attention_cached_forward(self, qkv, B, NH, position):
+        """Of qkv (B, S, 3C), what is before `position` is in the cache already; what the cache does not hold yet is NaN."""
+        qkv = self.device.to_host(qkv)
+        S, HS = qkv.shape[1], qkv.shape[2] // (3 * NH)
+        room = np.full((2, B, NH, 3, HS), np.nan)
+        keys, values = np.concatenate((split(qkv, NH)[1:], room), axis=3).astype(np.float32)
+        keys[:, :, position:] = values[:, :, position:] = np.nan
+        keys, values = map(self.device.to_device, (keys, values))
+        out = self.unset(B * (S - position), NH * HS)
+        new = self.device.to_device(qkv[:, position:].reshape(len(out), -1))
+        kernels_gpu.attention_cached_forward(out, keys, values, new, position)
+        for cache in map(self.device.to_host, (keys, values)):
+            assert np.isnan(cache[:, :, S:]).all(), "nothing may be written past the new tokens"
+        return out, keys[:, :, :S].copy(), values[:, :, :S].copy()
+
     def attention_forward(self, qkv, B, T, NH):
         out, lse = self.unset(B * T, qkv.shape[1] // 3), self.unset(B, NH, T)
         kernels_gpu.attention_forward(out, lse, qkv, self.unset(NH, T, T))
@@ -161,6 +183,12 @@ class Runner:
         return params, m, v
 
 
+def split(qkv, NH):
+    """(3, B, NH, S, HS): queries, keys and values, from qkv (B, S, 3C)."""
+    B, S, C3 = qkv.shape
+    return qkv.reshape(B, S, 3, NH, C3 // (3 * NH)).transpose(2, 0, 3, 1, 4)
+
+
 class Added(Accumulator):
     """An Accumulator whose array is on a device."""
 
@@ -181,6 +209,15 @@ class Exact:
     def residual_layernorm_forward(self, inp1, inp2, inp2_bias, weight, bias):
         residual = exact.residual_forward(inp1, inp2) + (inp2_bias.astype(np.float64) if inp2_bias.size else 0)
         return residual, *exact.layernorm_forward(residual, weight, bias)
+
+    def matvec_forward(self, inp, weight, bias):
+        return exact.matmul_forward(inp, weight, bias)
+
+    def attention_cached_forward(self, qkv, B, NH, position):
+        S = qkv.shape[1]
+        out, _ = exact.attention_forward(qkv.reshape(B * S, -1), B, S, NH)
+        out = out.reshape(B, S, -1)[:, position:]
+        return out.reshape(-1, out.shape[-1]), *split(qkv, NH)[1:]
 
     def bias_gelu_forward(self, inp, bias):
         inp = inp.astype(np.float64) + bias
@@ -214,6 +251,18 @@ def residual_layernorm_cases(N, C):
     yield Case("residual_layernorm_forward", f"N{N}-C{C}-nobias", {**args, "inp2_bias": EMPTY})
 
 
+def matvec_cases(N, C, OC):
+    sizes, inp, weight, bias = f"N{N}-C{C}-OC{OC}", normal(N, C), normal(OC, C, seed=1), normal(OC)
+    yield Case("matvec_forward", sizes, dict(inp=inp, weight=weight, bias=bias))
+    yield Case("matvec_forward", sizes + "-nobias", dict(inp=inp, weight=weight, bias=EMPTY))
+
+
+def cached_attention_cases(B, S, NH, HS, position):
+    qkv = 2 * normal(B, S, 3 * NH * HS)
+    yield Case("attention_cached_forward", f"B{B}-S{S}-NH{NH}-HS{HS}-position{position}",
+               dict(qkv=qkv, B=B, NH=NH, position=position))
+
+
 def gelu_cases(N, C):
     inp = 2 * normal(N, C)
     yield Case("bias_gelu_forward", f"N{N}-C{C}", dict(inp=inp, bias=normal(C)))
@@ -234,6 +283,9 @@ CASES = (
     + collect(residual_layernorm_cases, (1, 1), (2, 7), (13, 21), (13, 36), (3, 1100), (2, 1101))
     + collect(cpu.matmul_cases, (1, 1, 1), (2, 7, 5), (13, 36, 109), (3, 5, 1100), (1100, 5, 36), (1101, 3, 21))
     + collect(cpu.attention_cases, (1, 1, 1, 1), (3, 2, 1, 7), (1, 13, 3, 12), (2, 67, 2, 5), (1, 8, 1, 65), (2, 132, 3, 4))
+    + collect(matvec_cases, (1, 1, 1), (2, 7, 5), (4, 36, 109), (9, 1100, 17), (1, 300, 8))
+    + collect(cached_attention_cases, (1, 1, 1, 1, 0), (3, 2, 1, 7, 0), (2, 9, 2, 5, 8), (1, 14, 3, 12, 13), (2, 67, 3, 64, 66),
+              (1, 68, 1, 132, 67), (2, 130, 2, 36, 129), (1, 13, 3, 12, 5), (2, 67, 2, 5, 30))
     + collect(gelu_cases, (1, 1), (13, 7), (13, 36), (3, 1100), (2, 1101))
     + collect(cpu.classifier_cases, (1, 1, 128, 1), (5, 7, 7, 1), (13, 65, 128, 30), (2, 4999, 5000, 3), (2, 5001, 5003, 3))
     + collect(loss_cases, (1,), (1000,), (3001,))
@@ -243,7 +295,7 @@ CASES = (
 
 # One of a moderate size for each kernel, for what need not be tried at every size.
 CASE = {case.kernel: case.args for case in CASES if case.sizes in (
-    "B3-T13-C21", "N13-C36", "N13-C36-OC109", "B1-T13-NH3-HS12", "N13-V65-Vp128-spread30", "N1000", "size1000",
+    "B3-T13-C21", "N13-C36", "N13-C36-OC109", "N4-C36-OC109", "B1-S14-NH3-HS12-position13", "B1-T13-NH3-HS12", "N13-V65-Vp128-spread30", "N1000", "size1000",
     "size1004-step10-decay0.1-scale0.25")}
 assert CASE.keys() == OUTPUTS.keys()
 
@@ -376,6 +428,15 @@ def test_attention_with_large_scores(run):
     check("attention_forward", run("attention_forward", args), expected("attention_forward", args))
     args["dout"] = normal(65, 36)
     check("attention_backward", run("attention_backward", args), expected("attention_backward", args), 5e-5)
+
+
+@pytest.mark.parametrize("position", [8191, 12288])
+def test_more_tokens_cached_than_shared_memory_has_room_for(run, position):
+    """The values are all around 3, for an average of 8,000 around 0 would be rounding alone."""
+    qkv = normal(1, position + 1, 3 * 4)
+    qkv[..., 2 * 4:] += 3
+    args = dict(qkv=qkv, B=1, NH=1, position=position)
+    check("attention_cached_forward", run("attention_cached_forward", args), expected("attention_cached_forward", args))
 
 
 def test_gelu_over_its_whole_range(run):

@@ -13,35 +13,11 @@ import train_gpt2
 import train_gpt2_gpu
 from dataloader import DataLoader, write_tokens
 from dev.cuda_on_cpu import CpuDevice
-from device import CudaDevice, open_device
+from device import CudaDevice
 from files import UserError
 from gpt2 import model_config
 
 STEPS = 20
-DEVICES = {
-    "cpu": CpuDevice,
-    "cpu-reversed": lambda: CpuDevice(reverse=True),
-    "cuda": lambda: open_device("cuda", "float32"),
-}
-
-
-@pytest.fixture(scope="module", params=DEVICES)
-def on(request):
-    """A device."""
-    try:
-        return DEVICES[request.param]()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device_flag(request):
-    """The flag that chooses a device there is."""
-    try:
-        open_device(request.param, "float32")
-    except UserError as error:
-        pytest.skip(str(error))
-    return "--device", request.param
 
 
 @pytest.fixture

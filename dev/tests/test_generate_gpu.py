@@ -1,0 +1,81 @@
+"""Generating text with the CUDA kernels: the decoder against the training program's forward pass, the program against its twin."""
+import math
+import re
+
+import numpy as np
+import pytest
+from test_generate import CONFIGS, REFERENCE, THREADS, assert_close, full_logits, random_params, random_texts, read
+
+import generate_gpt2
+import generate_gpt2_gpu
+from checkpoint import load_model, save_model
+from generate_gpt2 import generate, mean_loss
+from generate_gpt2_gpu import Decoder
+from gpt2 import Config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("B", [1, 3, 15])
+@pytest.mark.parametrize("parts", ["one by one", "at once", "prompts"])
+def test_cached_forward_equals_full_forward(on, name, B, parts):
+    config = CONFIGS[name]
+    T = config.max_seq_len
+    parts = {"one by one": [1] * T, "at once": [T], "prompts": [T // 2, 1, 1, 3, T - T // 2 - 5]}[parts]
+    params, texts = random_params(config), random_texts(config, B, T)
+    actual = read(Decoder(config, params, B, on), texts, [part for part in parts if part > 0])
+    expected = full_logits(config, params, texts)
+    for t in range(T):
+        assert_close(actual[:, t], expected[:, t])
+
+
+@pytest.mark.parametrize("same_prompt", [True, False])
+def test_growing_texts(on, same_prompt):
+    """Beyond the context too, and from one prompt, which is read once, or from several."""
+    config, B = CONFIGS["odd"], 3
+    T = config.max_seq_len
+    params, texts = random_params(config), random_texts(config, B, 2 * T)
+    if same_prompt:
+        texts = [texts[0][:5] + text[5:] for text in texts]
+    decoder, start = Decoder(config, params, B, on), 0
+    for end in range(5, 2 * T):
+        if end - start > T:
+            start = end - T // 2
+        assert_close(decoder.next_logits([text[:end] for text in texts]),
+                     full_logits(config, params, [text[start:end] for text in texts])[:, -1])
+
+
+def test_greedy_text_of_transformers(on):
+    config, params = load_model(REFERENCE)
+    expected = np.load(REFERENCE / "expected.npz")
+    text = expected["prompt"].tolist()
+    for _ in generate(Decoder(config, params, 1, on), [text], [np.random.default_rng()], expected["continuation"].size,
+                      temperature=0):
+        pass
+    assert text == expected["prompt"].tolist() + expected["continuation"].tolist()
+
+
+@pytest.mark.parametrize("n", [2, 21, 70])
+def test_mean_loss(on, n):
+    config = CONFIGS["odd"]
+    params, tokens = random_params(config), random_texts(config, 1, n)[0]
+    on_the_cpu = mean_loss(generate_gpt2.Decoder(config, params, 1, THREADS), tokens)
+    assert math.isclose(mean_loss(Decoder(config, params, 1, on), tokens), on_the_cpu, rel_tol=1e-6)
+
+
+def test_program(run_main, device_flag, tmp_path):
+    """It writes the text and finds the loss that its twin does."""
+    config = Config(16, 50257, 50304, num_layers=2, num_heads=2, channels=6)
+    model = "--model", tmp_path / "model"
+    save_model(model[1], config, random_params(config, scale=20))
+    flags = *model, "--prompt", "To be", "--max-new-tokens", 4, "--num-samples", 2
+    finished = run_main(generate_gpt2_gpu, *flags, *device_flag)
+    assert finished.status == 0 and finished.out == run_main(generate_gpt2, *flags).out and "tok/s" in finished.err
+    (tmp_path / "text.txt").write_text("To be, or not to be")
+    losses = [float(re.search("loss ([0-9.]+) nats", run_main(program, *model, "--perplexity", tmp_path / "text.txt", *flags).out)[1])
+              for program, flags in ((generate_gpt2, ()), (generate_gpt2_gpu, device_flag))]
+    assert math.isclose(*losses, rel_tol=1e-6)
+
+
+def test_no_such_device(run_main, tmp_path):
+    finished = run_main(generate_gpt2_gpu, "--model", tmp_path, "--prompt", "I", "--device", "gpu")
+    assert finished.status == 2 and finished.err.endswith("--device gpu: expected cpu, cuda, or cuda:1 for the second GPU\n")

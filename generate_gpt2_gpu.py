@@ -1,0 +1,103 @@
+"""Generate text with GPT-2 on the GPU: `python generate_gpt2_gpu.py --model MODEL --prompt TEXT`, or --help for the rest.
+
+The twin of generate_gpt2.py, from which it has all but the decoder: the same memory of keys and values, the same flat forward
+pass, with the kernels of kernels_gpu.py. `--device cpu` runs them without a GPU (dev/cuda_on_cpu).
+"""
+import numpy as np
+
+import generate_gpt2
+import kernels_gpu as kernels
+from checkpoint import load_model
+from device import open_device
+from files import run_program
+from generate_gpt2 import FEW_ROWS, parse_options, read_prompt, run, tokenizer_of
+from gpt2 import Tensors, parameter_shapes
+
+TO_SAVE_MEMORY = "choose a smaller --model or fewer --num-samples"
+
+
+def linear_forward(out, inp, weight, bias):
+    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), by the kernel that suits N."""
+    product = kernels.matvec_forward if len(inp) <= FEW_ROWS else kernels.matmul_forward
+    product(out, inp, weight, bias)
+
+
+class Decoder(generate_gpt2.Decoder):
+    """generate_gpt2.Decoder with its parameters, keys and values on `device`.
+
+    params are Tensors of NumPy arrays. What `forward` returns is an array of the device, what `logits` and `losses` return are
+    NumPy's.
+    """
+
+    def __init__(self, config, params, num_texts, device):
+        kernels.use(device)
+        self.config, self.device = config, device
+        self.params = Tensors(parameter_shapes(config), device.empty)
+        device.fill(self.params.flat, params.flat)
+        cache = (config.num_layers, num_texts, config.num_heads, config.max_seq_len, config.channels // config.num_heads)
+        self.keys, self.values = device.zeros(cache), device.zeros(cache)
+        self.start = self.length = 0
+        self.acts = Tensors({"residual": (0, 0)}, device.empty)
+        self.no_bias = device.empty(0)
+
+    def forward(self, tokens):
+        """From tokens (B, T), a NumPy array, to the normalised output of the last block (N, C), N = B*T."""
+        B, T = tokens.shape
+        N, C, L = B * T, self.config.channels, self.config.num_layers
+        position, end = self.length, self.length + T
+        if end > self.config.max_seq_len:
+            raise ValueError(f"{end} tokens, expected at most {self.config.max_seq_len}")
+        if len(self.acts.residual) != N:
+            self.acts = Tensors({"residual": (N, C), "residual2": (N, C), "ln": (N, C), "mean": (N,), "rstd": (N,),
+                                 "qkv": (N, 3 * C), "att": (N, C), "proj": (N, C), "fch": (N, 4 * C), "fch_gelu": (N, 4 * C)},
+                                self.device.empty)
+        params, acts, no_bias = self.params, self.acts, self.no_bias
+        norm = acts.ln, acts.mean, acts.rstd
+
+        kernels.encoder_forward(acts.residual, self.device.to_device(tokens), params.wte, params.wpe[position:end])  # (N, C)
+        kernels.layernorm_forward(*norm, acts.residual, params.ln1w[0], params.ln1b[0])                          # (N, C)
+        for l in range(L):
+            linear_forward(acts.qkv, acts.ln, params.qkvw[l], params.qkvb[l])                                    # (N, 3C)
+            kernels.attention_cached_forward(acts.att, self.keys[l, :B], self.values[l, :B], acts.qkv, position)  # (N, C)
+            linear_forward(acts.proj, acts.att, params.attprojw[l], no_bias)                                     # (N, C)
+            kernels.residual_layernorm_forward(acts.residual2, *norm, acts.residual, acts.proj, params.attprojb[l],
+                                               params.ln2w[l], params.ln2b[l])                                   # (N, C)
+            linear_forward(acts.fch, acts.ln, params.fcw[l], no_bias)                                            # (N, 4C)
+            kernels.bias_gelu_forward(acts.fch_gelu, acts.fch, params.fcb[l])                                    # (N, 4C)
+            linear_forward(acts.proj, acts.fch_gelu, params.fcprojw[l], no_bias)                                 # (N, C)
+            # The layernorm that follows is that of the next block, or the last of all.
+            weight, bias = (params.ln1w[l + 1], params.ln1b[l + 1]) if l + 1 < L else (params.lnfw, params.lnfb)
+            kernels.residual_layernorm_forward(acts.residual, *norm, acts.residual2, acts.proj, params.fcprojb[l],
+                                               weight, bias)                                                     # (N, C)
+        self.length = end
+        return acts.ln
+
+    def logits_on_device(self, rows):
+        logits = self.device.empty((len(rows), self.config.vocab_size))
+        linear_forward(logits, rows, self.params.wte[:self.config.vocab_size], self.no_bias)                     # (n, V)
+        return logits
+
+    def logits(self, rows):
+        """The logits (n, V) of the tokens that follow, for rows (n, C) of what `forward` returned."""
+        return self.device.to_host(self.logits_on_device(rows))
+
+    def losses(self, rows, targets):
+        """The cross entropies (n,), in nats, of targets (n,), a NumPy array, given rows (n, C) of what `forward` returned."""
+        losses, logits = self.device.empty(len(rows)), self.logits_on_device(rows)
+        kernels.fused_classifier(losses, logits, self.device.to_device(targets), 0.0, self.config.vocab_size)
+        return self.device.to_host(losses)
+
+
+def main():
+    options = parse_options(
+        "Generate text with GPT-2 on a GPU.",
+        device=dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the GPU's kernels on the CPU, slowly"))
+    prompt = read_prompt(options)
+    device = open_device(options.device, "float32")
+    config, params = load_model(options.model)
+    encoding = None if options.perplexity else tokenizer_of(config, options.model)
+    run(Decoder(config, params, options.num_samples, device), encoding, prompt, options)
+
+
+if __name__ == "__main__":
+    run_program(main, TO_SAVE_MEMORY)
