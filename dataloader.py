@@ -6,6 +6,7 @@ little-endian uint16. A text larger than memory is split over several such files
 
 import glob
 import os
+import zlib
 
 import numpy as np
 
@@ -16,19 +17,34 @@ VERSION = 1
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 TOKEN_BYTES = 2
+FINGERPRINT = 65536     # tokens at either end of a file
 HOW_TO_MEND = "write it again with prepare_tinyshakespeare.py"
 
 
 def write_tokens(path, tokens):
     """Write `tokens` (a sequence of integers below 65,536) as one token file. Raises UserError if it cannot be written."""
-    tokens = np.asarray(tokens)
-    if tokens.size > 0 and not 0 <= tokens.min() <= tokens.max() < 65536:
-        raise ValueError(f"tokens run from {tokens.min()} to {tokens.max()}, expected 0 to 65535")
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
+    write_runs(path, [tokens])
+
+
+def write_runs(path, runs):
+    """Write all `runs` of tokens, one after the other, as one token file, however long; return how many tokens it has.
+
+    Raises UserError if it cannot be written.
+    """
+    num_tokens = 0
     with whole_file(path) as file:
+        file.seek(HEADER_BYTES)
+        for tokens in runs:
+            tokens = np.asarray(tokens)
+            if tokens.size > 0 and not 0 <= tokens.min() <= tokens.max() < 65536:
+                raise ValueError(f"tokens run from {tokens.min()} to {tokens.max()}, expected 0 to 65535")
+            file.write(tokens.astype("<u2").tobytes())
+            num_tokens += len(tokens)
+        header = np.zeros(HEADER_INTS, dtype="<i4")
+        header[:3] = MAGIC, VERSION, num_tokens
+        file.seek(0)
         file.write(header.tobytes())
-        file.write(tokens.astype("<u2").tobytes())
+    return num_tokens
 
 
 def open_tokens(path, vocab_size):
@@ -70,20 +86,24 @@ class DataLoader:
     """Batches from every token file that `pattern` (a path or a glob) matches, in the order of their names.
 
     A step takes B*T tokens for each of `world_size` processes, one process after the other; `rank` is this process. A file is
-    left when too few of its tokens remain for a whole step, and after the last file comes the first again.
+    left when too few of its tokens remain for a whole step, and after the last file a new round of all files begins. With a
+    shuffle_seed every round has another order, which depends on the seed alone.
 
     num_tokens: tokens in all files together
     batches: steps before the first batch comes again
-    shard, position: where the next step starts, a file's index and a token in it; may be saved and set again
+    state: where the next step starts, (round, how many of its files are done, token in the next); may be saved and set again
 
     Raises UserError if no file matches, a file is not sound (see open_tokens) or one is too short for a step.
     """
 
-    def __init__(self, pattern, batch_size, sequence_length, vocab_size, rank=0, world_size=1):
+    START = 0, 0, 0
+
+    def __init__(self, pattern, batch_size, sequence_length, vocab_size, rank=0, world_size=1, shuffle_seed=None):
         self.batch_size = batch_size
         self.sequence_length = sequence_length
         self.offset = rank * batch_size * sequence_length
         self.step_tokens = world_size * batch_size * sequence_length
+        self.shuffle_seed = shuffle_seed
 
         # A plain path first: a folder's own name may hold a glob's brackets.
         paths = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(str(pattern)))
@@ -100,19 +120,35 @@ class DataLoader:
         self.reset()
 
     def reset(self):
-        """Start again at the first token of the first file."""
-        self.shard = 0
-        self.position = 0
+        """Start again at the first token of the first round."""
+        self.state = self.START
+
+    def order(self, epoch):
+        """The order in which a round visits the files, as indices."""
+        if self.shuffle_seed is None:
+            return range(len(self.shards))
+        return np.random.default_rng([self.shuffle_seed, epoch]).permutation(len(self.shards))
 
     def next_batch(self):
         """Return inputs (B, T) and targets (B, T), two new int32 arrays; a target is the token after its input."""
-        if self.position + self.step_tokens + 1 > len(self.shards[self.shard]):
-            self.shard = (self.shard + 1) % len(self.shards)
-            self.position = 0
+        epoch, done, position = self.state
+        shard = self.shards[self.order(epoch)[done]]
+        if position + self.step_tokens + 1 > len(shard):
+            epoch, done = (epoch, done + 1) if done + 1 < len(self.shards) else (epoch + 1, 0)
+            shard, position = self.shards[self.order(epoch)[done]], 0
         B, T = self.batch_size, self.sequence_length
-        start = self.position + self.offset
-        tokens = self.shards[self.shard][start : start + B * T + 1]
+        start = position + self.offset
+        tokens = shard[start:start + B * T + 1]
         inputs = tokens[:-1].astype(np.int32).reshape(B, T)
         targets = tokens[1:].astype(np.int32).reshape(B, T)
-        self.position += self.step_tokens
+        self.state = epoch, done, position + self.step_tokens
         return inputs, targets
+
+    def fingerprint(self):
+        """A number that other tokens most likely do not have: of every file's length and first and last tokens.
+
+        Not of all tokens: there may be many gigabytes, and what it is for is a file of another name or another preparation.
+        """
+        ends = b"".join(len(tokens).to_bytes(8, "little") + tokens[:FINGERPRINT].tobytes() + tokens[-FINGERPRINT:].tobytes()
+                        for tokens in self.shards)
+        return zlib.crc32(ends)

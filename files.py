@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -72,13 +73,36 @@ def whole_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())     # or the name might survive a power failure, and the contents not
         os.replace(unfinished, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; "
-                        "make room for it there or choose another folder") from error
+        raise cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
+
+
+@contextlib.contextmanager
+def whole_folder(path):
+    """Make a folder that takes its name only once it is complete. The name must be free.
+
+    Raises UserError if that cannot be done; then nothing is left of it.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        os.rename(unfinished, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def cannot_write(path, error):
+    return UserError(f"cannot write {path}: {error.strerror or error}; make room for it there or choose another folder")
 
 
 def sha256(contents):

@@ -3,8 +3,6 @@
 The twin of generate_gpt2.py, from which it has all but the decoder: the same memory of keys and values, the same flat forward
 pass, with the kernels of kernels_gpu.py. `--device cpu` runs them without a GPU (dev/cuda_on_cpu).
 """
-import numpy as np
-
 import generate_gpt2
 import kernels_gpu as kernels
 from checkpoint import load_model

@@ -136,6 +136,13 @@ class Tensors:
             setattr(self, name, self.flat[offset:offset + prod(shape)].reshape(shape))
             offset += prod(shape)
 
+    def parts(self, share):
+        """(name, slice of `flat`) pairs in the order of the table, of what lies in `share`, a slice of `flat` too."""
+        stops = np.cumsum([prod(shape) for shape in self.shapes.values()]).tolist()
+        parts = [(name, slice(max(start, share.start), min(stop, share.stop)))
+                 for name, start, stop in zip(self.shapes, [0, *stops], stops)]
+        return [(name, part) for name, part in parts if part.start < part.stop]
+
     def items(self):
         """(name, view) pairs in the order of the table."""
         return [(name, getattr(self, name)) for name in self.shapes]

@@ -1030,13 +1030,13 @@ DECODING = (quantize, encoder_int8_forward, matvec_forward, matvec_int8_forward,
 SHARED = (encoder_forward, layernorm_forward, matmul_forward, gelu_forward, residual_forward, fused_classifier)
 
 
-def use_threads(threads):
-    """Let the kernels run on so many threads, or on one for each core if `threads` is None. Returns how many that are.
+def use_threads(threads, processes=1):
+    """Let the kernels run on so many threads; None: on one for each core, shared among so many processes. Returns how many.
 
     Raises UserError with status 2 if there are fewer cores.
     """
     cores = config.NUMBA_NUM_THREADS
-    threads = threads or cores
+    threads = threads or max(1, cores // processes)
     if threads > cores:
         raise UserError(f"--threads is {threads}, expected at most {cores}, all there are here; lower it", status=2)
     set_num_threads(threads)

@@ -4,21 +4,24 @@ Read it from the top: the model's memory, its forward pass, its backward pass, t
 forward and backward passes are flat lists of kernel calls (kernels_cpu.py) that mirror each other; each trailing comment
 gives the shape of what the call writes.
 """
+import contextlib
 import math
+import os
+import sys
 import time
-from copy import copy
-from dataclasses import replace
+from dataclasses import asdict
 
 import numpy as np
 
 import kernels_cpu as kernels
 from checkpoint import save_model
-from dataloader import DataLoader
+from distributed import ALONE, start
 from files import run_program
 from gpt2 import (WEIGHT_DECAYED, Config, Tensors, activation_shapes, chunks, initialize, parameter_shapes,
                   scratch_shapes)
-from training import (NEW_MODELS, TO_SAVE_MEMORY, TrainingLog, check_finite, due, first_model, learning_rate, number,
-                      parse_options, prepare_data, print_configuration, sample_text)
+from resume import checkpoints, delete, save_checkpoint
+from training import (TO_SAVE_MEMORY, StopRequest, TrainingLog, Unheard, check_finite, data_loaders, due, first_model, first_progress,
+                      learning_rate, number, outlier, parse_options, prepare_data, print_configuration, sample_text)
 
 CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time: 512 * 50304 * 4 bytes = 103 MB
 NO_BIAS = np.empty(0, dtype=np.float32)
@@ -28,15 +31,19 @@ BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8     # with small batches, a second momen
 class GPT2:
     """A GPT-2 with its gradients, moments and activations, for batches of up to (batch_size, sequence_length) tokens.
 
-    `threads` is how many blocks a matrix product is cut into: as many as Numba has threads. The parameters are zero until
+    `threads` is how many blocks a matrix product is cut into: as many as Numba has threads. `world` are the processes that
+    train the model together; each has all its parameters, and the moments of its own share. The parameters are zero until
     they are filled, by `initialize` or through the views in `params`.
     """
 
-    def __init__(self, config, batch_size, sequence_length, threads):
+    def __init__(self, config, batch_size, sequence_length, threads, world=ALONE):
         self.config = config
+        self.world = world
         self.workspace = kernels.make_workspace(threads)
         shapes = parameter_shapes(config)
-        self.params, self.grads, self.adam_m, self.adam_v = (Tensors(shapes) for _ in range(4))
+        self.params, self.grads = Tensors(shapes), Tensors(shapes)
+        self.share = world.share(self.params.size)      # whose moments are here, as a slice of the flat parameters
+        self.adam_m, self.adam_v = (np.zeros_like(self.params.flat[self.share]) for _ in range(2))
         self.acts = Tensors(activation_shapes(config, batch_size, sequence_length))
         self.scratch = Tensors(scratch_shapes(config, batch_size, sequence_length, CLASSIFIER_ROWS))
         self.tokens = None
@@ -52,6 +59,14 @@ class GPT2:
     def get_params(self):
         """The parameters, Tensors of NumPy arrays."""
         return self.params
+
+    def set_moments(self, m, v):
+        """Copy the optimiser's moments from two flat arrays, in the order of the parameters."""
+        self.adam_m[...], self.adam_v[...] = m[self.share], v[self.share]
+
+    def get_moments(self):
+        """The optimiser's two moments, flat NumPy arrays in the order of the parameters; None but for process 0."""
+        return [self.world.gather(moment, self.params.size) for moment in (self.adam_m, self.adam_v)]
 
     def forward(self, tokens):
         """From tokens (B, T) to the normalised output of the last block, `acts.lnf` (N, C).
@@ -99,9 +114,9 @@ class GPT2:
         return float(np.mean(acts.losses, dtype=np.float64))
 
     def backward(self, targets, accumulation_steps=1):
-        """Return the mean loss against targets (B, T), and add the gradients of loss / accumulation_steps to `grads`.
+        """Return the mean loss against targets (B, T), and add its gradients to `grads`, divided by how many batches make a step.
 
-        The forward pass in reverse. It starts with the classifier, whose logits serve the loss and the gradients at once.
+        Those are accumulation_steps of every process. The forward pass in reverse. It starts with the classifier, whose logits serve the loss and the gradients at once.
         """
         N = self.tokens.size
         params, grads, acts, workspace = self.params, self.grads, self.acts, self.workspace
@@ -113,7 +128,7 @@ class GPT2:
             logits = self.scratch.logits[:rows.stop - rows.start]
             kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, workspace)                       # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
-                                     1 / (N * accumulation_steps), self.config.vocab_size)                       # (rows, Vp)
+                                     1 / (N * accumulation_steps * self.world.size), self.config.vocab_size)     # (rows, Vp)
             kernels.matmul_backward(dln[rows], grads.wte, NO_BIAS,
                                     logits, acts.lnf[rows], params.wte, workspace)                               # (rows, C)
         residual = acts.residual3[-1]
@@ -142,8 +157,9 @@ class GPT2:
         return float(np.mean(acts.losses, dtype=np.float64))
 
     def gradient_norm(self):
-        """The Euclidean norm of all gradients together."""
-        return float(kernels.global_norm(self.grads.flat))
+        """The Euclidean norm of all gradients together, once those of all processes are added up."""
+        self.world.reduce_scatter(self.grads.flat)
+        return math.sqrt(self.world.sum(float(kernels.global_norm(self.grads.flat[self.share])) ** 2))
 
     def update(self, step, learning_rate, weight_decay, norm, grad_clip):
         """One AdamW step (counted from 1) on the gradients, which are cleared for the next.
@@ -154,19 +170,20 @@ class GPT2:
         if not math.isfinite(norm):
             return
         grad_scale = grad_clip / norm if 0 < grad_clip < norm else 1.0
-        for name, param in self.params.items():
-            kernels.adamw_update(param.reshape(-1), getattr(self.grads, name).reshape(-1),
-                                 getattr(self.adam_m, name).reshape(-1), getattr(self.adam_v, name).reshape(-1),
+        for name, part in self.params.parts(self.share):
+            here = slice(part.start - self.share.start, part.stop - self.share.start)
+            kernels.adamw_update(self.params.flat[part], self.grads.flat[part], self.adam_m[here], self.adam_v[here],
                                  learning_rate, BETA1, BETA2, EPSILON,
                                  weight_decay if name in WEIGHT_DECAYED else 0.0, grad_scale, step)
+        self.world.all_gather(self.params.flat)
 
     def clock(self):
         """The time, for `finish`."""
         return time.perf_counter()
 
     def finish(self, loss, norm, started):
-        """A step's loss and norm as numbers, and the seconds since `started`, once everything is computed: here, at once."""
-        return loss, norm, time.perf_counter() - started
+        """A step's mean loss over all processes and norm as numbers, and the seconds since `started`."""
+        return self.world.sum(loss) / self.world.size, norm, time.perf_counter() - started
 
     def next_token_logits(self, tokens):
         """The logits (V,) of the token that follows tokens (1, T), by a forward pass."""
@@ -177,24 +194,35 @@ class GPT2:
 
 
 def evaluate(model, loader, max_steps):
-    """Mean loss over the first max_steps batches of the validation tokens (fewer if there are fewer)."""
+    """Mean loss over the first max_steps batches of the validation tokens (fewer if there are fewer).
+
+    The processes take turns with the batches.
+    """
     loader.reset()
     steps = min(max_steps, loader.batches)
     total = 0.0
-    for _ in range(steps):
+    for step in range(steps):
         inputs, targets = loader.next_batch()
-        model.forward(inputs)
-        total += model.loss(targets)
-    return float(total) / steps
+        if step % model.world.size == model.world.rank:
+            model.forward(inputs)
+            total += model.loss(targets)
+    return model.world.sum(float(total)) / steps
 
 
-def train(model, options, train_loader, val_loader, log):
-    """The training loop, for any model with GPT2's methods. `options` are the flags, `log` a TrainingLog.
+def train(model, options, train_loader, val_loader, log, progress, stop, save):
+    """The training loop, for any model with GPT2's methods.
+
+    options: the flags
+    log: a TrainingLog
+    progress: the Progress so far, which is kept up to date
+    stop: a StopRequest
+    save: a Saver
 
     A model may still be computing when its methods return: losses and norms are numbers only after `finish`.
     """
     n = options.num_iterations
-    for step in range(1, n + 1):
+    may_skip = options.skip_update_lossz > 0 or options.skip_update_gradz > 0
+    for step in range(progress.step + 1, n + 1):
         started = model.clock()
         if options.overfit_single_batch:
             train_loader.reset()
@@ -205,42 +233,80 @@ def train(model, options, train_loader, val_loader, log):
             loss += model.backward(targets, options.accumulation_steps) / options.accumulation_steps
         norm = model.gradient_norm()
         rate = learning_rate(step, options)
-        model.update(step, rate, options.weight_decay, norm, options.grad_clip)
+        reason = outlier(*model.finish(loss, norm, started)[:2], progress, options) if may_skip else None
+        if reason:
+            model.grads.flat[...] = 0
+        else:
+            model.update(step, rate, options.weight_decay, norm, options.grad_clip)
         loss, norm, seconds = model.finish(loss, norm, started)
         check_finite(step, model, train_loss=loss, gradient_norm=norm)
         log.step(step, loss, norm, rate, seconds)
+        if reason:
+            log.note(step, f"update skipped: {reason}")
+        progress.step, progress.data = step, train_loader.state
 
         if due(options.val_loss_every, step, n):
             val_loss = evaluate(model, val_loader, options.val_max_steps)
             check_finite(step, model, val_loss=val_loss)
             log.validation(step, val_loss)
+            if val_loss < progress.best_val_loss:
+                progress.best_val_loss = val_loss
+                save.model_to(options.output_dir / "best")
         if due(options.sample_every, step, n):
             log.sample(sample_text(step, model, options))
+        stop.signal = model.world.largest(stop.signal)
+        if due(options.checkpoint_every, step, n) or stop.signal:
+            save.checkpoint(progress)
+        if stop.signal:
+            return
 
 
-def trained_part(model, options):
-    """The Config and parameters of what was trained: a new model's positions past --sequence-length never were, and go."""
-    config, params = model.config, model.get_params()
-    if options.model not in NEW_MODELS:
-        return config, params
-    trained = copy(params)      # of the names, not of the tensors
-    trained.wpe = params.wpe[:options.sequence_length]
-    return replace(config, max_seq_len=options.sequence_length), trained
+class Saver:
+    """Writes what training a model leaves behind into options.output_dir, on process 0 only."""
+
+    def __init__(self, model, options, train_loader):
+        self.model, self.options, self.fingerprint = model, options, train_loader.fingerprint()
+
+    def checkpoint(self, progress):
+        """Write a checkpoint, from which --resume goes on (resume.py)."""
+        model, options = self.model, self.options
+        moments = model.get_moments()
+        if model.world.rank == 0:
+            state = asdict(progress) | {"fingerprint": self.fingerprint, "flags": options.flags}
+            save_checkpoint(options.output_dir, model.config, model.get_params(), moments, state, options.keep_checkpoints)
+
+    def model_to(self, folder):
+        """Write the model to a folder."""
+        if self.model.world.rank == 0:
+            save_model(folder, self.model.config, self.model.get_params())
 
 
-def train_and_save(model, params, options, train_loader, val_loader, ideal_seconds=None, **device_rows):
+def train_and_save(model, params, moments, options, train_loader, val_loader, ideal_seconds=None, **device_rows):
     """All that follows once a model is there: fill it with params (None: random ones), train it, and keep what it has learned.
 
     ideal_seconds is TrainingLog's, device_rows are print_configuration's.
     """
+    progress = first_progress(options, train_loader)
+    train_loader.state = progress.data
     if params is not None:
         model.set_params(params)
     else:
         model.initialize(options.seed)
+    if moments is not None:
+        model.set_moments(*moments)
     print_configuration(options, model, train_loader, val_loader, **device_rows)
-    with TrainingLog(options, ideal_seconds) as log:
-        train(model, options, train_loader, val_loader, log)
-    save_model(options.output_dir, *trained_part(model, options))
+    save = Saver(model, options, train_loader)
+    first = model.world.rank == 0
+    with TrainingLog(options, ideal_seconds, progress.step) if first else contextlib.nullcontext(Unheard()) as log:
+        if first and progress.step == 0:
+            for finished in checkpoints(options.output_dir):    # of an earlier run
+                delete(finished)
+        with StopRequest() as stop:
+            train(model, options, train_loader, val_loader, log, progress, stop, save)
+    if stop.signal and progress.step < options.num_iterations:
+        print(f"stopped after step {progress.step:,}, with a checkpoint: --resume goes on from there")
+        sys.exit(128 + stop.signal)     # the shell's convention
+    save.model_to(options.output_dir)
     print(f"wrote the model to {options.output_dir}, a Hugging Face folder")
 
 
@@ -272,17 +338,20 @@ def run_every_kernel(backward_first):
 
 
 def main():
-    options = parse_options("Train GPT-2 on the CPU.",
-                            threads=dict(type=number(int, 1), help="CPU threads (default: one for each core)"))
-    threads = kernels.use_threads(options.threads)
-    config, params = first_model(options)
-    prepare_data(options)
-    train_loader, val_loader = (
-        DataLoader(pattern, options.batch_size, options.sequence_length, config.vocab_size) if pattern else None
-        for pattern in (options.input_bin, options.input_val_bin))
-    compile_kernels()
-    model = GPT2(config, options.batch_size, options.sequence_length, threads)
-    train_and_save(model, params, options, train_loader, val_loader, threads=threads)
+    with start() as world:
+        if world.rank > 0:
+            sys.stdout = open(os.devnull, "w")
+        options = parse_options("Train GPT-2 on the CPU.", processes=world.size, threads=dict(
+            type=number(int, 1), help="CPU threads of a process (default: its part of the cores)"))
+        threads = kernels.use_threads(options.threads, world.local_size)
+        config, params, moments = first_model(options)
+        with world.first_of_machine_first():
+            prepare_data(options)
+            compile_kernels()
+        train_loader, val_loader = data_loaders(options, config, world)
+        model = GPT2(config, options.batch_size, options.sequence_length, threads, world)
+        processes = f"{world.size} processes of {threads}" if world.size > 1 else threads
+        train_and_save(model, params, moments, options, train_loader, val_loader, threads=processes)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from math import prod
 import numpy as np
 
 import kernels_gpu as kernels
-from dataloader import DataLoader
 from device import open_device
+from distributed import ALONE
 from files import UserError, run_program
 from gpt2 import (WEIGHT_DECAYED, Tensors, activation_shapes, chunks, initialize, parameter_shapes, scratch_shapes,
                   training_flops)
 from train_gpt2 import BETA1, BETA2, EPSILON, train_and_save
-from training import TO_SAVE_MEMORY, first_model, parse_options, prepare_data
+from training import TO_SAVE_MEMORY, data_loaders, first_model, parse_options, prepare_data
 
 CLASSIFIER_ROWS = 2048    # tokens whose logits exist at any one time: 2048 * 50304 * 4 bytes = 412 MB
 
@@ -46,8 +46,10 @@ class GPT2:
         kernels.use(device)
         self.config = config
         self.device = device
+        self.world = ALONE
         shapes = parameter_shapes(config)
-        self.params, self.grads, self.adam_m, self.adam_v = (Tensors(shapes, device.zeros) for _ in range(4))
+        self.params, self.grads = Tensors(shapes, device.zeros), Tensors(shapes, device.zeros)
+        self.adam_m, self.adam_v = device.zeros(self.params.size), device.zeros(self.params.size)
         self.acts = Tensors(activation_shapes(config, batch_size, sequence_length), device.empty)
         self.scratch = Tensors(gpu_scratch_shapes(config, batch_size, sequence_length), device.empty)
         self.sequence_length = sequence_length
@@ -68,6 +70,15 @@ class GPT2:
     def get_params(self):
         """A copy of the parameters, Tensors of NumPy arrays."""
         return Tensors(self.params.shapes, allocate=lambda size: self.device.to_host(self.params.flat))
+
+    def set_moments(self, m, v):
+        """Copy the optimiser's moments from two flat NumPy arrays, in the order of the parameters."""
+        self.device.fill(self.adam_m, m)
+        self.device.fill(self.adam_v, v)
+
+    def get_moments(self):
+        """Copies of the optimiser's two moments, flat NumPy arrays in the order of the parameters."""
+        return self.device.to_host(self.adam_m), self.device.to_host(self.adam_v)
 
     def forward(self, tokens):
         """From tokens (B, T) to the normalised output of the last block, `acts.lnf` (N, C).
@@ -174,10 +185,9 @@ class GPT2:
         They are shortened to grad_clip (0: never) first, if `norm`, which is theirs, is more. If it is not a finite number,
         nothing changes: whatever went wrong first can still be found.
         """
-        for name, param in self.params.items():
-            kernels.adamw_update(param.reshape(-1), getattr(self.grads, name).reshape(-1),
-                                 getattr(self.adam_m, name).reshape(-1), getattr(self.adam_v, name).reshape(-1),
-                                 norm, learning_rate, BETA1, BETA2, EPSILON,
+        for name, part in self.params.parts(slice(0, self.params.size)):
+            kernels.adamw_update(self.params.flat[part], self.grads.flat[part], self.adam_m[part], self.adam_v[part], norm,
+                                 learning_rate, BETA1, BETA2, EPSILON,
                                  weight_decay if name in WEIGHT_DECAYED else 0.0, grad_clip, step)
 
     def clock(self):
@@ -211,12 +221,29 @@ class Prefetch:
     def reset(self):
         """Start again at the first token."""
         self.loader.reset()
+        self.fetch()
+
+    @property
+    def state(self):
+        """The state of the DataLoader before the batch that comes next."""
+        return self.upcoming_state
+
+    @state.setter
+    def state(self, state):
+        self.loader.state = state
+        self.fetch()
+
+    def fingerprint(self):
+        return self.loader.fingerprint()
+
+    def fetch(self):
+        self.upcoming_state = self.loader.state
         self.upcoming = self.upload(np.stack(self.loader.next_batch()))
 
     def next_batch(self):
         """Return inputs (B, T) and targets (B, T), int32 arrays of the device, which are good until the next call."""
         inputs, targets = self.upcoming
-        self.upcoming = self.upload(np.stack(self.loader.next_batch()))
+        self.fetch()
         return inputs, targets
 
 
@@ -227,7 +254,7 @@ def main():
         dtype=dict(default="float32", choices=["float32", "tf32"],
                    help="of matrix products; tf32: faster, with 10 bits of mantissa"))
     device = open_device(options.device, options.dtype)
-    config, params = first_model(options)
+    config, params, moments = first_model(options)
     prepare_data(options)
     B, T = options.batch_size, options.sequence_length
     needed, (free, total) = memory_needed(config, B, T), device.memory()
@@ -235,11 +262,9 @@ def main():
         raise UserError(f"{options.model} with batches of {B} x {T} needs {needed / 1e9:.1f} GB, and {device.name} has "
                         f"{free / 1e9:.1f} of its {total / 1e9:.1f} GB free; lower --batch-size or --sequence-length, or "
                         "choose a smaller --model")
-    train_loader, val_loader = (
-        Prefetch(DataLoader(pattern, B, T, config.vocab_size), device) if pattern else None
-        for pattern in (options.input_bin, options.input_val_bin))
+    train_loader, val_loader = (loader and Prefetch(loader, device) for loader in data_loaders(options, config))
     peak = device.peak_flops()
-    train_and_save(GPT2(config, B, T, device), params, options, train_loader, val_loader,
+    train_and_save(GPT2(config, B, T, device), params, moments, options, train_loader, val_loader,
                    ideal_seconds=options.accumulation_steps * sum(training_flops(config, B, T)) / peak if peak else None,
                    device=f"{device.name}, {options.dtype}", memory=f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free")
 

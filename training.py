@@ -2,21 +2,31 @@
 import argparse
 import contextlib
 import csv
+import io
 import math
 import re
+import signal
+import sys
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from checkpoint import load_model
+from dataloader import DataLoader
+from distributed import ALONE
 from files import DATA_DIR, OneLineParser, UserError, whole_file
 from gpt2 import CONTEXT, HEADS_BY_DEPTH, VOCABULARY, model_config
 from prepare_tinyshakespeare import prepare
+from resume import checkpoints, load_checkpoint, load_state
 from tokenizer import END_OF_TEXT, fetch_vocabulary, gpt2_encoding
 
 TRAIN_TOKENS = DATA_DIR / "tiny_shakespeare_train.bin"
 VAL_TOKENS = DATA_DIR / "tiny_shakespeare_val.bin"
 CSV_COLUMNS = ("step", "train_loss", "val_loss", "grad_norm", "learning_rate", "milliseconds", "tokens_per_second")
+OUTLIER_WINDOW = 128
+NOT_KEPT = "output_dir", "resume", "checkpoint", "accumulation_steps"     # the flags of a run but for these go into checkpoints
+FIXED = "model", "sequence_length", "total_batch_size", "seed", "shuffle", "overfit_single_batch"     # throughout a run
 NEW_MODELS = [f"d{depth}" for depth in HEADS_BY_DEPTH]
 TO_SAVE_MEMORY = "choose a smaller --model, --batch-size or --sequence-length"
 SAMPLE_TOKENS = 96
@@ -48,10 +58,10 @@ def model_name(text):
     return text
 
 
-def parse_options(description, arguments=None, **own_flags):
+def parse_options(description, arguments=None, processes=1, **own_flags):
     """The flags as a namespace, checked, with `total_batch_size` and `accumulation_steps` (micro-batches a step) filled in.
 
-    own_flags are those of one program only: threads=dict(type=..., help=...). Raises UserError with status 2 for anything
+    processes is how many work together. own_flags are those of one program only: threads=dict(type=..., help=...). Raises UserError with status 2 for anything
     that cannot be.
     """
     parser = OneLineParser(description=description)
@@ -63,10 +73,11 @@ def parse_options(description, arguments=None, **own_flags):
     add("--input-bin", help="training tokens: a file, or a glob in quotes (default: Tiny Shakespeare, prepared if need be)")
     add("--input-val-bin", help="validation tokens (default: Tiny Shakespeare's if --input-bin is not given, else none)")
     add("--output-dir", default="out", type=Path, help="folder for log.csv, loss.png and the trained model, which are replaced")
-    add("--batch-size", default=4, type=positive, help="sequences in a (micro-)batch, B")
+    add("--batch-size", default=4, type=positive, help="sequences in a (micro-)batch of a process, B")
     add("--sequence-length", default=64, type=positive,
-        help=f"tokens in a sequence, T, up to the model's context, {CONTEXT} in GPT-2's")
-    add("--total-batch-size", type=positive, help="tokens in a step, a multiple of B*T (default: B*T); gradients accumulate")
+        help=f"tokens in a sequence, T: the context of a new model, and at most that of another ({CONTEXT} in GPT-2's own)")
+    add("--total-batch-size", type=positive, help="tokens in a step, a multiple of B*T times the number of processes (default: "
+        "that); gradients accumulate")
     add("--num-iterations", default=1000, type=positive, help="steps")
     add("--learning-rate", default=1e-3, type=number(float, 0), help="the highest learning rate")
     add("--warmup-iters", default=50, type=count, help="steps over which the learning rate rises to its highest")
@@ -78,19 +89,34 @@ def parse_options(description, arguments=None, **own_flags):
     add("--grad-clip", default=1.0, type=number(float, 0), help="norm to which longer gradients are shortened; 0: never")
     add("--val-loss-every", default=500, type=count, help="steps between validations, with one at the end; 0: never")
     add("--val-max-steps", default=128, type=positive, help="batches in a validation")
+    add("--checkpoint-every", default=500, type=count,
+        help="steps between checkpoints, with one at the end; 0: only where the run is stopped, by Ctrl-C or SIGTERM")
+    add("--keep-checkpoints", default=1, type=positive, help="how many checkpoints to keep, the latest")
+    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --output-dir; flags that are "
+                        "not given are those of that run")
     add("--sample-every", default=250, type=count, help="steps between samples of generated text, with one at the end; 0: never")
     parser.add_argument("--overfit-single-batch", action="store_true", help="train on the first batch again and again")
-    add("--seed", default=1337, type=count, help="seed of the first weights and of the samples")
+    parser.add_argument("--shuffle", action="store_true", help="visit the files of --input-bin in another order every round")
+    add("--skip-update-lossz", default=0, type=number(float, 0),
+        help=f"skip the update of a step whose loss is so many standard deviations above the mean of {OUTLIER_WINDOW} steps; 0: never")
+    add("--skip-update-gradz", default=0, type=number(float, 0), help="the same for the norm of the gradient")
+    add("--seed", default=1337, type=count, help="seed of the first weights, the order of the files and the samples")
     for name, settings in own_flags.items():
         add(f"--{name}", **settings)
     options = parser.parse_args(arguments)
-
-    tokens = options.batch_size * options.sequence_length
+    options.checkpoint = None
+    if options.resume:
+        checkpoint = latest_checkpoint(options)
+        flags = load_state(checkpoint)["flags"]
+        parser.set_defaults(**flags)
+        options = parser.parse_args(arguments, argparse.Namespace(checkpoint=checkpoint))
+        report_changes(flags, options)
+    tokens = options.batch_size * options.sequence_length * processes
     if options.total_batch_size is None:
         options.total_batch_size = tokens
     if options.total_batch_size % tokens != 0:
-        parser.error(f"--total-batch-size is {options.total_batch_size}, expected a multiple of "
-                     f"--batch-size x --sequence-length = {tokens}")
+        parser.error(f"--total-batch-size is {options.total_batch_size}, expected a multiple of --batch-size x --sequence-length"
+                     f"{f' x {processes} processes' if processes > 1 else ''} = {tokens}")
     options.accumulation_steps = options.total_batch_size // tokens
     for flag, value in (("--input-bin", options.input_bin), ("--input-val-bin", options.input_val_bin)):
         if value == "":
@@ -100,7 +126,28 @@ def parse_options(description, arguments=None, **own_flags):
         options.input_val_bin = options.input_val_bin or str(VAL_TOKENS)
     if options.input_val_bin is None:
         options.val_loss_every = 0
+    options.flags = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
     return options
+
+
+def latest_checkpoint(options):
+    """The checkpoint that --resume goes on from. Raises UserError if there is none."""
+    found = checkpoints(options.output_dir)
+    if not found:
+        raise UserError(f"{options.output_dir} has no checkpoint to --resume from; leave --resume out to start anew, or name the "
+                        "--output-dir of the run to go on with")
+    return found[-1]
+
+
+def report_changes(flags, options):
+    """Print which flags differ from those of the run that goes on. Raises UserError for one that it cannot go on with."""
+    for name, before in flags.items():
+        flag, now = "--" + name.replace("_", "-"), getattr(options, name, before)
+        if now != before and name in FIXED:
+            raise UserError(f"{flag} is {now}, expected {before}, that of the run in {options.output_dir}; leave it out, or "
+                            "start anew in another --output-dir", status=2)
+        if now != before:
+            print(f"{flag} is {now} from here on; it was {before}")
 
 
 def due(every, step, last):
@@ -109,12 +156,18 @@ def due(every, step, last):
 
 
 def first_model(options):
-    """The Config of --model, and its parameters, Tensors; None for those of a new model, which are for its seed to make.
+    """The Config of --model, its parameters, Tensors, and its moments, flat arrays, None for what a new model or run begins with.
 
-    Raises UserError if there is no such model, or none for sequences as long as --sequence-length.
+    Raises UserError if there is no such model, none for sequences as long as --sequence-length, or if a new run would begin in
+    the folder of one that is not finished.
     """
-    if options.model in NEW_MODELS:
-        config, params = model_config(options.model), None
+    params = moments = None
+    if not options.checkpoint:
+        check_unfinished(options.output_dir)
+    if options.checkpoint:
+        config, params, moments = load_checkpoint(options.checkpoint)
+    elif options.model in NEW_MODELS:
+        config = replace(model_config(options.model), max_seq_len=options.sequence_length)
     else:
         config, params = load_model(options.model)
     if options.sequence_length > config.max_seq_len:
@@ -123,7 +176,28 @@ def first_model(options):
     if config.vocab_size != VOCABULARY and options.sample_every > 0:
         print(f"no samples will be printed: the model has a vocabulary of {config.vocab_size:,}, not GPT-2's")
         options.sample_every = 0
-    return config, params
+    return config, params, moments
+
+
+def check_unfinished(output_dir):
+    """Raise UserError if a run stopped half-way in this folder: days of work must not be lost for want of --resume."""
+    for checkpoint in checkpoints(output_dir)[-1:]:
+        state = load_state(checkpoint)
+        steps = state["flags"]["num_iterations"]
+        if state["step"] < steps:
+            raise UserError(f"{output_dir} is the folder of a run that stopped after {state['step']:,} of {steps:,} steps; go on "
+                            f"with it by --resume, choose another --output-dir, or delete {checkpoint.parent}")
+
+
+def data_loaders(options, config, world=ALONE):
+    """The DataLoaders of the training and of the validation tokens; None for validation if there are none.
+
+    The processes of `world` share out the training batches; each sees all of validation's. Raises UserError, see DataLoader.
+    """
+    sizes = options.batch_size, options.sequence_length, config.vocab_size
+    shuffle_seed = options.seed if options.shuffle else None
+    return (DataLoader(options.input_bin, *sizes, world.rank, world.size, shuffle_seed),
+            DataLoader(options.input_val_bin, *sizes) if options.input_val_bin else None)
 
 
 def prepare_data(options):
@@ -141,6 +215,58 @@ def prepare_data(options):
         except UserError as error:
             print(f"no samples will be printed: {error}")
             options.sample_every = 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Going on from a checkpoint
+
+@dataclass
+class Progress:
+    """Where a run is: what its next step depends on besides the model, the optimiser's moments and the flags."""
+    step: int = 0                               # done
+    data: tuple = DataLoader.START              # the DataLoader's state
+    best_val_loss: float = math.inf
+    latest_losses: list = field(default_factory=list)       # up to OUTLIER_WINDOW of them, to tell which are outliers
+    latest_norms: list = field(default_factory=list)
+
+
+def first_progress(options, train_loader):
+    """The Progress of the run's checkpoint, or of a new run.
+
+    Raises UserError if there is nothing left to do, or the training tokens are not those of the checkpoint.
+    """
+    if not options.checkpoint:
+        return Progress()
+    state = load_state(options.checkpoint)
+    if state["fingerprint"] != train_loader.fingerprint():
+        raise UserError(f"--input-bin {options.input_bin} holds other tokens than those that the run in {options.output_dir} has "
+                        "read so far; give it those, or start anew in another --output-dir")
+    progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
+    if progress.step >= options.num_iterations:
+        raise UserError(f"the run in {options.output_dir} is finished, after {progress.step:,} steps; give more "
+                        "--num-iterations, or leave --resume out to start anew")
+    return progress
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM wait for the end of the step while this is entered; a second one does not.
+
+    signal: the number of the one that came, or 0
+    """
+    signal = 0
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def receive(self, number, frame):
+        self.signal = number
+        self.__exit__()
+        print("\nstopping when this step is done (once more: at once)", file=sys.stderr, flush=True)
+
+    def __exit__(self, *exception):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,6 +308,29 @@ def check_finite(step, model, **values):
     found = " and ".join(f"{name.replace('_', ' ')} is {value}" for name, value in values.items())
     raise UserError(f"step {step}: {found}; first non-finite tensor: {first}; "
                     "try a lower --learning-rate or a longer --warmup-iters")
+
+
+def z_score(window, value):
+    """How many standard deviations a value lies above the mean of a window of the latest ones, which it joins.
+
+    NaN until the window holds OUTLIER_WINDOW values (llm.c's outlier detector).
+    """
+    window.append(value)
+    if len(window) <= OUTLIER_WINDOW:
+        return math.nan
+    del window[0]
+    deviation = np.std(window)
+    return (value - np.mean(window)) / deviation if deviation > 0 else 0.0
+
+
+def outlier(loss, norm, progress, options):
+    """Why the update of a step with this loss and norm is to be skipped, in words; None if it is not."""
+    scores = {"loss": (z_score(progress.latest_losses, loss), options.skip_update_lossz),
+              "norm": (z_score(progress.latest_norms, norm), options.skip_update_gradz)}
+    for name, (score, limit) in scores.items():
+        if 0 < limit < score:
+            return f"its {name} is {score:.1f} standard deviations above the mean"
+    return None
 
 
 def activations_in_order(model):
@@ -239,33 +388,34 @@ class TrainingLog:
 
     A row of log.csv is a training step or, with the other columns empty, a validation after so many steps.
     ideal_seconds, if it is known, is what a step would take at the device's highest FLOP rate; its share in the time that a
-    step took is the MFU, model FLOPs utilisation (Chowdhery et al. 2022). Raises UserError if the output folder cannot be
-    written.
+    step took is the MFU, model FLOPs utilisation (Chowdhery et al. 2022). With `done` steps done the log that is there goes on
+    after them. Raises UserError if the output folder cannot be written.
     """
 
-    def __init__(self, options, ideal_seconds=None):
+    def __init__(self, options, ideal_seconds=None, done=0):
         self.options = options
         self.ideal_seconds = ideal_seconds
-        self.rows = []
+        self.rows = read_log(options.output_dir / "log.csv", done) if done else []
         self.width = len(str(options.num_iterations))
         try:
             options.output_dir.mkdir(parents=True, exist_ok=True)
             (options.output_dir / "loss.png").unlink(missing_ok=True)  # an earlier run's
-            self.file = open(options.output_dir / "log.csv", "w", newline="")
+            with whole_file(options.output_dir / "log.csv") as file:
+                file.write(log_lines(self.rows).encode())
+            self.file = open(options.output_dir / "log.csv", "a", newline="")
         except OSError as error:
             raise UserError(f"cannot write {error.filename} for --output-dir {options.output_dir}: {error.strerror}; "
                             "choose a folder that can be written") from error
-        self.csv = csv.DictWriter(self.file, CSV_COLUMNS, restval="", lineterminator="\n")
-        self.csv.writeheader()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, failure, *_):
         with contextlib.suppress(OSError):  # a full disk has been reported by then
             self.file.close()
         if self.rows:
-            self.plot()
+            with contextlib.suppress(UserError) if failure else contextlib.nullcontext():     # the first one is to be read
+                self.plot()
 
     def step(self, step, loss, norm, rate, seconds):
         """Report one training step: its loss before the update, gradient norm, learning rate and duration."""
@@ -288,9 +438,13 @@ class TrainingLog:
     def heading(self, step):
         return f"step {step:{self.width}}/{self.options.num_iterations}"
 
+    def note(self, step, text):
+        """Say something about a step."""
+        print(f"{self.heading(step)} | {text}", flush=True)
+
     def write(self, **row):
         try:
-            self.csv.writerow(row)
+            self.file.write(log_lines([row], header=False))
             self.file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.file.name}: {error.strerror}; make room for it there or choose another "
@@ -317,3 +471,36 @@ class TrainingLog:
             figure.savefig(file, dpi=120, format="png")
         pyplot.close(figure)
         print(f"wrote {self.options.output_dir / 'log.csv'} and {self.options.output_dir / 'loss.png'}")
+
+
+class Unheard:
+    """What a process has that is not to print or write: a TrainingLog whose methods do nothing."""
+
+    def __getattr__(self, name):
+        return lambda *arguments: None
+
+
+def log_lines(rows, header=True):
+    """The lines of log.csv for rows, dicts."""
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, CSV_COLUMNS, restval="", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return lines.getvalue()
+
+
+def read_log(path, done):
+    """The rows of a log.csv up to `done` steps, as TrainingLog has them; of a line that is cut short, none.
+
+    Raises UserError if it cannot be read.
+    """
+    try:
+        with open(path, newline="") as file:
+            lines = [line for line in csv.DictReader(file) if None not in line.values()]
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}; delete it, and --resume begins a new one") from error
+    rows = [{name: float(value) for name, value in line.items() if value} for line in lines]
+    return [row | {"step": int(row["step"])} for row in rows if row["step"] <= done]

@@ -6,6 +6,7 @@
     python dev/benchmark.py --device cuda                              train_gpt2_gpu.py on a GPU, at 4x1024
 
 The last is what to run where a GPU is at hand. It needs CuPy (requirements-gpu.txt) and PyTorch for CUDA.
+Generating text is measured by benchmark_generate.py.
 
 What is timed
     A whole step: forward, backward, clipping at norm 1, AdamW, and the loss. Ours is the loop of train_gpt2.py itself.
@@ -86,6 +87,7 @@ class Shape(NamedTuple):
 class RandomBatches:
     """Stands in for a DataLoader: random tokens, the same for every program."""
     num_tokens = batches = inf
+    state = None
 
     def __init__(self, shape, vocab_size):
         self.batch_size, self.sequence_length = shape
@@ -221,18 +223,18 @@ def measure_ours_on_gpu(task, dtype):
 def our_training(model, batches, task):
     """A function that runs train_gpt2's loop for so many steps, and returns the seconds of each and the last loss."""
     import train_gpt2
-    from training import parse_options
+    from training import Progress, StopRequest, parse_options
 
     model.initialize(SEED)
     B, T = task["shape"]
     options = parse_options("", f"--model {task['model']} --batch-size {B} --sequence-length {T} --learning-rate {LEARNING_RATE} "
                                 f"--warmup-iters 0 --schedule constant --weight-decay {WEIGHT_DECAY} --grad-clip {GRAD_CLIP} "
-                                "--val-loss-every 0 --sample-every 0".split())
+                                "--val-loss-every 0 --sample-every 0 --checkpoint-every 0".split())
 
     def train(steps):
         log = StepTimes()
         options.num_iterations = steps
-        train_gpt2.train(model, options, batches, None, log)
+        train_gpt2.train(model, options, batches, None, log, Progress(), StopRequest(), save=None)
         return log.seconds, log.loss
 
     return train
@@ -432,16 +434,16 @@ def measure_pytorch(task, compiled, bf16=False, tf32=False):
 
 
 class Program(NamedTuple):
-    measure: Callable        # task -> result: seconds, loss, busy_cores, peak_memory, versions, product_rate, and more if ours
-    needs_torch: bool = False
+    measure: Callable        # task -> result: seconds, busy_cores, peak_memory, versions, and more
+    needs: str = ""          # the modules of a peer, as after `import`
     variants: tuple = ({},)  # what to add to the task: all are tried in the first round, then the fastest
 
 
 def pytorch(**settings):
-    return Program(partial(measure_pytorch, **settings), True, ({"attention": "plain"}, {"attention": "sdpa"}))
+    return Program(partial(measure_pytorch, **settings), "torch", ({"attention": "plain"}, {"attention": "sdpa"}))
 
 
-OURS, OURS_TF32 = "gpt2-by-hand", "gpt2-by-hand tf32"
+OURS, OURS_TF32, OURS_INT8 = "gpt2-by-hand", "gpt2-by-hand tf32", "gpt2-by-hand int8"
 PROGRAMS = {
     "cpu": {
         OURS: Program(measure_ours),
@@ -461,19 +463,23 @@ PROGRAMS = {
 
 
 def ours_beside(name):
-    """The program of ours that a program is compared with: the one whose products are of the same type."""
-    return OURS_TF32 if "tf32" in name else OURS
+    """The program of ours that a program is compared with: the one whose products or weights are of the same type."""
+    return OURS_TF32 if "tf32" in name else OURS_INT8 if "int8" in name or "q8_0" in name else OURS
 
 
 def is_ours(name):
     return name == ours_beside(name)
 
 
-def measuring_process(task):
-    """What a measuring process does: carry out the task and print its result, or what went wrong, as the last line."""
+def measure_step(task):
     task["shape"] = Shape(*task["shape"])
+    return PROGRAMS[task["device"]][task["program"]].measure(task)
+
+
+def measuring_process(measure):
+    """What a measuring process does: carry out its task and print the result, or what went wrong, as the last line."""
     try:
-        result = PROGRAMS[task["device"]][task["program"]].measure(task)
+        result = measure(json.loads(sys.argv[2]))
     except UserError as error:
         result = {"error": str(error)}
     except Exception as error:
@@ -485,16 +491,34 @@ def measuring_process(task):
 # ----------------------------------------------------------------------------------------------------------------------
 # In the program that starts them
 
-def run_task(python, task):
-    """The result of a task, measured in a new process. Raises UserError if that fails."""
-    process = subprocess.run([python, __file__, MEASURE, json.dumps(task)], capture_output=True, text=True)
+class Peers(NamedTuple):
+    """A Python that has the modules of some programs."""
+    python: str
+    flag: str       # names another Python
+    packages: str   # to install
+
+
+def programs_that_run(programs, peers):
+    """Those whose modules can be imported; a line says which cannot, and what to do. peers: what a program needs -> Peers."""
+    missing = [needs for needs, (python, *_) in peers.items()
+               if subprocess.run([python, "-c", f"import {needs}"], capture_output=True).returncode != 0]
+    for needs in missing:
+        python, flag, packages = peers[needs]
+        progress(f"no {needs.replace(', ', ' and ')} in {python}: measuring without; pip install {packages}, or name a Python "
+                 f"that has it with {flag}")
+    return {name: program for name, program in programs.items() if program.needs not in missing}
+
+
+def run_task(python, task, script=__file__):
+    """The result of a task, measured in a new process. Raises UserError, which calls it task["title"], if that fails."""
+    process = subprocess.run([python, script, MEASURE, json.dumps(task)], capture_output=True, text=True)
     lines = process.stdout.splitlines()
     if process.returncode != 0 or not lines:
-        raise UserError(f"{task['program']} at {Shape(*task['shape'])}: its process ended with status {process.returncode}"
+        raise UserError(f"{task['title']}: its process ended with status {process.returncode}"
                         + (", killed, perhaps for want of memory" if process.returncode == -9 else ""))
     result = json.loads(lines[-1])
     if "error" in result:
-        raise UserError(f"{task['program']} at {Shape(*task['shape'])}: {result['error']}")
+        raise UserError(f"{task['title']}: {result['error']}")
     return result
 
 
@@ -503,31 +527,34 @@ def progress(line):
     print(line, file=sys.stderr, flush=True)
 
 
-def measure_shape(shape, options, programs):
-    """The programs in turn, for some rounds: label -> its results, one a round. One that fails is left out, with its peers."""
+def take_turns(programs, peers, rounds, measure, describe):
+    """The programs in turn, for some rounds: label -> its results, one a round. One that fails is left out, with its peers.
+
+    measure: (python, name, variant) -> result
+    describe: (name and variant as one label, result) -> what a line of progress says
+    """
     variants = {name: program.variants for name, program in programs.items()}
     results = {name: [] for name in programs}
-    most_tokens = STEP_TOKENS[options.device]
-    steps = max(MINIMUM_STEPS, options.steps * most_tokens // max(most_tokens, shape.tokens))
-    for round_number in range(1, options.rounds + 1):
+    for round_number in range(1, rounds + 1):
         for name in list(variants):
             if ours_beside(name) not in variants:   # left out a moment ago
                 del variants[name], results[name]
                 continue
-            python = options.python if programs[name].needs_torch else sys.executable
+            needs = programs[name].needs
+            python = peers[needs].python if needs else sys.executable
             tried = []
-            try:
-                for variant in variants[name]:
-                    result = run_task(python, dict(program=name, device=options.device, model=options.model, shape=shape,
-                                                   steps=steps, threads=options.threads) | variant)
-                    tried.append((median(result["seconds"]), variant, result))
-                    progress(f"round {round_number}/{options.rounds} | {str(shape):>7} | {label(name, variant):<29} | "
-                             f"{steps} steps, median {1000 * tried[-1][0]:8,.1f} ms | loss {result['loss']:.3f}"
-                             + (f" | others kept {result['busy_cores']} cores busy" if result["busy_cores"] else ""))
-            except UserError as error:
-                if name == OURS:
-                    raise
-                progress(f"left out: {error}")
+            for variant in variants[name]:
+                try:
+                    result = measure(python, name, variant)
+                except UserError as error:
+                    if name == OURS:
+                        raise
+                    progress(f"left out: {error}")
+                    continue
+                tried.append((median(result["seconds"]), variant, result))
+                progress(f"round {round_number}/{rounds} | {describe(label(name, variant), result)}"
+                         + (f" | others kept {result['busy_cores']} cores busy" if result["busy_cores"] else ""))
+            if not tried:
                 del variants[name], results[name]
                 continue
             _, fastest, result = min(tried, key=lambda row: row[0])
@@ -536,8 +563,29 @@ def measure_shape(shape, options, programs):
     return {label(name, variants[name][0]): rounds for name, rounds in results.items()}
 
 
+def measure_shape(shape, options, programs, peers):
+    """Every program's steps on batches of a shape, as take_turns returns them."""
+    most_tokens = STEP_TOKENS[options.device]
+    steps = max(MINIMUM_STEPS, options.steps * most_tokens // max(most_tokens, shape.tokens))
+
+    def measure(python, name, variant):
+        return run_task(python, dict(title=f"{label(name, variant)} at {shape}", program=name, device=options.device,
+                                     model=options.model, shape=shape, steps=steps, threads=options.threads) | variant)
+
+    def describe(label, result):
+        return (f"{str(shape):>7} | {label:<29} | {steps} steps, median {1000 * median(result['seconds']):8,.1f} ms | "
+                f"loss {result['loss']:.3f}")
+
+    return take_turns(programs, peers, options.rounds, measure, describe)
+
+
 def label(name, variant):
     return ", ".join([name, *variant.values()])
+
+
+def time_beside_ours(results, name, seconds):
+    """The median over the rounds of a program's time / ours. seconds: result -> what to compare."""
+    return median(seconds(its) / seconds(ours) for its, ours in zip(results[name], results[ours_beside(name)]))
 
 
 class Summary(NamedTuple):
@@ -548,9 +596,8 @@ class Summary(NamedTuple):
 
 def summarize(results):
     """label -> Summary, from the results of one shape."""
-    medians = {name: [median(result["seconds"]) for result in rounds] for name, rounds in results.items()}
     return {name: Summary(milliseconds=1000 * median(second for result in rounds for second in result["seconds"]),
-                          ratio=median(its / ours for its, ours in zip(medians[name], medians[ours_beside(name)])),
+                          ratio=time_beside_ours(results, name, lambda result: median(result["seconds"])),
                           peak_memory=max(result["peak_memory"] for result in rounds))
             for name, rounds in results.items()}
 
@@ -577,13 +624,13 @@ def cpu_name():
         return platform.processor() or platform.machine()
 
 
-def print_machine(options, results, hardware):
+def print_machine(what, options, all_rounds, hardware):
+    """What was measured, on what, with what. all_rounds: every program's results, ours first."""
     found, busy = {}, []
-    for rounds in (rounds for programs in results.values() for rounds in programs.values()):
+    for rounds in all_rounds:
         found = rounds[0]["versions"] | found  # ours, the first, is the one whose Python is named
         busy += [result["busy_cores"] for result in rounds if result["busy_cores"] is not None]
-    print(f"GPT-2 {options.model}, training steps. {hardware}, {platform.system()}; "
-          + ", ".join(f"{name} {version}" for name, version in found.items())
+    print(f"{what}. {hardware}, {platform.system()}; " + ", ".join(f"{name} {version}" for name, version in found.items())
           + f"; {options.rounds} {'round' if options.rounds == 1 else 'rounds'}, {date.today()}."
           + (f" Meanwhile other programs kept {min(busy)} to {max(busy)} cores busy." if busy else "") + "\n")
     if busy and max(busy) > QUIET_CORES:
@@ -661,33 +708,45 @@ def print_kernels(heading, rounds):
     print_table((heading, "calls", "ms a step", "share", "GFLOP/s", *(["GB/s", "of best"] if on_gpu else [])), rows, left=1)
 
 
-def draw(summaries, options, hardware):
-    """A bar for every program, a group for every shape. Each group has its own scale: the shapes differ by more than tenfold."""
+class Bar(NamedTuple):
+    program: str
+    value: float
+    text: str       # at its end
+
+
+def draw(groups, title, path):
+    """Bars, one for each program, in groups: heading -> [Bar]. Each group has its own scale."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    bars = [len(summary) for summary in summaries.values()]
-    figure, groups = pyplot.subplots(len(bars), figsize=(8, 0.8 + 0.6 * len(bars) + 0.32 * sum(bars)), squeeze=False,
-                                     layout="constrained", gridspec_kw={"height_ratios": bars})
-    for axes, (shape, summary) in zip(groups[:, 0], summaries.items()):
-        times = [row.milliseconds for row in summary.values()]
-        colours = ["tab:orange" if is_ours(name) else "lightsteelblue" for name in summary]
-        drawn = axes.barh(list(summary), times, color=colours)
-        axes.bar_label(drawn, [f"{milliseconds(row.milliseconds)} ms" + ("" if is_ours(name) else f", {row.ratio:.2f} x")
-                               for name, row in summary.items()], padding=4, fontsize=9)
-        for name, tick in zip(summary, axes.get_yticklabels()):
+    sizes = [len(bars) for bars in groups.values()]
+    figure, all_axes = pyplot.subplots(len(sizes), figsize=(8, 0.8 + 0.6 * len(sizes) + 0.32 * sum(sizes)), squeeze=False,
+                                       layout="constrained", gridspec_kw={"height_ratios": sizes})
+    for axes, (heading, bars) in zip(all_axes[:, 0], groups.items()):
+        programs, values, texts = zip(*bars)
+        drawn = axes.barh(programs, values, color=["tab:orange" if is_ours(name) else "lightsteelblue" for name in programs])
+        axes.bar_label(drawn, texts, padding=4, fontsize=9)
+        for name, tick in zip(programs, axes.get_yticklabels()):
             tick.set_fontweight("bold" if is_ours(name) else "normal")
-        axes.set_title(f"B x T = {shape}", loc="left", fontsize=10)
-        axes.set_xlim(0, 1.3 * max(times))  # room for the labels
+        axes.set_title(heading, loc="left", fontsize=10)
+        axes.set_xlim(0, 1.3 * max(values))  # room for the labels
         axes.invert_yaxis()
         axes.xaxis.set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.suptitle(f"GPT-2 {options.model}: time of a training step, {hardware} (shorter is better)", fontsize=11)
-    with whole_file(options.output) as file:
+    figure.suptitle(title, fontsize=11)
+    with whole_file(path) as file:
         figure.savefig(file, dpi=120, format="png")
-    print(f"wrote {options.output}")
+    print(f"wrote {path}")
+
+
+def draw_steps(summaries, options, hardware):
+    """A group for every shape: they differ by more than tenfold."""
+    draw({f"B x T = {shape}": [Bar(name, row.milliseconds, f"{milliseconds(row.milliseconds)} ms"
+                                   + ("" if is_ours(name) else f", {row.ratio:.2f} x")) for name, row in summary.items()]
+          for shape, summary in summaries.items()},
+         f"GPT-2 {options.model}: time of a training step, {hardware} (shorter is better)", options.output)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -710,12 +769,29 @@ DEFAULTS = {
 }
 
 
-def parse_options():
+def benchmark_parser(description):
+    """A parser with the flags of every benchmark."""
     from gpt2 import HEADS_BY_DEPTH
     from training import number
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser = OneLineParser(description="Measure a training step beside PyTorch's.",
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", choices=[f"d{depth}" for depth in HEADS_BY_DEPTH], default="d12", help="d12 is GPT-2 124M")
+    add("--rounds", type=number(int, 1), default=3, help="times each program gets its turn")
+    add("--threads", type=number(int, 1, cores), default=cores, help="CPU threads of every program")
+    return parser
+
+
+def python_path(text):
+    path = shutil.which(text)
+    if path is None:
+        raise argparse.ArgumentTypeError(f"{text!r} names no program that can be run, expected the path of a Python")
+    return path
+
+
+def parse_options():
+    from training import number
+    parser = benchmark_parser("Measure a training step beside PyTorch's.")
     add = parser.add_argument
 
     def add_by_device(flag, help, **settings):
@@ -723,39 +799,32 @@ def parse_options():
         add(f"--{flag}", default=argparse.SUPPRESS, help=f"{help} (default: {cpu}; on cuda: {cuda})", **settings)
 
     add("--device", choices=list(PROGRAMS), default="cpu", help="cuda: train_gpt2_gpu.py and PyTorch, both on the GPU")
-    add("--model", choices=[f"d{depth}" for depth in HEADS_BY_DEPTH], default="d12", help="d12 is GPT-2 124M")
     add_by_device("shapes", "sequences in a batch x tokens in a sequence", nargs="+", type=parse_shape, metavar="BxT")
-    add("--rounds", type=number(int, 1), default=3, help="times each program gets its turn")
     add_by_device("steps", f"timed steps a turn up to {STEP_TOKENS['cpu']} tokens, on cuda {STEP_TOKENS['cuda']:,}; fewer, at "
                   f"least {MINIMUM_STEPS}, for larger batches", type=number(int, 1))
-    add("--threads", type=number(int, 1, cores), default=cores, help="CPU threads of every program")
-    add("--python", default=sys.executable, metavar="PATH", help="the Python that has PyTorch")
+    add("--python", type=python_path, default=sys.executable, metavar="PATH", help="the Python that has PyTorch")
     add_by_device("output", "the bar chart", type=Path, metavar="FILE")
     options = parser.parse_args()
-    options = argparse.Namespace(**DEFAULTS[options.device] | vars(options))
-    options.python = shutil.which(options.python)
-    if options.python is None:
-        parser.error("--python names no program that can be run, expected the path of a Python")
-    return options
+    return argparse.Namespace(**DEFAULTS[options.device] | vars(options))
 
 
 def main():
     if sys.argv[1:2] == [MEASURE]:
-        return measuring_process(json.loads(sys.argv[2]))
+        return measuring_process(measure_step)
     options = parse_options()
     from gpt2 import model_config
     config = model_config(options.model)
-    programs = PROGRAMS[options.device]
-    if subprocess.run([options.python, "-c", "import torch"], capture_output=True).returncode != 0:
-        progress(f"no PyTorch in {options.python}: measuring {OURS} alone; --python PATH names a Python that has it")
-        programs = {name: program for name, program in programs.items() if not program.needs_torch}
+    peers = {"torch": Peers(options.python, "--python", "torch")}
+    programs = programs_that_run(PROGRAMS[options.device], peers)
 
-    results = {shape: measure_shape(shape, options, programs) for shape in dict.fromkeys(options.shapes)}
+    results = {shape: measure_shape(shape, options, programs, peers) for shape in dict.fromkeys(options.shapes)}
     summaries = {shape: summarize(by_program) for shape, by_program in results.items()}
     ours = {name: rounds for by_program in results.values() for name, rounds in by_program.items() if is_ours(name)}
     gpu = ours[OURS][0].get("gpu")
     progress("")
-    print_machine(options, results, gpu or f"{cpu_name()}, {options.threads} threads")
+    print_machine(f"GPT-2 {options.model}, training steps", options,
+                  [rounds for by_program in results.values() for rounds in by_program.values()],
+                  gpu or f"{cpu_name()}, {options.threads} threads")
     peak_flops = {name: rounds[0].get("peak_flops") for name, rounds in ours.items()}
     print_steps(config, summaries, {name: peak for name, peak in peak_flops.items() if peak})
     for name in ours:
@@ -763,7 +832,7 @@ def main():
     for shape, by_program in results.items():
         for name in filter(is_ours, by_program):
             print_kernels(f"kernel at {shape}{', tf32' if name == OURS_TF32 else ''}", by_program[name])
-    draw(summaries, options, gpu or f"{options.threads} CPU threads")
+    draw_steps(summaries, options, gpu or f"{options.threads} CPU threads")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The token file format byte by byte, the order of the batches, and a readable error for every way a file can be wrong."""
 
+import json
 import struct
 import sys
 
@@ -97,14 +98,41 @@ def test_ranks_together_read_the_single_process_stream(tmp_path):
                 np.testing.assert_array_equal(mine, expected)
 
 
-def test_position_can_be_saved_and_set(tmp_path):
-    write_counting_file(tmp_path / "0.bin", 0, 13)
-    write_counting_file(tmp_path / "1.bin", 100, 13)
-    loader, resumed = (DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE) for _ in range(2))
-    for _ in range(3):
-        loader.next_batch()
-    resumed.shard, resumed.position = loader.shard, loader.position
-    np.testing.assert_array_equal(resumed.next_batch()[0], loader.next_batch()[0])
+def first_tokens(loader, steps):
+    return [int(loader.next_batch()[0][0, 0]) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("shuffle_seed", [None, 7])
+@pytest.mark.parametrize("steps", range(12))
+def test_state_can_be_saved_and_set(tmp_path, steps, shuffle_seed):
+    for i in range(3):
+        write_counting_file(tmp_path / f"{i}.bin", 100 * i, 13)
+    loader, resumed = (DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE, shuffle_seed=shuffle_seed) for _ in range(2))
+    first_tokens(loader, steps)
+    resumed.state = json.loads(json.dumps(loader.state))
+    assert first_tokens(resumed, 20) == first_tokens(loader, 20)
+
+
+def test_shuffled_order_of_files(tmp_path):
+    """Every round visits every file once, in an order of its own that the seed decides, and reads each from first to last."""
+    for i in range(5):
+        write_counting_file(tmp_path / f"{i}.bin", 100 * i, 13)
+    steps = first_tokens(DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE, shuffle_seed=0), 40)
+    assert [later - earlier for earlier, later in zip(steps[::2], steps[1::2])] == [6] * 20
+    rounds = [steps[start:start + 10:2] for start in range(0, 40, 10)]
+    assert all(sorted(files) == [0, 100, 200, 300, 400] for files in rounds) and len(set(map(tuple, rounds))) > 2
+    assert steps == first_tokens(DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE, shuffle_seed=0), 40)
+    assert steps != first_tokens(DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE, shuffle_seed=1), 40)
+
+
+def test_fingerprint_is_of_the_tokens(tmp_path):
+    def fingerprint(first, *lengths):
+        folder = tmp_path / f"{first}-{lengths}"
+        for i, length in enumerate(lengths):
+            write_counting_file(folder / f"{i}.bin", first, length)
+        return DataLoader(folder / "*.bin", 1, 2, VOCAB_SIZE).fingerprint()
+    assert fingerprint(0, 20, 20) == DataLoader(tmp_path / "0-(20, 20)" / "*.bin", 2, 3, VOCAB_SIZE).fingerprint()
+    assert len({fingerprint(0, 20, 20), fingerprint(1, 20, 20), fingerprint(0, 20, 21), fingerprint(0, 20)}) == 4
 
 
 def test_path_with_glob_characters(tmp_path):

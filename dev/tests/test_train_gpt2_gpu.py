@@ -117,9 +117,9 @@ def test_a_norm_that_is_not_finite_updates_nothing(on):
     model = test_gpt2.build(model_on(on), reference)
     test_gpt2.run(model, reference.tokens, reference.targets)
     model.grads.lnfb[0] = np.nan
-    before = [on.to_host(tensors.flat) for tensors in (model.params, model.grads, model.adam_m)]
+    before = [on.to_host(array) for array in (model.params.flat, model.grads.flat, model.adam_m)]
     model.update(1, 0.1, 0.1, model.gradient_norm(), 1.0)
-    after = [on.to_host(tensors.flat) for tensors in (model.params, model.grads, model.adam_m)]
+    after = [on.to_host(array) for array in (model.params.flat, model.grads.flat, model.adam_m)]
     for was, now in zip(before, after):
         np.testing.assert_array_equal(was, now)
 

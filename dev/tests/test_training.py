@@ -6,8 +6,8 @@ import train_gpt2
 from dataloader import DataLoader, write_tokens
 from files import UserError
 from gpt2 import Config, Tensors, initialize, parameter_shapes
-from train_gpt2 import GPT2, evaluate, train
-from training import learning_rate, parse_options
+from train_gpt2 import GPT2, evaluate
+from training import OUTLIER_WINDOW, Progress, StopRequest, learning_rate, parse_options, z_score
 
 T = 8
 CONFIG = Config(max_seq_len=T, vocab_size=60, padded_vocab_size=128, num_layers=2, num_heads=2, channels=16)
@@ -86,7 +86,7 @@ class Log:
     """Keeps what the training loop reports."""
 
     def __init__(self):
-        self.losses, self.norms, self.rates, self.validations = [], [], [], {}
+        self.losses, self.norms, self.rates, self.validations, self.notes = [], [], [], {}, {}
 
     def step(self, step, loss, norm, rate, seconds):
         self.losses.append(loss)
@@ -95,6 +95,20 @@ class Log:
 
     def validation(self, step, loss):
         self.validations[step] = loss
+
+    def note(self, step, text):
+        self.notes[step] = text
+
+    def model_to(self, folder):
+        self.best = folder
+
+    def checkpoint(self, progress):
+        self.saved = progress.step
+
+
+def train(model, settings, train_loader, val_loader, log, progress=None):
+    """The training loop; a Log stands in for what writes to the disk, too."""
+    train_gpt2.train(model, settings, train_loader, val_loader, log, progress or Progress(), StopRequest(), save=log)
 
 
 @pytest.fixture
@@ -115,7 +129,7 @@ def test_long_gradients_are_clipped(norm, grad_clip, scale):
     model = small_model(1)
     model.grads.flat[...] = 2
     model.update(1, 0.1, 0.1, norm, grad_clip)
-    np.testing.assert_allclose(model.adam_m.flat, 2 * scale * (1 - train_gpt2.BETA1), rtol=1e-6)
+    np.testing.assert_allclose(model.adam_m, 2 * scale * (1 - train_gpt2.BETA1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("norm", [np.nan, np.inf])
@@ -124,7 +138,7 @@ def test_gradients_that_are_not_finite_change_nothing(norm):
     model.grads.flat[...] = 2
     before = model.params.flat.copy()
     model.update(1, 0.1, 0.1, norm, 1.0)
-    assert np.array_equal(model.params.flat, before) and (model.grads.flat == 2).all() and not model.adam_m.flat.any()
+    assert np.array_equal(model.params.flat, before) and (model.grads.flat == 2).all() and not model.adam_m.any()
 
 
 def test_every_update_has_the_rate_and_the_norm_of_its_step(loader, monkeypatch):
@@ -213,3 +227,36 @@ def test_next_token_logits_of_a_prompt_of_any_length(loader):
         model.forward(tokens)
         expected = model.acts.lnf[length - 1].astype(np.float64) @ model.params.wte[:CONFIG.vocab_size].T
         np.testing.assert_allclose(model.next_token_logits(tokens[:, :length]), expected, rtol=1e-4, atol=1e-6)
+
+
+# Outliers
+
+def test_z_score():
+    """Of the newest value among the window it has joined, and none before the window is full."""
+    values, window = np.random.default_rng(0).normal(size=3 * OUTLIER_WINDOW).tolist(), []
+    for i, value in enumerate(values):
+        score = z_score(window, value)
+        latest = values[:i + 1][-OUTLIER_WINDOW:]
+        assert window == latest
+        if i < OUTLIER_WINDOW:
+            assert np.isnan(score)
+        else:
+            assert score == pytest.approx((value - np.mean(latest)) / np.std(latest))
+    assert z_score([1.0] * OUTLIER_WINDOW, 1.0) == 0
+
+
+@pytest.mark.parametrize("flags, name", [(("--skip-update-lossz", "5"), "loss"), (("--skip-update-gradz", "5"), "norm")])
+def test_update_of_an_outlier_is_skipped(loader, flags, name):
+    """Everything stays as it was but for the gradients, which are cleared; without the flag the step is like any other."""
+    for given in (flags, ()):
+        log, model = Log(), small_model(2)
+        progress = Progress(latest_losses=[4 + 1e-6 * i for i in range(OUTLIER_WINDOW)],
+                            latest_norms=[1e-3 + 1e-9 * i for i in range(OUTLIER_WINDOW)])
+        if name == "loss":
+            model.params.lnfw[...] = 300        # certain, and wrong
+        before = model.params.flat.copy()
+        train(model, options("--batch-size", "2", "--num-iterations", "1", "--grad-clip", "0", *given), loader(2), None, log, progress)
+        assert np.array_equal(model.params.flat, before) == bool(given)
+        assert not model.grads.flat.any() and model.adam_m.any() != bool(given)
+        assert list(log.notes) == ([1] if given else [])
+        assert not given or f"its {name} is" in log.notes[1]

@@ -1,0 +1,458 @@
+"""Text by this program beside transformers and llama.cpp, from the same GPT-2, on this machine's CPU (Linux or macOS).
+
+    python dev/benchmark_generate.py --python PATH --llama-python PATH      d12, GPT-2 124M
+
+The first Python has transformers (pip install torch transformers), the second llama.cpp (pip install llama-cpp-python gguf,
+which compiles it for this machine). What is not there is left out.
+
+What is timed
+    Decoding: the greedy choice of 128 tokens, one after another, behind a prompt of 16: every token's forward pass with the
+    keys and values of those before it, the logits of the next, their argmax. The prompt: 512 tokens read at once, up to the
+    first choice. The first token: from starting a process until it has written the first token behind a short prompt, when
+    kernels are compiled and files in memory already; ours is the command generate_gpt2.py, a peer's the least Python that does
+    the same. Memory is the most that a process occupied, with what it mapped from files.
+
+How
+    As in benchmark.py: each program in a process of its own, in turn, for several rounds, on as many threads. All have the same
+    random weights: transformers loads the folder that checkpoint.save_model writes, llama.cpp a GGUF file made from it, and
+    what its own quantisation to q8_0 makes of that. Their logits are held against ours, so that nobody is fast at computing
+    something else. llama.cpp is called through its C interface, in a context and with a memory of its defaults; flash
+    attention is tried in the first round, and kept where it is faster.
+
+    GCC 12.2 compiles llama.cpp's AMX code wrongly, and q8_0 then ends with status -11 on a processor that has AMX.
+"""
+# Here too, only the processes that measure import what they measure: see benchmark.py.
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from math import hypot
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve()
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE.parent)]
+
+from benchmark import (
+    MEASURE, OURS, OURS_INT8, SEED, Bar, OtherPrograms, Peers, Program, benchmark_parser, cpu_name, draw, is_ours, label,
+    measuring_process, ours_beside, peak_memory, print_machine, print_table, programs_that_run, progress, python_path, run_task,
+    take_turns, time_beside_ours, versions)
+from files import UserError, run_program
+
+PROMPT_TOKENS = 512
+SHORT_PROMPT_TOKENS = 16
+NEW_TOKENS = 128
+PROMPT_REPEATS = 4
+PROMPT = "The first citizen spoke:"     # in the measurement of the first token
+FIRST_TOKEN = "--first-token"           # starts this file as a peer's program for that, with a task in JSON
+LOGITS_APART = 100                      # of the logits that are compared, one in so many
+
+# How far logits may be from ours in float32, relatively. llama.cpp looks GELU up in float16 and keeps keys and values in it.
+LOGITS_BOUND = {OURS: 2e-3, OURS_INT8: 5e-2}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model on disk, for all of them
+
+MODEL, GGUF = "model", "model-{}.gguf"      # in a temporary folder
+
+# Ours -> GGUF's, as llama.cpp calls the tensors of architecture gpt2. The classifier is token_embd, unless there is another.
+GGUF_NAMES = {
+    "wte": "token_embd.weight",
+    "wpe": "position_embd.weight",
+    "ln1w": "blk.{layer}.attn_norm.weight",
+    "ln1b": "blk.{layer}.attn_norm.bias",
+    "qkvw": "blk.{layer}.attn_qkv.weight",
+    "qkvb": "blk.{layer}.attn_qkv.bias",
+    "attprojw": "blk.{layer}.attn_output.weight",
+    "attprojb": "blk.{layer}.attn_output.bias",
+    "ln2w": "blk.{layer}.ffn_norm.weight",
+    "ln2b": "blk.{layer}.ffn_norm.bias",
+    "fcw": "blk.{layer}.ffn_up.weight",
+    "fcb": "blk.{layer}.ffn_up.bias",
+    "fcprojw": "blk.{layer}.ffn_down.weight",
+    "fcprojb": "blk.{layer}.ffn_down.bias",
+    "lnfw": "output_norm.weight",
+    "lnfb": "output_norm.bias",
+}
+
+
+def write_model(task):
+    """Write a folder that transformers loads, of GPT-2's first weights. No parameter keeps a value that might go unnoticed."""
+    import numpy as np
+    from checkpoint import save_model
+    from gpt2 import Tensors, initialize, model_config, parameter_shapes
+    from tokenizer import fetch_vocabulary
+
+    fetch_vocabulary()
+    config = model_config(task["model"])
+    params = Tensors(parameter_shapes(config))
+    initialize(params, config, SEED)
+    params.flat += np.float32(0.02) * np.random.default_rng(SEED).standard_normal(params.size, dtype=np.float32)
+    save_model(Path(task["folder"], MODEL), config, params)
+    return {}
+
+
+def write_ggufs(task):
+    """Write that model as llama.cpp's files, in float32 and in its q8_0."""
+    import ctypes
+    import llama_cpp
+    from checkpoint import load_model
+
+    model, float32, q8_0 = (Path(task["folder"], name) for name in (MODEL, GGUF.format("f32"), GGUF.format("q8_0")))
+    write_gguf(float32, *load_model(model), model)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, task["threads"]
+    if llama_cpp.llama_model_quantize(bytes(float32), bytes(q8_0), ctypes.byref(settings)) != 0:
+        raise UserError("llama.cpp could not quantize the model")
+    return {}
+
+
+def write_gguf(path, config, params, vocabulary):
+    """Write a model as a GGUF file of float32, with the tokenizer of a Hugging Face folder."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.channels)
+    writer.add_feed_forward_length(4 * config.channels)
+    writer.add_head_count(config.num_heads)
+    writer.add_layer_norm_eps(1e-5)
+    ids = json.loads((vocabulary / "vocab.json").read_text(encoding="utf-8"))
+    tokens = sorted(ids, key=ids.get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if token == "<|endoftext|>" else gguf.TokenType.NORMAL for token in tokens])
+    version, *merges = (vocabulary / "merges.txt").read_text(encoding="utf-8").splitlines()
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(ids["<|endoftext|>"])
+    writer.add_eos_token_id(ids["<|endoftext|>"])
+    for ours, name in GGUF_NAMES.items():
+        tensor = getattr(params, ours)
+        tensors = tensor if "{layer}" in name else [tensor[:config.vocab_size]]
+        for layer, tensor in enumerate(tensors):
+            writer.add_tensor(name.format(layer=layer), np.ascontiguousarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The programs, in the measuring processes. Each has loaded the model when it is made, from a task {folder, threads, ...}, and
+#     read(tokens)      the logits (V,) of what follows a list of tokens, which follow those it has read; NumPy's float32
+#     forget()          begins a new text
+#     tokens(text), text(token)     a peer's; ours is started as the command that it is
+
+class Ours:
+    @staticmethod
+    def versions():
+        return versions("numpy", "numba")
+
+    def __init__(self, task, int8=False):
+        import numba
+        from checkpoint import load_model
+        from generate_gpt2 import Decoder, compile_kernels, quantize
+
+        numba.set_num_threads(task["threads"])
+        config, params = load_model(Path(task["folder"], MODEL))
+        compile_kernels()
+        self.decoder = Decoder(config, quantize(config, params) if int8 else params, 1, task["threads"])
+        self.forget()
+
+    def read(self, tokens):
+        self.text += tokens
+        return self.decoder.next_logits([self.text])[0]
+
+    def forget(self):
+        self.text, self.decoder.start, self.decoder.length = [], 0, 0
+
+
+class Transformers:
+    @staticmethod
+    def versions():
+        return versions("torch", "transformers")
+
+    def __init__(self, task):
+        import torch
+        from transformers import AutoTokenizer, GPT2LMHeadModel
+
+        torch.set_num_threads(task["threads"])
+        folder = Path(task["folder"], MODEL)
+        self.model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.torch = torch
+        self.forget()
+
+    def read(self, tokens):
+        with self.torch.inference_mode():
+            output = self.model(self.torch.tensor([tokens]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = output.past_key_values
+        return output.logits[0, -1].numpy()
+
+    def forget(self):
+        self.cache = None
+
+    def tokens(self, text):
+        return self.tokenizer(text)["input_ids"]
+
+    def text(self, token):
+        return self.tokenizer.decode([token]).encode()
+
+
+class LlamaCpp:
+    @staticmethod
+    def versions():
+        import llama_cpp
+        built_with = re.findall(r"(\w+) = 1", llama_cpp.llama_print_system_info().decode())
+        return versions("llama_cpp_python") | {"built with": " ".join(built_with)}
+
+    def __init__(self, task, weights):
+        import llama_cpp
+        import numpy as np
+
+        self.llama_cpp, self.as_array = llama_cpp, np.ctypeslib.as_array
+        path = Path(task["folder"], GGUF.format(weights))
+        self.model = llama_cpp.llama_model_load_from_file(bytes(path), llama_cpp.llama_model_default_params())
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = 0      # the model's
+        settings.n_batch = settings.n_ubatch = PROMPT_TOKENS
+        settings.n_threads = settings.n_threads_batch = task["threads"]
+        settings.flash_attn_type = {"flash": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+                                    "plain": llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED}[task["attention"]]
+        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        if not self.context:
+            raise UserError(f"llama.cpp could not load {path}")
+        self.vocabulary = llama_cpp.llama_model_get_vocab(self.model)
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
+
+    def read(self, tokens):
+        array = (self.llama_cpp.llama_token * len(tokens))(*tokens)
+        status = self.llama_cpp.llama_decode(self.context, self.llama_cpp.llama_batch_get_one(array, len(tokens)))
+        if status != 0:
+            raise UserError(f"llama_decode returned {status}")
+        return self.as_array(self.llama_cpp.llama_get_logits_ith(self.context, -1), (self.vocab_size,))
+
+    def forget(self):
+        self.llama_cpp.llama_memory_clear(self.llama_cpp.llama_get_memory(self.context), False)
+
+    def tokens(self, text):
+        text = text.encode()
+        array = (self.llama_cpp.llama_token * len(text))()
+        return array[:self.llama_cpp.llama_tokenize(self.vocabulary, text, len(text), array, len(text), False, False)]
+
+    def text(self, token):
+        import ctypes
+        piece = ctypes.create_string_buffer(100)
+        return piece[:self.llama_cpp.llama_token_to_piece(self.vocabulary, token, piece, len(piece), 0, False)]
+
+
+FLASH_OR_NOT = ({"attention": "flash"}, {"attention": "plain"})
+PROGRAMS = {
+    OURS: Program(Ours),
+    "transformers": Program(Transformers, "torch, transformers"),
+    "llama.cpp f32": Program(partial(LlamaCpp, weights="f32"), "llama_cpp, gguf", FLASH_OR_NOT),
+    OURS_INT8: Program(partial(Ours, int8=True)),
+    "llama.cpp q8_0": Program(partial(LlamaCpp, weights="q8_0"), "llama_cpp, gguf", FLASH_OR_NOT),
+}
+
+
+def time_generation(model):
+    """The seconds of each new token and of each time the prompt is read, and some of the logits after the prompt."""
+    import numpy as np
+    prompt = np.random.default_rng(SEED).integers(50257, size=PROMPT_TOKENS).tolist()
+    logits = model.read(prompt).copy()
+    others = OtherPrograms()
+    prompt_seconds, seconds = [], []
+    for _ in range(PROMPT_REPEATS):
+        model.forget()
+        started = time.perf_counter()
+        model.read(prompt).argmax()
+        prompt_seconds.append(time.perf_counter() - started)
+    model.forget()
+    token = int(model.read(prompt[:SHORT_PROMPT_TOKENS]).argmax())
+    for _ in range(NEW_TOKENS):
+        started = time.perf_counter()
+        token = int(model.read([token]).argmax())
+        seconds.append(time.perf_counter() - started)
+    return dict(seconds=seconds, prompt_seconds=prompt_seconds, logits=logits[::LOGITS_APART].tolist(),
+                busy_cores=others.cores(), peak_memory=peak_memory())
+
+
+def measure_speed(task):
+    model = PROGRAMS[task["program"]].measure(task)
+    return time_generation(model) | dict(versions=model.versions())
+
+
+TASKS = {"model": write_model, "gguf": write_ggufs, "speed": measure_speed}
+
+
+def write_first_token(task):
+    """What a peer does after its start, until the first token after the prompt is written."""
+    model = PROGRAMS[task["program"]].measure(task)
+    token = int(model.read(model.tokens(PROMPT)).argmax())
+    print(PROMPT, end="", flush=True)
+    sys.stdout.buffer.write(model.text(token) + b"\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In the program that starts them
+
+def first_token_command(python, task):
+    if not is_ours(task["program"]):
+        return [python, str(HERE), FIRST_TOKEN, json.dumps(task)]
+    return [python, str(ROOT / "generate_gpt2.py"), "--model", str(Path(task["folder"], MODEL)), "--prompt", PROMPT,
+            "--max-new-tokens", "1", "--temperature", "0", "--threads", str(task["threads"]),
+            *(["--quantize", "int8"] if task["program"] == OURS_INT8 else [])]
+
+
+def seconds_until(command, size):
+    """How long after its start a program has written so many bytes. Raises UserError if it fails."""
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        written = process.stdout.read(size)
+        seconds = time.perf_counter() - started
+        process.stdout.read()   # lest it should find its pipe closed
+    if process.returncode != 0 or len(written) < size:
+        raise UserError(f"{' '.join(command)}: ended with status {process.returncode} after {len(written)} bytes of output")
+    return seconds
+
+
+def relative_error(values, truth):
+    return hypot(*(value - true for value, true in zip(values, truth, strict=True))) / hypot(*truth)
+
+
+def measure_all(programs, peers, options, folder):
+    """Every program's speed, as take_turns returns them; each result also has `first_token` in seconds and `error`."""
+    truth = []
+
+    def measure(python, name, variant):
+        title = label(name, variant)
+        task = dict(title=title, work="speed", program=name, folder=folder, threads=options.threads) | variant
+        result = run_task(python, task, HERE)
+        truth[:] = truth or result["logits"]    # ours in float32 comes first
+        result["error"] = relative_error(result["logits"], truth)
+        bound = LOGITS_BOUND[ours_beside(name)]
+        if not result["error"] <= bound:
+            raise UserError(f"{title}: its logits differ from ours by {result['error']:.1e}, expected at most {bound:.0e}: "
+                            "it does not compute the same")
+        result["first_token"] = seconds_until(first_token_command(python, task), len(PROMPT) + 1)
+        return result
+
+    def describe(label, result):
+        return (f"{label:<21} | {1 / median(result['seconds']):6.1f} tok/s | prompt "
+                f"{PROMPT_TOKENS / median(result['prompt_seconds']):6,.0f} tok/s | "
+                f"first token {result['first_token']:5.2f} s | logits {result['error']:.1e}")
+
+    return take_turns(programs, peers, options.rounds, measure, describe)
+
+
+class Summary(NamedTuple):
+    """Of one program. The ratios are its time / that of ours."""
+    decoding: float     # tokens a second
+    decoding_ratio: float
+    prompt: float       # tokens a second
+    prompt_ratio: float
+    first_token: float  # seconds
+    first_token_ratio: float
+    peak_memory: int
+
+
+def summarize(results):
+    """label -> Summary."""
+    def token(result):
+        return median(result["seconds"])
+
+    def prompt_token(result):
+        return median(result["prompt_seconds"]) / PROMPT_TOKENS
+
+    def first_token(result):
+        return result["first_token"]
+
+    ratio = partial(time_beside_ours, results)
+    return {name: Summary(
+        decoding=1 / median(seconds for result in rounds for seconds in result["seconds"]),
+        decoding_ratio=ratio(name, token),
+        prompt=PROMPT_TOKENS / median(seconds for result in rounds for seconds in result["prompt_seconds"]),
+        prompt_ratio=ratio(name, prompt_token),
+        first_token=median(map(first_token, rounds)),
+        first_token_ratio=ratio(name, first_token),
+        peak_memory=max(result["peak_memory"] for result in rounds)) for name, rounds in results.items()}
+
+
+def print_speeds(summary):
+    rows = [(name, f"{row.decoding:,.1f}", f"{row.decoding_ratio:.2f}", f"{row.prompt:,.0f}", f"{row.prompt_ratio:.2f}",
+             f"{row.first_token:.2f} s", f"{row.first_token_ratio:.2f}", f"{row.peak_memory / 1e9:.2f} GB")
+            for name, row in summary.items()]
+    print_table(("program", "decoding, tok/s", "time / ours", "prompt, tok/s", "time / ours", "first token", "time / ours",
+                 "peak memory"), rows, left=1)
+
+
+def print_errors(results):
+    print(f"Logits behind the prompt of {PROMPT_TOKENS} tokens, beside {OURS}'s: "
+          + ", ".join(f"{name} {max(result['error'] for result in rounds):.0e}"
+                      for name, rounds in results.items() if name != OURS) + ".\n")
+
+
+def draw_speeds(summary, options):
+    def bars(what, number, unit):
+        return [Bar(name, getattr(row, what), format(getattr(row, what), number) + unit
+                    + ("" if is_ours(name) else f", ours {getattr(row, what + '_ratio'):.2f} x"))
+                for name, row in summary.items()]
+    draw({f"Decoding, after a prompt of {SHORT_PROMPT_TOKENS} tokens (longer is better)": bars("decoding", ",.1f", " tok/s"),
+          f"Reading a prompt of {PROMPT_TOKENS} tokens (longer is better)": bars("prompt", ",.0f", " tok/s"),
+          "From the start of the program to the first token (shorter is better)": bars("first_token", ".2f", " s")},
+         f"GPT-2 {options.model}: generating text, {options.threads} CPU threads", options.output)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def parse_options():
+    parser = benchmark_parser("Measure the generation of text beside transformers and llama.cpp.")
+    add = parser.add_argument
+    add("--python", type=python_path, default=sys.executable, metavar="PATH", help="the Python that has transformers")
+    add("--llama-python", type=python_path, default=None, metavar="PATH",
+        help="the Python that has llama-cpp-python; --python's, unless given")
+    add("--output", type=Path, default=HERE.with_suffix(".png"), metavar="FILE", help="the bar chart")
+    options = parser.parse_args()
+    options.llama_python = options.llama_python or options.python
+    return options
+
+
+def main():
+    match sys.argv[1:]:
+        case [flag, _] if flag == MEASURE:
+            return measuring_process(lambda task: TASKS[task["work"]](task))
+        case [flag, task] if flag == FIRST_TOKEN:
+            return write_first_token(json.loads(task))
+    options = parse_options()
+    peers = {"torch, transformers": Peers(options.python, "--python", "torch transformers"),
+             "llama_cpp, gguf": Peers(options.llama_python, "--llama-python", "llama-cpp-python gguf")}
+    programs = programs_that_run(PROGRAMS, peers)
+    with tempfile.TemporaryDirectory() as folder:
+        task = dict(model=options.model, folder=folder, threads=options.threads)
+        progress("writing the model")
+        run_task(sys.executable, task | dict(title="the model", work="model"), HERE)
+        if any(program.needs == "llama_cpp, gguf" for program in programs.values()):
+            run_task(options.llama_python, task | dict(title="llama.cpp's files", work="gguf"), HERE)
+        results = measure_all(programs, peers, options, folder)
+    summary = summarize(results)
+    progress("")
+    print_machine(f"GPT-2 {options.model}, text", options, results.values(), f"{cpu_name()}, {options.threads} threads")
+    print_speeds(summary)
+    print_errors(results)
+    draw_speeds(summary, options)
+
+
+if __name__ == "__main__":
+    run_program(main)

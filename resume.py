@@ -1,0 +1,98 @@
+"""Checkpoints of a training run, from which it goes on as if it had never stopped.
+
+A checkpoint is a folder in `checkpoints` of the run's output folder, named for the number of steps that were done:
+
+    step-00000500/
+        model.safetensors, config.json, ...     the model, a Hugging Face folder (checkpoint.save_model)
+        adam_m.npy, adam_v.npy                  AdamW's moments of all parameters, flat, float32
+        training.json                           the flags, the step, the place in the data, and what else a step depends on
+
+It is written under another name and gets its own when complete: whatever stops the program, a folder of that name is whole.
+"""
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from checkpoint import load_model, save_model
+from files import UserError, whole_file, whole_folder
+
+MOMENTS = "adam_m.npy", "adam_v.npy"
+STATE = "training.json"
+STATE_KEYS = "flags", "step", "data", "fingerprint", "best_val_loss", "latest_losses", "latest_norms"
+HOW_TO_MEND = "delete this folder to go on from the checkpoint before it, if one was kept"
+
+
+def checkpoints(output_dir):
+    """The checkpoints of a run, oldest first."""
+    folder = Path(output_dir, "checkpoints")
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def save_checkpoint(output_dir, config, params, moments, state, keep):
+    """Write a checkpoint after state["step"] steps, then delete all but the latest `keep`. Returns its path.
+
+    config, params: the model, as save_model takes it
+    moments: the two moments, flat NumPy arrays
+    state: what training.json holds, a dict with STATE_KEYS that JSON can hold
+
+    Raises UserError if it cannot be written; all earlier checkpoints are then still there.
+    """
+    path = Path(output_dir, "checkpoints", f"step-{state['step']:08}")
+    for unfinished in path.parent.glob("step-*.tmp"):       # of a process that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
+    with whole_folder(path) as folder:
+        save_model(folder, config, params)
+        for name, moment in zip(MOMENTS, moments):
+            with whole_file(folder / name) as file:
+                np.save(file, moment)
+        with whole_file(folder / STATE) as file:
+            file.write(json.dumps(state, indent=2).encode())
+    for old in checkpoints(output_dir)[:-keep]:
+        delete(old)
+    return path
+
+
+def delete(checkpoint):
+    """Delete a checkpoint, which first loses its name: one that has it is whole."""
+    unnamed = checkpoint.with_name(f"{checkpoint.name}.{os.getpid()}.tmp")
+    os.rename(checkpoint, unnamed)
+    shutil.rmtree(unnamed, ignore_errors=True)
+
+
+def load_state(path):
+    """What training.json of a checkpoint holds. Raises UserError if it is not all there."""
+    try:
+        state = json.loads((path / STATE).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path / STATE}: {error.strerror}; {HOW_TO_MEND}") from error
+    except ValueError as error:
+        raise UserError(f"{path / STATE} is not the JSON of a checkpoint ({error}); {HOW_TO_MEND}") from error
+    missing = [key for key in STATE_KEYS if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise UserError(f"{path / STATE} lacks {', '.join(missing)}; {HOW_TO_MEND}")
+    return state
+
+
+def load_checkpoint(path):
+    """The model of a checkpoint, as load_model returns it, and its two moments, flat float32 arrays mapped from the disk.
+
+    Raises UserError if a file is missing or damaged, or does not belong to this model.
+    """
+    config, params = load_model(path)
+    moments = []
+    for name in MOMENTS:
+        try:
+            moment = np.load(path / name, mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            raise UserError(f"cannot read {path / name}: {error.strerror or error}; {HOW_TO_MEND}") from error
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path / name} is damaged ({error}); {HOW_TO_MEND}") from error
+        if moment.shape != (params.size,) or moment.dtype != np.float32:
+            raise UserError(f"{path / name} holds {moment.dtype} of shape {moment.shape}, expected float32 of shape "
+                            f"({params.size},), a number for each parameter of its model; {HOW_TO_MEND}")
+        moments.append(moment)
+    return config, params, moments
