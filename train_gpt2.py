@@ -19,6 +19,7 @@ from distributed import ALONE, start
 from files import run_program
 from gpt2 import (WEIGHT_DECAYED, Config, Tensors, activation_shapes, chunks, initialize, parameter_shapes,
                   scratch_shapes)
+from hellaswag import count_correct, read_examples
 from resume import checkpoints, delete, save_checkpoint
 from training import (TO_SAVE_MEMORY, StopRequest, TrainingLog, Unheard, check_finite, data_loaders, due, first_model, first_progress,
                       learning_rate, number, outlier, parse_options, prepare_data, print_configuration, sample_text)
@@ -185,6 +186,12 @@ class GPT2:
         """A step's mean loss over all processes and norm as numbers, and the seconds since `started`."""
         return self.world.sum(loss) / self.world.size, norm, time.perf_counter() - started
 
+    def token_losses(self, tokens, targets):
+        """The cross entropies (N,) of targets (B, T) after tokens (B, T), by a forward pass."""
+        self.forward(tokens)
+        self.loss(targets)
+        return self.acts.losses
+
     def next_token_logits(self, tokens):
         """The logits (V,) of the token that follows tokens (1, T), by a forward pass."""
         self.forward(tokens)
@@ -209,7 +216,7 @@ def evaluate(model, loader, max_steps):
     return model.world.sum(float(total)) / steps
 
 
-def train(model, options, train_loader, val_loader, log, progress, stop, save):
+def train(model, options, train_loader, val_loader, log, progress, stop, save, examples=()):
     """The training loop, for any model with GPT2's methods.
 
     options: the flags
@@ -217,6 +224,7 @@ def train(model, options, train_loader, val_loader, log, progress, stop, save):
     progress: the Progress so far, which is kept up to date
     stop: a StopRequest
     save: a Saver
+    examples: HellaSwag's, on which the model is scored
 
     A model may still be computing when its methods return: losses and norms are numbers only after `finish`.
     """
@@ -252,6 +260,10 @@ def train(model, options, train_loader, val_loader, log, progress, stop, save):
             if val_loss < progress.best_val_loss:
                 progress.best_val_loss = val_loss
                 save.model_to(options.output_dir / "best")
+        if examples and due(options.hellaswag_every or n, step, n):
+            mine = examples[model.world.rank::model.world.size]
+            correct = count_correct(model.token_losses, mine, options.batch_size, options.sequence_length)
+            log.hellaswag(step, model.world.sum(correct), len(examples))
         if due(options.sample_every, step, n):
             log.sample(sample_text(step, model, options))
         stop.signal = model.world.largest(stop.signal)
@@ -286,6 +298,7 @@ def train_and_save(model, params, moments, options, train_loader, val_loader, id
 
     ideal_seconds is TrainingLog's, device_rows are print_configuration's.
     """
+    examples = read_examples(options.hellaswag, model.config.vocab_size) if options.hellaswag else []
     progress = first_progress(options, train_loader)
     train_loader.state = progress.data
     if params is not None:
@@ -294,7 +307,7 @@ def train_and_save(model, params, moments, options, train_loader, val_loader, id
         model.initialize(options.seed)
     if moments is not None:
         model.set_moments(*moments)
-    print_configuration(options, model, train_loader, val_loader, **device_rows)
+    print_configuration(options, model, train_loader, val_loader, examples, **device_rows)
     save = Saver(model, options, train_loader)
     first = model.world.rank == 0
     with TrainingLog(options, ideal_seconds, progress.step) if first else contextlib.nullcontext(Unheard()) as log:
@@ -302,7 +315,7 @@ def train_and_save(model, params, moments, options, train_loader, val_loader, id
             for finished in checkpoints(options.output_dir):    # of an earlier run
                 delete(finished)
         with StopRequest() as stop:
-            train(model, options, train_loader, val_loader, log, progress, stop, save)
+            train(model, options, train_loader, val_loader, log, progress, stop, save, examples)
     if stop.signal and progress.step < options.num_iterations:
         print(f"stopped after step {progress.step:,}, with a checkpoint: --resume goes on from there")
         sys.exit(128 + stop.signal)     # the shell's convention

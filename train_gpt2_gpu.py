@@ -201,6 +201,12 @@ class GPT2:
         loss, norm = (float(number) for number in self.device.to_host(self.report))
         return loss, norm, self.device.seconds(started, stopped)
 
+    def token_losses(self, tokens, targets):
+        """The cross entropies (N,) of targets (B, T) after tokens (B, T), all NumPy arrays, by a forward pass."""
+        self.forward(self.device.to_device(tokens))
+        self.loss(self.device.to_device(targets))
+        return self.device.to_host(self.acts.losses)
+
     def next_token_logits(self, tokens):
         """The logits (V,) of the token that follows tokens (1, T), both NumPy arrays, by a forward pass."""
         self.forward(self.device.to_device(tokens))

@@ -23,7 +23,7 @@ from tokenizer import END_OF_TEXT, fetch_vocabulary, gpt2_encoding
 
 TRAIN_TOKENS = DATA_DIR / "tiny_shakespeare_train.bin"
 VAL_TOKENS = DATA_DIR / "tiny_shakespeare_val.bin"
-CSV_COLUMNS = ("step", "train_loss", "val_loss", "grad_norm", "learning_rate", "milliseconds", "tokens_per_second")
+CSV_COLUMNS = ("step", "train_loss", "val_loss", "hellaswag", "grad_norm", "learning_rate", "milliseconds", "tokens_per_second")
 OUTLIER_WINDOW = 128
 NOT_KEPT = "output_dir", "resume", "checkpoint", "accumulation_steps"     # the flags of a run but for these go into checkpoints
 FIXED = "model", "sequence_length", "total_batch_size", "seed", "shuffle", "overfit_single_batch"     # throughout a run
@@ -89,6 +89,8 @@ def parse_options(description, arguments=None, processes=1, **own_flags):
     add("--grad-clip", default=1.0, type=number(float, 0), help="norm to which longer gradients are shortened; 0: never")
     add("--val-loss-every", default=500, type=count, help="steps between validations, with one at the end; 0: never")
     add("--val-max-steps", default=128, type=positive, help="batches in a validation")
+    add("--hellaswag", metavar="FILE", help="examples from dev/prepare_hellaswag.py, to score the model on (default: none)")
+    add("--hellaswag-every", default=0, type=count, help="steps between scores, with one at the end; 0: at the end only")
     add("--checkpoint-every", default=500, type=count,
         help="steps between checkpoints, with one at the end; 0: only where the run is stopped, by Ctrl-C or SIGTERM")
     add("--keep-checkpoints", default=1, type=positive, help="how many checkpoints to keep, the latest")
@@ -361,7 +363,7 @@ def sample_text(step, model, options):
 # ----------------------------------------------------------------------------------------------------------------------
 # What the run prints and leaves behind
 
-def print_configuration(options, model, train_loader, val_loader, **device_rows):
+def print_configuration(options, model, train_loader, val_loader, examples=(), **device_rows):
     """A small table of what is about to happen; device_rows say on what."""
     config = model.config
     B, T, steps = options.batch_size, options.sequence_length, options.accumulation_steps
@@ -378,6 +380,10 @@ def print_configuration(options, model, train_loader, val_loader, **device_rows)
         **device_rows,
         "output": f"{options.output_dir}",
     }
+    if examples:
+        too_long = sum(example.length > T for example in examples)
+        rows["hellaswag"] = (f"{len(examples):,} examples in {options.hellaswag}, {too_long:,} of which are longer than {T} "
+                             "tokens: of those it reads the end")
     for name, value in rows.items():
         print(f"{name:>13} | {value}")
     print(flush=True)
@@ -430,6 +436,11 @@ class TrainingLog:
         """Report the mean loss on the validation tokens after `step` steps."""
         self.write(step=step, val_loss=loss)
         print(f"{self.heading(step)} |   val loss {loss:9.6f}", flush=True)
+
+    def hellaswag(self, step, correct, total):
+        """Report the share of HellaSwag's examples that the model gets right after `step` steps."""
+        self.write(step=step, hellaswag=correct / total)
+        print(f"{self.heading(step)} |  hellaswag {correct / total:9.6f} ({correct:,} of {total:,})", flush=True)
 
     def sample(self, text):
         """Show a text the model made up."""

@@ -29,7 +29,7 @@ PROGRAM = Path(train_gpt2.__file__).resolve()
 B, T = 1, 16
 SMALL = ("--model", "d2", "--batch-size", B, "--sequence-length", T, "--num-iterations", 3, "--sample-every", 0)
 DIVERGE = ("--learning-rate", 1e30, "--warmup-iters", 0)
-LOG_COLUMNS = "step,train_loss,val_loss,grad_norm,learning_rate,milliseconds,tokens_per_second"
+LOG_COLUMNS = "step,train_loss,val_loss,hellaswag,grad_norm,learning_rate,milliseconds,tokens_per_second"
 SECONDS = 300  # until a process that should long have ended is given up; it may have to compile the kernels
 
 
@@ -191,7 +191,7 @@ def test_help_states_the_real_defaults(run, monkeypatch):
     parsed = vars(training.parse_options("", [], threads={}))
     flags = {name: value for name, value in parsed.items() if name not in ("accumulation_steps", "checkpoint", "flags")}
     assert {flag.replace("-", "_") for flag in texts} == set(flags)
-    in_words = ("input-bin", "input-val-bin", "total-batch-size", "threads")
+    in_words = ("input-bin", "input-val-bin", "hellaswag", "total-batch-size", "threads")
     for flag, text in texts.items():
         stated = re.findall(r"\(default: ([^)]*)\)", text)
         value = flags[flag.replace("-", "_")]

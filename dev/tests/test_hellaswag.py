@@ -3,6 +3,7 @@
 dev/reference_hellaswag.jsonl holds what dev/reference_hellaswag.py computed with the model in dev/reference_transformers. The
 last test has it score made sentences, with the Python in TRANSFORMERS_PYTHON if that has transformers.
 """
+import csv
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import generate_gpt2_gpu
 import train_gpt2
 import train_gpt2_gpu
 from checkpoint import load_model, save_model
+from dataloader import write_tokens
 from dev import evaluate, prepare_hellaswag
 from dev.evaluate import token_losses_of
 from files import DATA_DIR, UserError
@@ -79,23 +81,13 @@ def test_choices_of_transformers_on_a_device(on):
 def test_choices_of_a_model_in_training():
     model = train_gpt2.GPT2(CONFIG, BATCH, CONFIG.max_seq_len, threads=2)
     model.set_params(PARAMS)
-
-    def token_losses(tokens, targets):
-        model.forward(tokens)
-        model.loss(targets)
-        return model.acts.losses
-    assert_same_choices(completion_losses(token_losses, EXAMPLES, BATCH, CONFIG.max_seq_len), EXPECTED)
+    assert_same_choices(completion_losses(model.token_losses, EXAMPLES, BATCH, CONFIG.max_seq_len), EXPECTED)
 
 
 def test_choices_of_a_model_in_training_on_a_device(on):
     model = train_gpt2_gpu.GPT2(CONFIG, BATCH, CONFIG.max_seq_len, on)
     model.set_params(PARAMS)
-
-    def token_losses(tokens, targets):
-        model.forward(on.to_device(tokens))
-        model.loss(on.to_device(targets))
-        return on.to_host(model.acts.losses)
-    losses = completion_losses(token_losses, EXAMPLES[:FEW], BATCH, CONFIG.max_seq_len)
+    losses = completion_losses(model.token_losses, EXAMPLES[:FEW], BATCH, CONFIG.max_seq_len)
     assert_same_choices(losses, EXPECTED[:FEW])
 
 
@@ -474,6 +466,25 @@ def test_mistake_on_the_command_line(run_main, flags, status, parts):
     assert finished.status == status and finished.err.startswith("evaluate.py: error: ") and finished.err.count("\n") == 1
     for part in parts:
         assert part in finished.err
+
+
+@pytest.mark.parametrize("program", [train_gpt2, train_gpt2_gpu])
+def test_training_scores_the_model(run_main, tmp_path, examples_file, program):
+    """In the log, after 2 steps and at the end; the last score is that of the saved model. What is too long is said and cut."""
+    write_tokens(tmp_path / "tokens.bin", np.random.default_rng(3).integers(CONFIG.vocab_size, size=200))
+    finished = run_main(program, "--model", MODEL, "--input-bin", tmp_path / "tokens.bin", "--batch-size", 3,
+                        "--sequence-length", 20, "--num-iterations", 3, "--learning-rate", 0.01, "--warmup-iters", 0,
+                        "--sample-every", 0, "--hellaswag", examples_file, "--hellaswag-every", 2,
+                        "--output-dir", tmp_path / "out", *(("--device", "cpu") if program is train_gpt2_gpu else ()))
+    assert finished.status == 0, finished.err
+    too_long = sum(example.length > 20 for example in EXAMPLES)
+    assert f"   hellaswag | 50 examples in {examples_file}, {too_long} of which are longer than 20 tokens" in finished.out
+    with open(tmp_path / "out" / "log.csv") as file:
+        scores = {row["step"]: float(row["hellaswag"]) for row in csv.DictReader(file) if row["hellaswag"]}
+    decoder = generate_gpt2.Decoder(*load_model(tmp_path / "out"), BATCH, threads=2)
+    correct = count_correct(token_losses_of(decoder), EXAMPLES, BATCH, 20)
+    assert list(scores) == ["2", "3"] and scores["3"] == correct / 50
+    assert f"step 3/3 |  hellaswag {correct / 50:9.6f} ({correct} of 50)\n" in finished.out
 
 
 def test_model_with_damaged_weights(run_main, tmp_path, examples_file):
