@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,17 @@ def run_program(main, to_save_memory="close other programs"):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def main_memory():
+    """Bytes of this machine's memory that are free, and that there are in all; None where the system does not tell."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):    # Windows
+        return None
+    with contextlib.suppress(OSError):      # only Linux tells how many are free
+        return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]), total
+    return total, total
 
 
 @contextlib.contextmanager

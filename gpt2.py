@@ -63,9 +63,13 @@ RESIDUAL_PROJECTIONS = ("attprojw", "fcprojw")
 WEIGHT_DECAYED = MATRICES         # biases and the scales of layernorm are not pulled towards zero
 
 
-def activation_shapes(config, B, T):
-    """Name -> shape of what a batch leaves behind, most of it for the backward pass: N = B*T rows, one for each token."""
-    L, C, NH, N = config.num_layers, config.channels, config.num_heads, B * T
+def activation_shapes(config, B, T, recompute=False):
+    """Name -> shape of what a batch leaves behind, most of it for the backward pass: N = B*T rows, one for each token.
+
+    With `recompute`, RECOMPUTED are those of one layer only, L = 1: the backward pass computes them again layer by layer.
+    """
+    layers, C, NH, N = config.num_layers, config.channels, config.num_heads, B * T
+    L = 1 if recompute else layers
     return {
         "encoded": (N, C),
         "ln1": (L, N, C),
@@ -80,12 +84,24 @@ def activation_shapes(config, B, T):
         "ln2_rstd": (L, N),
         "fch": (L, N, 4 * C),
         "fch_gelu": (L, N, 4 * C),
-        "residual3": (L, N, C),                   # residual2 + MLP: the block's output
+        "residual3": (layers, N, C),              # residual2 + MLP: the block's output
         "lnf": (N, C),
         "lnf_mean": (N,),
         "lnf_rstd": (N,),
         "losses": (N,),                           # the classifier's, one for each target
     }
+
+
+RECOMPUTED = ("ln1", "ln1_mean", "ln1_rstd", "qkv", "att", "att_lse", "residual2", "ln2", "ln2_mean", "ln2_rstd", "fch", "fch_gelu")
+
+
+def activations(config, B, T, recompute, allocate):
+    """The Tensors of activation_shapes. With `recompute` the tensors of all layers are the same memory: tensor[l] for any l."""
+    acts = Tensors(activation_shapes(config, B, T, recompute), allocate)
+    if recompute:
+        for name in RECOMPUTED:
+            setattr(acts, name, config.num_layers * [getattr(acts, name)[0]])
+    return acts
 
 
 def scratch_shapes(config, B, T, classifier_rows):
@@ -105,6 +121,13 @@ def scratch_shapes(config, B, T, classifier_rows):
     }
 
 
+def memory_needed(config, activation_shapes, scratch_shapes, processes=1):
+    """Bytes that training takes: parameters, gradients, a process's share of the two moments, activations and scratch."""
+    parameters, acts, scratch = (sum(map(prod, shapes.values()))
+                                 for shapes in (parameter_shapes(config), activation_shapes, scratch_shapes))
+    return 4 * (2 * parameters + 2 * -(-parameters // processes) + acts + scratch)
+
+
 def chunks(rows, size):
     """Slices of at most `size` rows that make up all of them."""
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
@@ -121,13 +144,17 @@ def training_flops(config, B, T):
     return 6 * B * T * (12 * L * C * C + config.padded_vocab_size * C), 6 * L * C * B * T * (T + 1)
 
 
+def new_array(size):
+    return np.zeros(size, dtype=np.float32)
+
+
 class Tensors:
     """One flat float32 buffer, and a view into it for each row of a name -> shape table, as an attribute of that name.
 
-    `allocate(size)` makes the buffer (NumPy's zeros unless told otherwise); a buffer that is longer than needed is fine.
+    `allocate(size)` makes the buffer; a buffer that is longer than needed is fine.
     """
 
-    def __init__(self, shapes, allocate=lambda size: np.zeros(size, dtype=np.float32)):
+    def __init__(self, shapes, allocate=new_array):
         self.shapes = shapes
         self.size = sum(prod(shape) for shape in shapes.values())
         self.flat = allocate(self.size)

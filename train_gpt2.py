@@ -16,12 +16,12 @@ import numpy as np
 import kernels_cpu as kernels
 from checkpoint import save_model
 from distributed import ALONE, start
-from files import run_program
-from gpt2 import (WEIGHT_DECAYED, Config, Tensors, activation_shapes, chunks, initialize, parameter_shapes,
-                  scratch_shapes)
+from files import main_memory, run_program
+from gpt2 import (WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize, memory_needed, new_array,
+                  parameter_shapes, scratch_shapes)
 from hellaswag import count_correct, read_examples
 from resume import checkpoints, delete, save_checkpoint
-from training import (TO_SAVE_MEMORY, StopRequest, TrainingLog, Unheard, check_finite, data_loaders, due, first_model, first_progress,
+from training import (TO_SAVE_MEMORY, StopRequest, TrainingLog, Unheard, check_finite, check_memory, data_loaders, due, first_model, first_progress,
                       learning_rate, number, outlier, parse_options, prepare_data, print_configuration, sample_text)
 
 CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time: 512 * 50304 * 4 bytes = 103 MB
@@ -33,19 +33,21 @@ class GPT2:
     """A GPT-2 with its gradients, moments and activations, for batches of up to (batch_size, sequence_length) tokens.
 
     `threads` is how many blocks a matrix product is cut into: as many as Numba has threads. `world` are the processes that
-    train the model together; each has all its parameters, and the moments of its own share. The parameters are zero until
-    they are filled, by `initialize` or through the views in `params`.
+    train the model together; each has all its parameters, and the moments of its own share. With `recompute`, activations
+    are kept for one layer at a time. The parameters are zero until they are filled, by `initialize` or through the views in
+    `params`.
     """
 
-    def __init__(self, config, batch_size, sequence_length, threads, world=ALONE):
+    def __init__(self, config, batch_size, sequence_length, threads, world=ALONE, recompute=False):
         self.config = config
+        self.recompute = recompute
         self.world = world
         self.workspace = kernels.make_workspace(threads)
         shapes = parameter_shapes(config)
         self.params, self.grads = Tensors(shapes), Tensors(shapes)
         self.share = world.share(self.params.size)      # whose moments are here, as a slice of the flat parameters
         self.adam_m, self.adam_v = (np.zeros_like(self.params.flat[self.share]) for _ in range(2))
-        self.acts = Tensors(activation_shapes(config, batch_size, sequence_length))
+        self.acts = activations(config, batch_size, sequence_length, recompute, new_array)
         self.scratch = Tensors(scratch_shapes(config, batch_size, sequence_length, CLASSIFIER_ROWS))
         self.tokens = None
 
@@ -80,29 +82,34 @@ class GPT2:
         if T > self.config.max_seq_len:
             raise ValueError(f"tokens are {T} long, expected at most {self.config.max_seq_len}")
         buffer = self.acts.flat
-        self.acts = Tensors(activation_shapes(self.config, B, T), allocate=lambda size: buffer)
+        self.acts = activations(self.config, B, T, self.recompute, lambda size: buffer)
         self.tokens = tokens
         params, acts, workspace = self.params, self.acts, self.workspace
         proj = self.scratch.proj[:N]
 
         kernels.encoder_forward(acts.encoded, tokens, params.wte, params.wpe)                                    # (N, C)
-        residual = acts.encoded
         for l in range(self.config.num_layers):
-            kernels.layernorm_forward(acts.ln1[l], acts.ln1_mean[l], acts.ln1_rstd[l],
-                                      residual, params.ln1w[l], params.ln1b[l])                                  # (N, C)
-            kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l], workspace)          # (N, 3C)
-            kernels.attention_forward(acts.att[l], acts.att_lse[l], acts.qkv[l])                                 # (N, C)
-            kernels.matmul_forward(proj, acts.att[l], params.attprojw[l], params.attprojb[l], workspace)         # (N, C)
-            kernels.residual_forward(acts.residual2[l], residual, proj)                                          # (N, C)
-            kernels.layernorm_forward(acts.ln2[l], acts.ln2_mean[l], acts.ln2_rstd[l],
-                                      acts.residual2[l], params.ln2w[l], params.ln2b[l])                         # (N, C)
-            kernels.matmul_forward(acts.fch[l], acts.ln2[l], params.fcw[l], params.fcb[l], workspace)            # (N, 4C)
-            kernels.gelu_forward(acts.fch_gelu[l], acts.fch[l])                                                  # (N, 4C)
+            self.block_forward(l)
             kernels.matmul_forward(proj, acts.fch_gelu[l], params.fcprojw[l], params.fcprojb[l], workspace)      # (N, C)
             kernels.residual_forward(acts.residual3[l], acts.residual2[l], proj)                                 # (N, C)
-            residual = acts.residual3[l]
         kernels.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd,
-                                  residual, params.lnfw, params.lnfb)                                            # (N, C)
+                                  acts.residual3[-1], params.lnfw, params.lnfb)                                  # (N, C)
+
+    def block_forward(self, l):
+        """Block l from its input to the GELU: all that its backward pass reads, so that it can be computed again."""
+        params, acts, workspace = self.params, self.acts, self.workspace
+        proj = self.scratch.proj[:self.tokens.size]
+        residual = acts.residual3[l - 1] if l > 0 else acts.encoded
+        kernels.layernorm_forward(acts.ln1[l], acts.ln1_mean[l], acts.ln1_rstd[l],
+                                  residual, params.ln1w[l], params.ln1b[l])                                      # (N, C)
+        kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l], workspace)              # (N, 3C)
+        kernels.attention_forward(acts.att[l], acts.att_lse[l], acts.qkv[l])                                     # (N, C)
+        kernels.matmul_forward(proj, acts.att[l], params.attprojw[l], params.attprojb[l], workspace)             # (N, C)
+        kernels.residual_forward(acts.residual2[l], residual, proj)                                              # (N, C)
+        kernels.layernorm_forward(acts.ln2[l], acts.ln2_mean[l], acts.ln2_rstd[l],
+                                  acts.residual2[l], params.ln2w[l], params.ln2b[l])                             # (N, C)
+        kernels.matmul_forward(acts.fch[l], acts.ln2[l], params.fcw[l], params.fcb[l], workspace)                # (N, 4C)
+        kernels.gelu_forward(acts.fch_gelu[l], acts.fch[l])                                                      # (N, 4C)
 
     def loss(self, targets):
         """Mean cross entropy of the last forward pass against targets (B, T), without a backward pass."""
@@ -132,12 +139,14 @@ class GPT2:
                                      1 / (N * accumulation_steps * self.world.size), self.config.vocab_size)     # (rows, Vp)
             kernels.matmul_backward(dln[rows], grads.wte, NO_BIAS,
                                     logits, acts.lnf[rows], params.wte, workspace)                               # (rows, C)
-        residual = acts.residual3[-1]
         dresidual[...] = 0
         kernels.layernorm_backward(dresidual, grads.lnfw, grads.lnfb,
-                                   dln, acts.lnf_mean, acts.lnf_rstd, residual, params.lnfw)                     # (N, C)
-        for l in reversed(range(self.config.num_layers)):
+                                   dln, acts.lnf_mean, acts.lnf_rstd, acts.residual3[-1], params.lnfw)           # (N, C)
+        L = self.config.num_layers
+        for l in reversed(range(L)):
             residual = acts.residual3[l - 1] if l > 0 else acts.encoded
+            if self.recompute and l + 1 < L:    # the last block's activations are still there
+                self.block_forward(l)
             # residual3 = residual2 + proj: dresidual is the gradient of both.
             kernels.matmul_backward(dfch, grads.fcprojw[l], grads.fcprojb[l],
                                     dresidual, acts.fch_gelu[l], params.fcprojw[l], workspace)                   # (N, 4C)
@@ -362,9 +371,13 @@ def main():
             prepare_data(options)
             compile_kernels()
         train_loader, val_loader = data_loaders(options, config, world)
-        model = GPT2(config, options.batch_size, options.sequence_length, threads, world)
+        B, T = options.batch_size, options.sequence_length
+        needed = memory_needed(config, activation_shapes(config, B, T, options.recompute),
+                               scratch_shapes(config, B, T, CLASSIFIER_ROWS), world.size)
+        memory = check_memory(options, needed * world.local_size, main_memory(), "this machine")
+        model = GPT2(config, B, T, threads, world, options.recompute)
         processes = f"{world.size} processes of {threads}" if world.size > 1 else threads
-        train_and_save(model, params, moments, options, train_loader, val_loader, threads=processes)
+        train_and_save(model, params, moments, options, train_loader, val_loader, threads=processes, memory=memory)
 
 
 if __name__ == "__main__":

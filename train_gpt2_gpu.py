@@ -5,18 +5,16 @@ with the kernels of kernels_gpu.py. Where those do in one launch what takes seve
 projection's bias, the residual connection and the layernorm after it are one call, a bias and the GELU another. Every call
 returns at once; the GPU works through them while Python goes on, and inside a step is waited for in `finish` only.
 """
-from math import prod
-
 import numpy as np
 
 import kernels_gpu as kernels
 from device import open_device
 from distributed import ALONE
-from files import UserError, run_program
-from gpt2 import (WEIGHT_DECAYED, Tensors, activation_shapes, chunks, initialize, parameter_shapes, scratch_shapes,
-                  training_flops)
+from files import run_program
+from gpt2 import (WEIGHT_DECAYED, Tensors, activation_shapes, activations, chunks, initialize, memory_needed, parameter_shapes,
+                  scratch_shapes, training_flops)
 from train_gpt2 import BETA1, BETA2, EPSILON, train_and_save
-from training import TO_SAVE_MEMORY, data_loaders, first_model, parse_options, prepare_data
+from training import TO_SAVE_MEMORY, check_memory, data_loaders, first_model, parse_options, prepare_data
 
 CLASSIFIER_ROWS = 2048    # tokens whose logits exist at any one time: 2048 * 50304 * 4 bytes = 412 MB
 
@@ -27,14 +25,6 @@ def gpu_scratch_shapes(config, B, T):
     return scratch_shapes(config, B, T, CLASSIFIER_ROWS) | {"scores": scores, "dscores": scores}
 
 
-def memory_needed(config, B, T):
-    """Bytes on the device for training with batches of (B, T): parameters, gradients and two moments, activations, scratch."""
-    def size(shapes):
-        return sum(map(prod, shapes.values()))
-    return 4 * (4 * size(parameter_shapes(config)) + size(activation_shapes(config, B, T))
-                + size(gpu_scratch_shapes(config, B, T)))
-
-
 class GPT2:
     """A GPT-2 with its gradients, moments and activations on `device`, for batches of up to (batch_size, sequence_length).
 
@@ -42,15 +32,16 @@ class GPT2:
     returns is an array of the device, of shape () or (1), which may still be being computed.
     """
 
-    def __init__(self, config, batch_size, sequence_length, device):
+    def __init__(self, config, batch_size, sequence_length, device, recompute=False):
         kernels.use(device)
         self.config = config
+        self.recompute = recompute
         self.device = device
         self.world = ALONE
         shapes = parameter_shapes(config)
         self.params, self.grads = Tensors(shapes, device.zeros), Tensors(shapes, device.zeros)
         self.adam_m, self.adam_v = device.zeros(self.params.size), device.zeros(self.params.size)
-        self.acts = Tensors(activation_shapes(config, batch_size, sequence_length), device.empty)
+        self.acts = activations(config, batch_size, sequence_length, recompute, device.empty)
         self.scratch = Tensors(gpu_scratch_shapes(config, batch_size, sequence_length), device.empty)
         self.sequence_length = sequence_length
         self.no_bias = device.empty(0)
@@ -89,25 +80,18 @@ class GPT2:
         B, T = tokens.shape
         if T > self.sequence_length:
             raise ValueError(f"tokens are {T} long, expected at most {self.sequence_length}")
-        activations, scratch = self.acts.flat, self.scratch.flat
-        self.acts = Tensors(activation_shapes(self.config, B, T), allocate=lambda size: activations)
+        acts, scratch = self.acts.flat, self.scratch.flat
+        self.acts = activations(self.config, B, T, self.recompute, lambda size: acts)
         self.scratch = Tensors(gpu_scratch_shapes(self.config, B, T), allocate=lambda size: scratch)
         self.tokens = tokens
-        params, acts, proj, scores, no_bias = self.params, self.acts, self.scratch.proj, self.scratch.scores, self.no_bias
+        params, acts, proj, no_bias = self.params, self.acts, self.scratch.proj, self.no_bias
         L = self.config.num_layers
 
         kernels.encoder_forward(acts.encoded, tokens, params.wte, params.wpe)                                    # (N, C)
         kernels.layernorm_forward(acts.ln1[0], acts.ln1_mean[0], acts.ln1_rstd[0],
                                   acts.encoded, params.ln1w[0], params.ln1b[0])                                  # (N, C)
-        residual = acts.encoded
         for l in range(L):
-            kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l])                     # (N, 3C)
-            kernels.attention_forward(acts.att[l], acts.att_lse[l], acts.qkv[l], scores)                         # (N, C)
-            kernels.matmul_forward(proj, acts.att[l], params.attprojw[l], no_bias)                               # (N, C)
-            kernels.residual_layernorm_forward(acts.residual2[l], acts.ln2[l], acts.ln2_mean[l], acts.ln2_rstd[l],
-                                               residual, proj, params.attprojb[l], params.ln2w[l], params.ln2b[l])  # (N, C)
-            kernels.matmul_forward(acts.fch[l], acts.ln2[l], params.fcw[l], no_bias)                             # (N, 4C)
-            kernels.bias_gelu_forward(acts.fch_gelu[l], acts.fch[l], params.fcb[l])                              # (N, 4C)
+            self.block_forward(l)
             kernels.matmul_forward(proj, acts.fch_gelu[l], params.fcprojw[l], no_bias)                           # (N, C)
             if l + 1 < L:   # the layernorm that follows is that of the next block, or the last of all
                 norm = acts.ln1[l + 1], acts.ln1_mean[l + 1], acts.ln1_rstd[l + 1]
@@ -117,7 +101,18 @@ class GPT2:
                 weight, bias = params.lnfw, params.lnfb
             kernels.residual_layernorm_forward(acts.residual3[l], *norm,
                                                acts.residual2[l], proj, params.fcprojb[l], weight, bias)         # (N, C)
-            residual = acts.residual3[l]
+
+    def block_forward(self, l):
+        """Block l from its first layernorm's output to the GELU: all that its backward pass reads, so that it can be computed again."""
+        params, acts, proj, no_bias = self.params, self.acts, self.scratch.proj, self.no_bias
+        residual = acts.residual3[l - 1] if l > 0 else acts.encoded
+        kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l])                         # (N, 3C)
+        kernels.attention_forward(acts.att[l], acts.att_lse[l], acts.qkv[l], self.scratch.scores)                # (N, C)
+        kernels.matmul_forward(proj, acts.att[l], params.attprojw[l], no_bias)                                   # (N, C)
+        kernels.residual_layernorm_forward(acts.residual2[l], acts.ln2[l], acts.ln2_mean[l], acts.ln2_rstd[l],
+                                           residual, proj, params.attprojb[l], params.ln2w[l], params.ln2b[l])   # (N, C)
+        kernels.matmul_forward(acts.fch[l], acts.ln2[l], params.fcw[l], no_bias)                                 # (N, 4C)
+        kernels.bias_gelu_forward(acts.fch_gelu[l], acts.fch[l], params.fcb[l])                                  # (N, 4C)
 
     def loss(self, targets):
         """Mean cross entropy of the last forward pass against targets (B, T), without a backward pass."""
@@ -154,8 +149,13 @@ class GPT2:
         dresidual[...] = 0
         kernels.layernorm_backward(dresidual, grads.lnfw, grads.lnfb,
                                    dln, acts.lnf_mean, acts.lnf_rstd, acts.residual3[-1], params.lnfw)           # (N, C)
-        for l in reversed(range(self.config.num_layers)):
+        L = self.config.num_layers
+        for l in reversed(range(L)):
             residual = acts.residual3[l - 1] if l > 0 else acts.encoded
+            if self.recompute and l + 1 < L:    # the last block's activations are still there
+                kernels.layernorm_forward(acts.ln1[l], acts.ln1_mean[l], acts.ln1_rstd[l],
+                                          residual, params.ln1w[l], params.ln1b[l])                              # (N, C)
+                self.block_forward(l)
             # residual3 = residual2 + proj: dresidual is the gradient of both.
             kernels.matmul_backward(dfch, grads.fcprojw[l], grads.fcprojb[l],
                                     dresidual, acts.fch_gelu[l], params.fcprojw[l])                              # (N, 4C)
@@ -263,16 +263,13 @@ def main():
     config, params, moments = first_model(options)
     prepare_data(options)
     B, T = options.batch_size, options.sequence_length
-    needed, (free, total) = memory_needed(config, B, T), device.memory()
-    if needed > free:
-        raise UserError(f"{options.model} with batches of {B} x {T} needs {needed / 1e9:.1f} GB, and {device.name} has "
-                        f"{free / 1e9:.1f} of its {total / 1e9:.1f} GB free; lower --batch-size or --sequence-length, or "
-                        "choose a smaller --model")
+    needed = memory_needed(config, activation_shapes(config, B, T, options.recompute), gpu_scratch_shapes(config, B, T))
+    memory = check_memory(options, needed, device.memory(), device.name)
     train_loader, val_loader = (loader and Prefetch(loader, device) for loader in data_loaders(options, config))
     peak = device.peak_flops()
-    train_and_save(GPT2(config, B, T, device), params, moments, options, train_loader, val_loader,
+    train_and_save(GPT2(config, B, T, device, options.recompute), params, moments, options, train_loader, val_loader,
                    ideal_seconds=options.accumulation_steps * sum(training_flops(config, B, T)) / peak if peak else None,
-                   device=f"{device.name}, {options.dtype}", memory=f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free")
+                   device=f"{device.name}, {options.dtype}", memory=memory)
 
 
 if __name__ == "__main__":

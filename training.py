@@ -16,7 +16,7 @@ from checkpoint import load_model
 from dataloader import DataLoader
 from distributed import ALONE
 from files import DATA_DIR, OneLineParser, UserError, whole_file
-from gpt2 import CONTEXT, HEADS_BY_DEPTH, VOCABULARY, model_config
+from gpt2 import CONTEXT, HEADS_BY_DEPTH, RECOMPUTED, VOCABULARY, model_config
 from prepare_tinyshakespeare import prepare
 from resume import checkpoints, load_checkpoint, load_state
 from tokenizer import END_OF_TEXT, fetch_vocabulary, gpt2_encoding
@@ -98,6 +98,8 @@ def parse_options(description, arguments=None, processes=1, **own_flags):
                         "not given are those of that run")
     add("--sample-every", default=250, type=count, help="steps between samples of generated text, with one at the end; 0: never")
     parser.add_argument("--overfit-single-batch", action="store_true", help="train on the first batch again and again")
+    parser.add_argument("--recompute", action="store_true", help="keep the activations of one layer only, and compute those of "
+                        "the others a second time: less memory, and a step takes a quarter longer")
     parser.add_argument("--shuffle", action="store_true", help="visit the files of --input-bin in another order every round")
     add("--skip-update-lossz", default=0, type=number(float, 0),
         help=f"skip the update of a step whose loss is so many standard deviations above the mean of {OUTLIER_WINDOW} steps; 0: never")
@@ -200,6 +202,19 @@ def data_loaders(options, config, world=ALONE):
     shuffle_seed = options.seed if options.shuffle else None
     return (DataLoader(options.input_bin, *sizes, world.rank, world.size, shuffle_seed),
             DataLoader(options.input_val_bin, *sizes) if options.input_val_bin else None)
+
+
+def check_memory(options, needed, memory, where):
+    """How the memory that training needs, in bytes, compares to (free, total) of it, in words. UserError if it is too much."""
+    needs = f"{needed / 1e9:.1f} GB"
+    if memory is None:
+        return needs
+    free, total = memory
+    if needed > free:
+        smaller = "lower --batch-size or --sequence-length" + ("" if options.recompute else ", add --recompute")
+        raise UserError(f"{options.model} with batches of {options.batch_size} x {options.sequence_length} needs {needs}, and "
+                        f"{where} has {free / 1e9:.1f} of its {total / 1e9:.1f} GB free; {smaller}, or choose a smaller --model")
+    return f"{needs} of {free / 1e9:.1f} GB free"
 
 
 def prepare_data(options):
@@ -339,7 +354,7 @@ def activations_in_order(model):
     """(name, tensor) of the kept activations in the order in which the forward pass computes them, layer by layer."""
     L = model.config.num_layers
     names = list(model.acts.shapes)
-    per_layer = names[names.index("ln1"):names.index("lnf")]
+    per_layer = [name for name in names[names.index("ln1"):names.index("lnf")] if not (model.recompute and name in RECOMPUTED)]
     yield "encoded", model.acts.encoded
     for l in range(L):
         for name in per_layer:

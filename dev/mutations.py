@@ -471,8 +471,8 @@ MUTATIONS = [Mutation(*row) for row in [
      "        inputs, targets = self.upcoming\n        self.upcoming = self.upload(np.stack(self.loader.next_batch()))\n",
      "        self.upcoming = self.upload(np.stack(self.loader.next_batch()))\n        inputs, targets = self.upcoming\n",
      whole_cuda("prefetched")),
-    ("cuda memory: moments forgotten", "train_gpt2_gpu.py",
-     "4 * (4 * size(parameter_shapes(config))", "4 * (2 * size(parameter_shapes(config))", whole_cuda("memory_needed")),
+    ("cuda memory: moments forgotten", "gpt2.py",
+     "4 * (2 * parameters + 2 * -(-parameters // processes)", "4 * (2 * parameters", whole_cuda("memory_needed")),
 
     # Checkpoints
     ("checkpoint: prefix kept", "checkpoint.py",

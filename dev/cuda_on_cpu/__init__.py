@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from device import Device
-from files import UserError, whole_file
+from files import UserError, main_memory, whole_file
 
 FOLDER = Path(__file__).resolve().parent
 COMPILER = "g++"
@@ -55,10 +55,7 @@ class CpuDevice(Device):
 
     def memory(self):
         """Bytes free, and in all."""
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        with contextlib.suppress(OSError):      # only Linux tells how many are free
-            return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]), total
-        return total, total
+        return main_memory()
 
     def peak_flops(self):
         return None

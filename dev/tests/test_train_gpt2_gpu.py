@@ -15,7 +15,7 @@ from dataloader import DataLoader, write_tokens
 from dev.cuda_on_cpu import CpuDevice
 from device import CudaDevice
 from files import UserError
-from gpt2 import model_config
+from gpt2 import Config, activation_shapes, memory_needed, model_config
 
 STEPS = 20
 
@@ -124,6 +124,19 @@ def test_a_norm_that_is_not_finite_updates_nothing(on):
         np.testing.assert_array_equal(was, now)
 
 
+def test_recomputed_activations_give_the_same_gradients(on):
+    config = Config(max_seq_len=8, vocab_size=60, padded_vocab_size=128, num_layers=4, num_heads=2, channels=16)
+    tokens = np.random.default_rng(0).integers(60, size=(2, 3, 8), dtype=np.int32)
+    gradients = []
+    for recompute in (False, True):
+        model = train_gpt2_gpu.GPT2(config, 3, 8, on, recompute)
+        model.initialize(seed=0)
+        model.forward(on.to_device(tokens[0]))
+        model.backward(on.to_device(tokens[1]))
+        gradients.append(on.to_host(model.grads.flat).tobytes())
+    assert gradients[0] == gradients[1]
+
+
 # Batches
 
 def test_prefetched_batches_are_those_of_the_loader(on, tokens):
@@ -140,13 +153,15 @@ def test_prefetched_batches_are_those_of_the_loader(on, tokens):
 
 # Memory
 
-def test_memory_needed_is_what_is_allocated(monkeypatch):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_needed_is_what_is_allocated(monkeypatch, recompute):
     counting, allocated = CpuDevice(), []
     for name in ("zeros", "empty"):
         monkeypatch.setattr(counting, name, lambda size, make=getattr(counting, name): allocated.append(size) or make(size))
     config = model_config("d2")
-    train_gpt2_gpu.GPT2(config, 2, 8, counting)
-    assert 4 * sum(allocated) == pytest.approx(train_gpt2_gpu.memory_needed(config, 2, 8), abs=64)
+    train_gpt2_gpu.GPT2(config, 2, 8, counting, recompute)
+    needed = memory_needed(config, activation_shapes(config, 2, 8, recompute), train_gpt2_gpu.gpu_scratch_shapes(config, 2, 8))
+    assert 4 * sum(allocated) == pytest.approx(needed, abs=64)
 
 
 def test_too_large_a_model_is_refused_before_anything_is_allocated(run, tokens, tmp_path, monkeypatch):

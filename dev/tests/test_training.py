@@ -1,4 +1,6 @@
 """The first weights, the learning rate, and the training loop: that it averages, clips, stops and learns as it says."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -227,6 +229,26 @@ def test_next_token_logits_of_a_prompt_of_any_length(loader):
         model.forward(tokens)
         expected = model.acts.lnf[length - 1].astype(np.float64) @ model.params.wte[:CONFIG.vocab_size].T
         np.testing.assert_allclose(model.next_token_logits(tokens[:, :length]), expected, rtol=1e-4, atol=1e-6)
+
+
+# Memory
+
+def test_recomputed_activations_give_the_same_gradients():
+    """To the last bit, from the activations of one layer and the outputs of all; and again, for another batch size."""
+    config = replace(CONFIG, num_layers=4)
+    results = []
+    for recompute in (False, True):
+        model = GPT2(config, 3, T, 2, recompute=recompute)
+        model.initialize(seed=0)
+        losses = []
+        for B in (3, 2):
+            tokens = np.random.default_rng(B).integers(CONFIG.vocab_size, size=(2, B, T), dtype=np.int32)
+            model.forward(tokens[0])
+            losses.append(model.backward(tokens[1]))
+        results.append((losses, model.grads.flat.tobytes(), model.acts.size))
+    assert results[0][:2] == results[1][:2]
+    outputs_of_layers = 4 * 3 * T * CONFIG.channels
+    assert results[1][2] < results[0][2] / 4 + outputs_of_layers
 
 
 # Outliers
