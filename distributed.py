@@ -57,7 +57,7 @@ class World:
             self.machine.Barrier()
 
     def share(self, size, rank=None):
-        """The slice of a flat array of this size that belongs to a process, by default this one: contiguous, equal but the last."""
+        """The slice of a flat array of this size that is a process's own, by default this one's: equal parts, but for the last."""
         rank = self.rank if rank is None else rank
         length = -(-size // self.size)
         return slice(min(rank * length, size), min((rank + 1) * length, size))

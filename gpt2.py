@@ -92,7 +92,8 @@ def activation_shapes(config, B, T, recompute=False):
     }
 
 
-RECOMPUTED = ("ln1", "ln1_mean", "ln1_rstd", "qkv", "att", "att_lse", "residual2", "ln2", "ln2_mean", "ln2_rstd", "fch", "fch_gelu")
+RECOMPUTED = ("ln1", "ln1_mean", "ln1_rstd", "qkv", "att", "att_lse", "residual2", "ln2", "ln2_mean", "ln2_rstd", "fch",
+              "fch_gelu")
 
 
 def activations(config, B, T, recompute, allocate):

@@ -21,8 +21,9 @@ from gpt2 import (WEIGHT_DECAYED, Config, Tensors, activation_shapes, activation
                   parameter_shapes, scratch_shapes)
 from hellaswag import count_correct, read_examples
 from resume import checkpoints, delete, save_checkpoint
-from training import (TO_SAVE_MEMORY, StopRequest, TrainingLog, Unheard, check_finite, check_memory, data_loaders, due, first_model, first_progress,
-                      learning_rate, number, outlier, parse_options, prepare_data, print_configuration, sample_text)
+from training import (TO_SAVE_MEMORY, StopRequest, TrainingLog, Unheard, check_finite, check_memory, data_loaders, due,
+                      first_model, first_progress, learning_rate, number, outlier, parse_options, prepare_data,
+                      print_configuration, sample_text)
 
 CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time: 512 * 50304 * 4 bytes = 103 MB
 NO_BIAS = np.empty(0, dtype=np.float32)
@@ -122,9 +123,10 @@ class GPT2:
         return float(np.mean(acts.losses, dtype=np.float64))
 
     def backward(self, targets, accumulation_steps=1):
-        """Return the mean loss against targets (B, T), and add its gradients to `grads`, divided by how many batches make a step.
+        """Return the mean loss against targets (B, T), and add the gradients of its part in the step's loss to `grads`.
 
-        Those are accumulation_steps of every process. The forward pass in reverse. It starts with the classifier, whose logits serve the loss and the gradients at once.
+        A step is the mean over accumulation_steps batches of every process. The forward pass in reverse: it starts with the
+        classifier, whose logits serve the loss and the gradients at once.
         """
         N = self.tokens.size
         params, grads, acts, workspace = self.params, self.grads, self.acts, self.workspace

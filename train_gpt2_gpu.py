@@ -103,7 +103,7 @@ class GPT2:
                                                acts.residual2[l], proj, params.fcprojb[l], weight, bias)         # (N, C)
 
     def block_forward(self, l):
-        """Block l from its first layernorm's output to the GELU: all that its backward pass reads, so that it can be computed again."""
+        """Block l from its first layernorm's output to the GELU: all that its backward pass reads, to be computed again."""
         params, acts, proj, no_bias = self.params, self.acts, self.scratch.proj, self.no_bias
         residual = acts.residual3[l - 1] if l > 0 else acts.encoded
         kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l])                         # (N, 3C)

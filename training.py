@@ -61,8 +61,8 @@ def model_name(text):
 def parse_options(description, arguments=None, processes=1, **own_flags):
     """The flags as a namespace, checked, with `total_batch_size` and `accumulation_steps` (micro-batches a step) filled in.
 
-    processes is how many work together. own_flags are those of one program only: threads=dict(type=..., help=...). Raises UserError with status 2 for anything
-    that cannot be.
+    processes is how many work together. own_flags are those of one program only: threads=dict(type=..., help=...). Raises
+    UserError with status 2 for anything that cannot be, and UserError if there is nothing to --resume.
     """
     parser = OneLineParser(description=description)
     add = parser.add_flag
@@ -94,15 +94,16 @@ def parse_options(description, arguments=None, processes=1, **own_flags):
     add("--checkpoint-every", default=500, type=count,
         help="steps between checkpoints, with one at the end; 0: only where the run is stopped, by Ctrl-C or SIGTERM")
     add("--keep-checkpoints", default=1, type=positive, help="how many checkpoints to keep, the latest")
-    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --output-dir; flags that are "
-                        "not given are those of that run")
+    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --output-dir; flags that "
+                        "are not given are those of that run")
     add("--sample-every", default=250, type=count, help="steps between samples of generated text, with one at the end; 0: never")
     parser.add_argument("--overfit-single-batch", action="store_true", help="train on the first batch again and again")
     parser.add_argument("--recompute", action="store_true", help="keep the activations of one layer only, and compute those of "
                         "the others a second time: less memory, and a step takes a quarter longer")
     parser.add_argument("--shuffle", action="store_true", help="visit the files of --input-bin in another order every round")
     add("--skip-update-lossz", default=0, type=number(float, 0),
-        help=f"skip the update of a step whose loss is so many standard deviations above the mean of {OUTLIER_WINDOW} steps; 0: never")
+        help="skip the update of a step whose loss is so many standard deviations above the mean of the latest "
+             f"{OUTLIER_WINDOW}; 0: never")
     add("--skip-update-gradz", default=0, type=number(float, 0), help="the same for the norm of the gradient")
     add("--seed", default=1337, type=count, help="seed of the first weights, the order of the files and the samples")
     for name, settings in own_flags.items():
@@ -138,8 +139,8 @@ def latest_checkpoint(options):
     """The checkpoint that --resume goes on from. Raises UserError if there is none."""
     found = checkpoints(options.output_dir)
     if not found:
-        raise UserError(f"{options.output_dir} has no checkpoint to --resume from; leave --resume out to start anew, or name the "
-                        "--output-dir of the run to go on with")
+        raise UserError(f"{options.output_dir} has no checkpoint to --resume from; leave --resume out to start anew, or name "
+                        "the --output-dir of the run to go on with")
     return found[-1]
 
 
@@ -160,7 +161,7 @@ def due(every, step, last):
 
 
 def first_model(options):
-    """The Config of --model, its parameters, Tensors, and its moments, flat arrays, None for what a new model or run begins with.
+    """The Config of --model, its parameters, Tensors, and its moments, flat arrays: None for what begins anew.
 
     Raises UserError if there is no such model, none for sequences as long as --sequence-length, or if a new run would begin in
     the folder of one that is not finished.
@@ -256,8 +257,8 @@ def first_progress(options, train_loader):
         return Progress()
     state = load_state(options.checkpoint)
     if state["fingerprint"] != train_loader.fingerprint():
-        raise UserError(f"--input-bin {options.input_bin} holds other tokens than those that the run in {options.output_dir} has "
-                        "read so far; give it those, or start anew in another --output-dir")
+        raise UserError(f"--input-bin {options.input_bin} holds other tokens than those that the run in {options.output_dir} "
+                        "has read so far; give it those, or start anew in another --output-dir")
     progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
     if progress.step >= options.num_iterations:
         raise UserError(f"the run in {options.output_dir} is finished, after {progress.step:,} steps; give more "

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,16 @@ def left_behind(folder):
 
 @pytest.fixture
 def uninterrupted(run, tmp_path):
+    """What a run leaves that was not interrupted; it is made once."""
+    if not EXPECTED:
+        EXPECTED.append(run_uninterrupted(run, tmp_path))
+    return EXPECTED[0]
+
+
+EXPECTED = []
+
+
+def run_uninterrupted(run, tmp_path):
     finished = run("whole")
     assert finished.status == 0 and finished.out.count("update skipped: its loss") >= 1
     assert finished.out.count("update skipped: its norm") >= 1
@@ -170,7 +181,7 @@ def test_log_goes_on_after_the_checkpoint(run, uninterrupted, tmp_path):
     """Steps that the checkpoint does not know of are done again, and a line that was cut short is left out."""
     run("out", stop=STOP)
     with open(tmp_path / "out" / "log.csv", "a") as log:
-        log.write(f"{STOP + 1},9.9,,9.9,0.1,1,1\n{STOP + 2},9.")
+        log.write(f"{STOP + 1},9.9,,,9.9,0.1,1,1\n{STOP + 2},9.")
     assert run("out", "--resume", new=False).status == 0
     assert left_behind(tmp_path / "out") == uninterrupted
 
@@ -231,6 +242,8 @@ DAMAGES = {
                                 ("adam_m.npy", "(3,)", "expected float32 of shape (8768,)")),
     "moment of another dtype": (lambda latest: np.save(latest / "adam_m.npy", np.zeros(8768)), ("adam_m.npy", "float64")),
     "pickled moment": (lambda latest: np.save(latest / "adam_m.npy", np.array([{}], dtype=object)), ("adam_m.npy", "damaged")),
+    "pickle instead of a moment": (lambda latest: (latest / "adam_m.npy").write_bytes(pickle.dumps([1.0])),
+                                   ("adam_m.npy", "damaged", "pickle")),
     "no model": (lambda latest: (latest / "model.safetensors").unlink(), ("no model.safetensors",)),
     "cut model": (lambda latest: cut(latest / "model.safetensors"), ("model.safetensors",)),
 }
