@@ -296,7 +296,7 @@ MUTATIONS = [Mutation(*row) for row in [
     ("resume: stopped without a checkpoint", "train_gpt2.py", "step, n) or stopped:", "step, n):",
      resuming("is_the_uninterrupted_one")),
     ("resume: worse model kept as the best", "train_gpt2.py", "if val_loss < progress.best_val_loss:", "if True:",
-     resuming("uninterrupted")),
+     resuming("best_model")),
     ("outliers: window too long", "training.py", "    del window[0]\n", "", TRAINING),
     ("outliers: update not skipped", "training.py", "if 0 < limit < score:", "if 0 < limit < -score:", TRAINING),
     ("outliers: gradients not cleared", "train_gpt2.py", "            model.grads.flat[...] = 0\n", "            pass\n",
