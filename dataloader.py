@@ -18,7 +18,7 @@ HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 TOKEN_BYTES = 2
 FINGERPRINT = 65536     # tokens at either end of a file
-HOW_TO_MEND = "write it again with prepare_tinyshakespeare.py"
+HOW_TO_MEND = "write it again with prepare_text.py or prepare_tinyshakespeare.py"
 
 
 def write_tokens(path, tokens):
@@ -108,7 +108,7 @@ class DataLoader:
         # A plain path first: a folder's own name may hold a glob's brackets.
         paths = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(str(pattern)))
         if not paths:
-            raise UserError(f"no file matches {pattern}, expected token files; write them with prepare_tinyshakespeare.py")
+            raise UserError(f"no file matches {pattern}, expected token files; write them with prepare_text.py")
         self.shards = [open_tokens(path, vocab_size) for path in paths]
         for path, tokens in zip(paths, self.shards):
             if len(tokens) < self.step_tokens + 1:  # the last input's target is one token further

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
@@ -37,6 +38,21 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags", status=2)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            wanted = f"of at least {low}" + (f" and at most {high}" if high < math.inf else "")
+            sort = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {sort} {wanted}")
+        return value
+    return parse
 
 
 def run_program(main, to_save_memory="close other programs"):

@@ -16,11 +16,10 @@ import numpy as np
 import kernels_cpu as kernels
 from checkpoint import load_model
 from dataloader import MAGIC, open_tokens
-from files import OneLineParser, UserError, run_program
+from files import OneLineParser, UserError, number, run_program
 from gpt2 import VOCABULARY, Config, Tensors, parameter_shapes
 from sampling import sample
 from tokenizer import END_OF_TEXT, gpt2_encoding
-from training import number
 
 FEW_ROWS = 12             # up to so many, a product waits for its weight to be read
 CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time when a text is scored

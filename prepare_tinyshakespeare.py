@@ -1,19 +1,18 @@
-"""Turn Tiny Shakespeare, or a text of your own, into the token files that training reads.
+"""Turn Tiny Shakespeare into the token files that training reads; prepare_text.py does it for texts of your own.
 
-    python prepare_tinyshakespeare.py                       # data/tiny_shakespeare_train.bin and data/tiny_shakespeare_val.bin
-    python prepare_tinyshakespeare.py --input my_text.txt   # the same two files, from your text
+    python prepare_tinyshakespeare.py                  # data/tiny_shakespeare_train.bin and data/tiny_shakespeare_val.bin
+    python prepare_tinyshakespeare.py --input FILE     # the same, from the canonical text downloaded by hand
 """
 
 import http.client
+import os
 import re
-import sys
 import urllib.request
-from array import array
 from pathlib import Path
 
-from dataloader import write_tokens
 from files import DATA_DIR, OneLineParser, UserError, download_wheel, run_program, sha256
-from tokenizer import END_OF_TEXT, gpt2_encoding
+from prepare_text import encode, print_written, split_documents, write_token_files
+from tokenizer import END_OF_TEXT
 
 CANONICAL_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CANONICAL_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -26,13 +25,10 @@ PLAYS = ["roman/coriolanus", "histories/richard-iii", "histories/richard-ii", "t
          "problems/the-taming-of-the-shrew", "romances/the-tempest"]
 CANONICAL_LAST_LINE = "Whiles thou art waking."  # it stops here, in the second act of The Tempest
 
-VALIDATION_TOKENS = 32_768
-SMALLEST_TEXT = 1_000  # tokens; validation gets a tenth of a small text
-
 
 def main():
-    parser = OneLineParser(description="Write the token files for training: Tiny Shakespeare, or a text of your own.")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="a UTF-8 text to use instead of Tiny Shakespeare")
+    parser = OneLineParser(description="Write the token files for training on Tiny Shakespeare.")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="the canonical text, if it is not to be downloaded")
     parser.add_argument("--output-dir", type=Path, default=DATA_DIR, metavar="FOLDER",
                         help="where the two token files go (default: the folder data beside this program)")
     arguments = parser.parse_args()
@@ -42,20 +38,22 @@ def main():
 def prepare(input_file=None, output_dir=DATA_DIR):
     """Write tiny_shakespeare_train.bin and tiny_shakespeare_val.bin; return their paths in this order.
 
-    Raises UserError if there is no text, it is too small, or a file cannot be written.
+    Raises UserError if the text cannot be had or a file cannot be written.
     """
-    text = tiny_shakespeare() if input_file is None else read_text(input_file)
-    tokens = encode(text)
-    if len(tokens) < SMALLEST_TEXT:
-        raise UserError(f"{input_file} makes {len(tokens):,} tokens, expected at least {SMALLEST_TEXT:,} to set some aside for "
-                        "validation; give a longer text")
-    num_validation = min(VALIDATION_TOKENS, len(tokens) // 10)
+    text = tiny_shakespeare() if input_file is None else read_canonical(input_file)
     train_path = Path(output_dir, "tiny_shakespeare_train.bin")
     val_path = Path(output_dir, "tiny_shakespeare_val.bin")
-    for path, part in (train_path, tokens[num_validation:]), (val_path, tokens[:num_validation]):
-        write_tokens(path, part)
-        print(f"wrote {path}: {len(part):,} tokens")
+    print_written(write_token_files(encode(speeches(text), os.cpu_count()), iter([train_path]), val_path))
     return train_path, val_path
+
+
+def speeches(text):
+    """Yield the speeches of `text`, each after an END_OF_TEXT, as llm.c has them: at every blank line a new one begins.
+
+    The line ends of the blank line stay with the speech before it, so that without <|endoftext|> the tokens decode to `text`.
+    """
+    yield END_OF_TEXT
+    yield from split_documents(text.replace("\n\n", "\n\n<|endoftext|>"))
 
 
 def tiny_shakespeare():
@@ -107,44 +105,17 @@ def rebuild(plays):
     return text[: text.index(CANONICAL_LAST_LINE) + len(CANONICAL_LAST_LINE)] + "\n"
 
 
-def read_text(path):
-    """Return the text of a UTF-8 file, its line ends "\\n". Raises UserError if it cannot be read, is empty or not UTF-8."""
+def read_canonical(path):
+    """Return the canonical text from a file. Raises UserError if it is not there or is another text."""
     try:
-        contents = Path(path).read_bytes()
+        contents = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read --input {path}: {error.strerror}; give the name of a text file", status=2) from error
-    try:
-        text = contents.decode().removeprefix("\ufeff").replace("\r\n", "\n")  # Windows' mark and line ends
-    except UnicodeDecodeError as error:
-        raise UserError(f"--input {path} is not UTF-8: byte 0x{contents[error.start]:02x} at offset {error.start:,}; "
-                        "save it as UTF-8") from error
-    if not text.strip():
-        raise UserError(f"--input {path} is empty, expected some text; give another file")
-    print(f"text: {path}")
-    return text
-
-
-def encode(text):
-    """Return the tokens of `text`, an array of uint16: at every blank line a new document begins, with <|endoftext|> first.
-
-    The line ends of the blank line stay with the document before it, so that without <|endoftext|> the tokens decode to `text`.
-    """
-    encoding = gpt2_encoding()
-    *documents, last = text.split("\n\n")
-    documents = [document + "\n\n" for document in documents] + [last]
-    tokens = array("H")
-    for i, document in enumerate(documents):
-        tokens.append(END_OF_TEXT)
-        tokens.extend(encoding.encode_ordinary(document))
-        show_progress("encoding", i + 1, len(documents))
-    return tokens
-
-
-def show_progress(label, done, total, width=40):
-    """Redraw a bar on standard error at every whole percent; say nothing where nobody watches a terminal."""
-    if sys.stderr.isatty() and (done == total or done * 100 // total != (done - 1) * 100 // total):
-        bar = "#" * (width * done // total)
-        print(f"\r{label} [{bar:<{width}}] {100 * done // total:3d} %", end="\n" if done == total else "", file=sys.stderr)
+        raise UserError(f"cannot read --input {path}: {error.strerror}; download {CANONICAL_URL}", status=2) from error
+    if sha256(contents) != CANONICAL_SHA256:
+        raise UserError(f"--input {path} is not Tiny Shakespeare: SHA-256 is {sha256(contents)}, expected {CANONICAL_SHA256}; "
+                        f"download {CANONICAL_URL}, or prepare a text of your own with prepare_text.py")
+    print(f"text: the canonical Tiny Shakespeare, from {path}")
+    return contents.decode()
 
 
 if __name__ == "__main__":

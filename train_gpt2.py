@@ -16,13 +16,13 @@ import numpy as np
 import kernels_cpu as kernels
 from checkpoint import save_model
 from distributed import ALONE, start
-from files import main_memory, run_program
+from files import main_memory, number, run_program
 from gpt2 import (WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize, memory_needed, new_array,
                   parameter_shapes, scratch_shapes)
 from hellaswag import count_correct, read_examples
 from resume import checkpoints, delete, save_checkpoint
 from training import (TO_SAVE_MEMORY, StopRequest, TrainingLog, Unheard, check_finite, check_memory, data_loaders, due,
-                      first_model, first_progress, learning_rate, number, outlier, parse_options, prepare_data,
+                      first_model, first_progress, learning_rate, outlier, parse_options, prepare_data,
                       print_configuration, sample_text)
 
 CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time: 512 * 50304 * 4 bytes = 103 MB

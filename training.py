@@ -15,7 +15,7 @@ import numpy as np
 from checkpoint import load_model
 from dataloader import DataLoader
 from distributed import ALONE
-from files import DATA_DIR, OneLineParser, UserError, whole_file
+from files import DATA_DIR, OneLineParser, UserError, number, whole_file
 from gpt2 import CONTEXT, HEADS_BY_DEPTH, RECOMPUTED, VOCABULARY, model_config
 from prepare_tinyshakespeare import prepare
 from resume import checkpoints, load_checkpoint, load_state
@@ -35,21 +35,6 @@ TEMPERATURE = 0.8
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite int or float from low to high."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or value == math.inf:
-            wanted = f"of at least {low}" + (f" and at most {high}" if high < math.inf else "")
-            sort = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected {sort} {wanted}")
-        return value
-    return parse
-
 
 def model_name(text):
     """An argparse type: a name of model_config's, or whatever checkpoint.load_model may find."""
@@ -274,17 +259,17 @@ class StopRequest:
     signal = 0
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {signum: signal.signal(signum, self.receive) for signum in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def receive(self, number, frame):
-        self.signal = number
+    def receive(self, signum, frame):
+        self.signal = signum
         self.__exit__()
         print("\nstopping when this step is done (once more: at once)", file=sys.stderr, flush=True)
 
     def __exit__(self, *exception):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,11 +20,10 @@ import generate_gpt2_gpu
 import kernels_cpu
 from checkpoint import load_model
 from device import open_device
-from files import DATA_DIR, OneLineParser, run_program
+from files import DATA_DIR, OneLineParser, number, run_program
 from generate_gpt2 import CLASSIFIER_ROWS
 from gpt2 import chunks
 from hellaswag import count_correct, read_examples
-from training import number
 
 TO_SAVE_MEMORY = "choose a smaller --model or --batch-size"
 

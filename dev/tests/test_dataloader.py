@@ -182,7 +182,7 @@ def test_all_processes_need_tokens_for_a_step(tmp_path):
 
 
 def test_no_file_matches(tmp_path):
-    with pytest.raises(UserError, match=r"no file matches .*none_\*.bin.*prepare_tinyshakespeare.py"):
+    with pytest.raises(UserError, match=r"no file matches .*none_\*.bin.*prepare_text.py"):
         DataLoader(tmp_path / "none_*.bin", 2, 3, VOCAB_SIZE)
 
 

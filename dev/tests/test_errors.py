@@ -149,7 +149,7 @@ def test_unusable_token_file(run, tokens, out, tmp_path, flag, contents, parts):
 def test_glob_that_matches_nothing(run, out, tmp_path):
     pattern = tmp_path / "none_*.bin"
     assert_one_line(run(*SMALL, "--input-bin", pattern, "--output-dir", out), 1,
-                    "no file matches", pattern, "expected token files", "prepare_tinyshakespeare.py")
+                    "no file matches", pattern, "expected token files", "prepare_text.py")
     assert not out.exists()
 
 
@@ -210,7 +210,7 @@ def test_process_ends_with_one_line(tokens, out, tmp_path):
     cut = start(*SMALL, "--input-bin", "cut.bin", "--output-dir", out, cwd=tmp_path)
     usage = start("--model", "d5", cwd=tmp_path)
     assert finish(cut) == (1, "", "train_gpt2.py: error: cut.bin has 1,121 bytes, expected 1,122 for the 49 tokens of its "
-                                  "header; write it again with prepare_tinyshakespeare.py\n")
+                                  "header; write it again with prepare_text.py or prepare_tinyshakespeare.py\n")
     finished = finish(usage)
     assert_one_line(finished, 2, "--model", "'d5'", "'d12'", "--help")
     assert finished.out == ""

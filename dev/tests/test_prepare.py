@@ -1,4 +1,4 @@
-"""From a text to token files: where the text comes from, how it is split, and what a user's mistake looks like."""
+"""Tiny Shakespeare: where the text comes from, how it is split, and what a user's mistake looks like."""
 
 import hashlib
 import os
@@ -13,9 +13,10 @@ import pytest
 import prepare_tinyshakespeare
 import tokenizer
 from files import UserError
-from prepare_tinyshakespeare import encode, prepare, read_text, rebuild
+from prepare_tinyshakespeare import prepare, rebuild, speeches
 
 PROGRAM = Path(prepare_tinyshakespeare.__file__)
+REBUILT_TOKENS_SHA256 = "42c2cecacf0268e029406325ee1fead65461df5252b1646003ddec6d3edb4180"  # of both files
 REBUILT_SHA256 = "ed3066672e3799ddcc6c2cecb301849d12202114de1da2414621ee6dcc698098"
 
 
@@ -23,16 +24,11 @@ def read_tokens(path):
     return np.fromfile(path, dtype="<u2", offset=1024)
 
 
-class ByteEncoding:
-    """One token a byte: the tests of splitting and writing then need no vocabulary."""
-
-    def encode_ordinary(self, text):
-        return list(text.encode())
-
-
 @pytest.fixture
-def byte_encoding(monkeypatch):
-    monkeypatch.setattr(prepare_tinyshakespeare, "gpt2_encoding", ByteEncoding)
+def canonical(monkeypatch):
+    """canonical(text) makes any text the canonical one."""
+    return lambda text: monkeypatch.setattr(prepare_tinyshakespeare, "CANONICAL_SHA256",
+                                            hashlib.sha256(text.encode()).hexdigest())
 
 
 @pytest.fixture(scope="module")
@@ -52,41 +48,39 @@ def rebuilt():
     ("A:\none\n\nB:\ntwo\n", ["A:\none\n\n", "B:\ntwo\n"]),
     ("one\n\n\ntwo", ["one\n\n", "\ntwo"]),
 ])
-def test_documents_begin_at_blank_lines(byte_encoding, text, documents):
-    expected = [token for document in documents for token in [50256, *document.encode()]]
-    assert list(encode(text)) == expected
+def test_documents_begin_at_blank_lines(text, documents):
+    assert list(speeches(text)) == [item for document in documents for item in [50256, document]]
 
 
-@pytest.mark.parametrize("length, num_validation", [(999, 100), (327_678, 32_767), (327_679, 32_768), (400_000, 32_768)])
-def test_split(byte_encoding, tmp_path, length, num_validation):
-    source = tmp_path / "text.txt"
-    source.write_bytes(bytes(97 + i % 26 for i in range(length)))  # one document: one token more than its bytes
-    train_path, val_path = prepare(source, tmp_path / "out")
-    assert (train_path.name, val_path.name) == ("tiny_shakespeare_train.bin", "tiny_shakespeare_val.bin")
-    assert len(read_tokens(val_path)) == num_validation
-    assert len(read_tokens(train_path)) == length + 1 - num_validation
-    joined = np.concatenate([read_tokens(val_path), read_tokens(train_path)])  # validation is the beginning
-    assert joined[0] == 50256 and joined[1:].astype(np.uint8).tobytes() == source.read_bytes()
-
-
-def test_files_decode_to_the_text(tmp_path):
+def test_files_decode_to_the_text(tmp_path, canonical, capsys):
     try:
         encoding = tokenizer.gpt2_encoding()
     except UserError as error:
         pytest.skip(str(error))
     text = "".join(f"Citizen {i}:\nNaïve 漢字 🙂, it's {i}.\n\n" for i in range(200))
+    canonical(text)
     source = tmp_path / "text.txt"
     source.write_text(text, encoding="utf-8", newline="\n")
     train_path, val_path = prepare(source, tmp_path)
-    tokens = [*read_tokens(val_path), *read_tokens(train_path)]
+    assert (train_path.name, val_path.name) == ("tiny_shakespeare_train.bin", "tiny_shakespeare_val.bin")
+    train, val = read_tokens(train_path), read_tokens(val_path)
+    assert len(val) == (len(train) + len(val)) // 10
+    tokens = [*val, *train]  # validation is the beginning
     assert encoding.decode(tokens).replace("<|endoftext|>", "") == text
-    assert tokens.count(50256) == 201
+    assert tokens[0] == 50256 and tokens.count(50256) == 201
+    assert f"wrote {train_path}: {len(train):,} tokens\nwrote {val_path}: {len(val):,} tokens\n" in capsys.readouterr().out
 
 
-def test_windows_text(byte_encoding, tmp_path):
-    source = tmp_path / "text.txt"
-    source.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r\n")
-    assert read_text(source) == "one\n\ntwo\n"
+def test_rebuilt_tokens(rebuilt, tmp_path, monkeypatch):
+    """The numbers that README shows."""
+    monkeypatch.setattr(prepare_tinyshakespeare, "tiny_shakespeare", lambda: rebuilt)
+    try:
+        train_path, val_path = prepare(output_dir=tmp_path)
+    except UserError as error:
+        pytest.skip(str(error))
+    assert (len(read_tokens(train_path)), len(read_tokens(val_path))) == (309_922, 32_768)
+    contents = b"".join(path.read_bytes() for path in (train_path, val_path))
+    assert hashlib.sha256(contents).hexdigest() == REBUILT_TOKENS_SHA256
 
 
 # ---- where Tiny Shakespeare comes from
@@ -162,36 +156,23 @@ def test_missing_input(tmp_path):
     assert_one_line(run("--input", tmp_path / "none.txt"), 2, "none.txt", "No such file")
 
 
+def test_other_text(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"To be, or not to be")
+    finished = run("--input", tmp_path / "text.txt", "--output-dir", tmp_path / "out")
+    assert_one_line(finished, 1, "text.txt is not Tiny Shakespeare", "SHA-256", "expected 86c4e6aa", "prepare_text.py")
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_flag():
     assert run("--inptu", "x").returncode == 2
 
 
-@pytest.mark.parametrize("contents, parts", [
-    (b"", ("is empty",)),
-    (b" \n\n", ("is empty",)),
-    (b"caf\xe9 au lait", ("not UTF-8", "byte 0xe9 at offset 3", "save it as UTF-8")),
-    (b"\xef\xbb\xbfcaf\xe9 au lait", ("byte 0xe9 at offset 6",)),
-], ids=["empty", "blank", "latin-1", "latin-1 after a mark"])
-def test_unusable_input(tmp_path, contents, parts):
+def test_output_folder_that_cannot_be_made(tmp_path, canonical, monkeypatch):
+    monkeypatch.setattr(prepare_tinyshakespeare, "encode", lambda texts, threads: iter([range(5000)]))
+    canonical("text")
     source = tmp_path / "text.txt"
-    source.write_bytes(contents)
-    output_dir = tmp_path / "out"
-    assert_one_line(run("--input", source, "--output-dir", output_dir), 1, str(source), *parts)
-    assert not output_dir.exists()
-
-
-def test_text_too_small(byte_encoding, tmp_path):
-    source = tmp_path / "text.txt"
-    source.write_bytes(b"a" * 998)
-    with pytest.raises(UserError, match="text.txt makes 999 tokens, expected at least 1,000"):
-        prepare(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_output_folder_that_cannot_be_made(byte_encoding, tmp_path):
-    source = tmp_path / "text.txt"
-    source.write_bytes(b"a" * 5000)
-    with pytest.raises(UserError, match="cannot write .*tiny_shakespeare_train.bin"):
+    source.write_text("text")
+    with pytest.raises(UserError, match="cannot write .*tiny_shakespeare_val.bin"):
         prepare(source, source / "out")
 
 
