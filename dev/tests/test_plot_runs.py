@@ -160,12 +160,12 @@ UNUSABLE = {
     "another file": ("a,b\n1,2\n", ("'a,b'", "columns")),
     "no step yet": (HEADING + "\n", ("no training step yet",)),
     "no step but a validation": (f"{HEADING}\n{row(step=0, val_loss=3)}\n", ("no training step yet",)),
-    "no number": (f"{log(1)}{row(step=2, train_loss='x')}\n", ("line 3", "'2,x", "7 numbers")),
+    "no number": (f"{log(1)}{row(step=2, train_loss='x')}\n", ("line 3", "'2,x", f"{len(CSV_COLUMNS)} numbers")),
     "not finite": (f"{log(1)}{row(step=2, train_loss='nan')}\n", ("line 3", "nan", "from 0 to 1e+12")),
     "astronomical": (f"{log(1)}{row(step=2, train_loss='1e308')}\n", ("line 3", "1e308")),
     "negative": (f"{log(1)}{row(step=2, milliseconds=-1)}\n", ("line 3", "-1")),
     "without a step": (f"{log(1)}{row(train_loss=2)}\n", ("line 3", "but not the step")),
-    "too few fields": (f"{log(1)}2,3\n{row(step=3, train_loss=3)}\n", ("line 3", "'2,3'", "7 numbers")),
+    "too few fields": (f"{log(1)}2,3\n{row(step=3, train_loss=3)}\n", ("line 3", "'2,3'", f"{len(CSV_COLUMNS)} numbers")),
     "blank line": (f"{HEADING}\n\n", ("line 2", "''")),
 }
 
