@@ -1,0 +1,563 @@
+"""See what every kernel does in one training step, or what a model makes of a prompt.
+
+    python dev/explore.py                                                     a step of a new model of four layers
+    python dev/explore.py --model out --batch-size 2                          of a trained one
+    python dev/explore.py --model out --prompt "ROMEO:" --layer 2 --head 1    the tokens to follow, and a head's attention
+
+A step is listed call by call, in the order of train_gpt2.py: how long the kernel took, which arrays it wrote and read, the
+shape of the first that it wrote, and its norm afterwards, by which a vanishing or exploding one, or the first NaN, is found.
+Names are those of the model's memory, model.acts.qkv[0] as qkv[0]; gradients of parameters begin with grads. A + before a name
+means that what the array held before counts: it was added to, or changed in place. Then follow the times by kernel, the
+norms by layer, and the same as a picture.
+
+Nothing about the model is spelled out here: its calls are watched as they happen, and what a kernel reads and writes is found
+by experiment.
+"""
+import contextlib
+import functools
+import math
+import sys
+import time
+import warnings
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from numba.core.dispatcher import Dispatcher
+
+import train_gpt2
+from checkpoint import load_model
+from dataloader import DataLoader
+from files import OneLineParser, UserError, main_memory, run_program, whole_file
+from generate_gpt2 import UNSOUND, encode, tokenizer_of
+from gpt2 import RECOMPUTED, Config, Tensors, activation_shapes, chunks, memory_needed, model_config, scratch_shapes
+from prepare_tinyshakespeare import prepare
+from sampling import softmax
+from tokenizer import END_OF_TEXT
+from train_gpt2 import CLASSIFIER_ROWS, GPT2, NO_BIAS, compile_kernels
+from training import NEW_MODELS, TO_SAVE_MEMORY, TRAIN_TOKENS, check_memory, model_name, number
+
+LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP = 1e-3, 0.1, 1.0     # train_gpt2.py's defaults
+TIMED_STEPS = 3
+TINY = Config(max_seq_len=8, vocab_size=50, padded_vocab_size=128, num_layers=3, num_heads=2, channels=8)
+MOST_LABELS = 64          # tokens along an axis whose names can be read
+LOOKED_AT = 4             # positions listed for each position of the prompt
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Watching the kernels
+
+class Watched:
+    """Stands in for the module of kernels: every call of one becomes watch(kernel, *arguments)."""
+
+    def __init__(self, kernels, watch):
+        self.kernels, self.watch = kernels, watch
+
+    def __getattr__(self, name):
+        value = getattr(self.kernels, name)
+        return functools.partial(self.watch, value) if isinstance(value, Dispatcher) else value
+
+
+@contextlib.contextmanager
+def watching(watch):
+    """Have watch(kernel, *arguments) make every call of a kernel in train_gpt2, and return what the kernel does."""
+    kernels = train_gpt2.kernels
+    train_gpt2.kernels = Watched(kernels, watch)
+    try:
+        yield
+    finally:
+        train_gpt2.kernels = kernels
+
+
+def run_step(model, batch, begin=lambda phase: None):
+    """A training step on batch.tokens and batch.targets; begin(phase) is called before each part. Returns loss and norm."""
+    begin("forward")
+    model.forward(batch.tokens)
+    begin("backward")
+    loss = model.backward(batch.targets)
+    begin("update")
+    norm = model.gradient_norm()
+    model.update(1, LEARNING_RATE, WEIGHT_DECAY, norm, GRAD_CLIP)
+    return loss, norm
+
+
+def as_batch(tokens, targets):
+    """Tokens and targets, (B, T) each, as Tensors, so that they are found by their memory like all other arrays."""
+    return Tensors({"tokens": tokens.shape, "targets": targets.shape},
+                   lambda size: np.concatenate([tokens, targets], axis=None, dtype=np.int32))
+
+
+@functools.cache
+def effects():
+    """What every kernel of a training step does to its arguments: its name -> (positions it reads, positions it writes).
+
+    Found by experiment, in a step of a tiny model. What a kernel writes is not the same after a call. What it does not write
+    it reads, and what it writes it reads as well if a NaN that was there before is anywhere afterwards.
+    """
+    found = {}
+
+    def trial(kernel, arguments, poisoned=None):
+        arguments = [argument.copy() if isinstance(argument, np.ndarray) else argument for argument in arguments]
+        if poisoned is not None:
+            arguments[poisoned][...] = np.nan
+        kernel(*arguments)
+        return arguments
+
+    def watch(kernel, *arguments):
+        arrays = array_positions(kernel, arguments)
+
+        def spreads(poisoned):
+            return any(np.isnan(array).any() for i, array in enumerate(trial(kernel, arguments, poisoned)) if i in arrays)
+
+        after = trial(kernel, arguments)
+        writes = {i for i in arrays if not np.array_equal(after[i], arguments[i])}
+        reads = {i for i in arrays if i not in writes or spreads(i)}
+        earlier_reads, earlier_writes = found.get(kernel.__name__, (set(), set()))      # of a call without a bias, say
+        found[kernel.__name__] = earlier_reads | reads, earlier_writes | writes
+        return kernel(*arguments)
+
+    with watching(watch):
+        run_step(*tiny_step())
+    return found
+
+
+def tiny_step():
+    """A tiny model and a batch for it, that take a step in no time."""
+    model = GPT2(TINY, 2, 4, threads=1)
+    model.initialize(seed=0)
+    sequences = np.arange(2 * 5, dtype=np.int32).reshape(2, 5)
+    return model, as_batch(sequences[:, :-1], sequences[:, 1:])
+
+
+def array_positions(kernel, arguments):
+    """Where among a kernel's arguments the model's arrays are: not those that stand for none, nor a product's workspace."""
+    names = kernel.py_func.__code__.co_varnames
+    return {i for i, argument in enumerate(arguments)
+            if isinstance(argument, np.ndarray) and argument.size > 0 and names[i] != "workspace"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recording a step
+
+class Array(NamedTuple):
+    """One of a kernel's arrays, by its place in the model's memory."""
+    buffer: str              # params, grads, acts, scratch, adam_m, adam_v, or batch
+    name: str                # in that buffer's table of shapes; empty: the whole buffer
+    layer: int | None        # where the tensor has one for each
+    shape: tuple
+    read: bool
+    written: bool
+    norm: float              # after the call, if it was written
+
+    @property
+    def tensor(self):
+        """What it is called in all layers. The names of parameters stand for their gradients and moments, too."""
+        return f"{self.buffer}.{self.name}".rstrip(".") if self.buffer in ("grads", "adam_m", "adam_v") else self.name
+
+    def __str__(self):
+        return self.tensor if self.layer is None else f"{self.tensor}[{self.layer}]"
+
+
+class Call(NamedTuple):
+    """One call of a kernel."""
+    phase: str               # forward, backward or update
+    kernel: str
+    layer: int | None
+    arrays: list
+    result: float | None
+    seconds: float = math.nan
+
+    @property
+    def written(self):
+        return [array for array in self.arrays if array.written]
+
+    @property
+    def read(self):
+        """What is read only."""
+        return [array for array in self.arrays if not array.written]
+
+    def __str__(self):
+        writes = ", ".join(f"{'+' if array.read else ''}{array}" for array in self.written)
+        return f"{writes} = {self.kernel}({', '.join(map(str, self.read))})".removeprefix(" = ")
+
+
+class Recorder:
+    """Notes in `calls` every call of a kernel that it makes, see `watching`.
+
+    A call belongs to the layer of its parameters or their gradients. A call without any belongs to that of the call before.
+    """
+
+    def __init__(self, model, batch):
+        self.model, self.batch, self.effects = model, batch, effects()
+        self.calls = []
+        self.phase = self.layer = None
+
+    def begin(self, phase):
+        self.phase = phase
+
+    def __call__(self, kernel, *arguments):
+        result = kernel(*arguments)
+        reads, writes = self.effects[kernel.__name__]
+        positions = {}      # more than one, if a kernel is given the same array twice
+        for i in sorted(array_positions(kernel, arguments)):
+            positions.setdefault(self.place(arguments[i]), set()).add(i)
+        arrays = []
+        for place, here in positions.items():
+            array = arguments[min(here)]
+            norm = float(np.linalg.norm(array)) if here & writes else math.nan
+            arrays.append(Array(*place, array.shape, bool(here & reads), bool(here & writes), norm))
+        of_parameters = [array.layer for array in arrays if array.buffer in ("params", "grads")]
+        self.layer = of_parameters[0] if of_parameters else self.layer
+        self.calls.append(Call(self.phase, kernel.__name__, self.layer, arrays, result))
+        return result
+
+    def place(self, array):
+        """Where in the model's memory an array is: its buffer, its name there and its layer."""
+        model = self.model
+        buffers = dict(params=model.params, grads=model.grads, acts=model.acts, scratch=model.scratch, batch=self.batch,
+                       adam_m=Tensors(model.params.shapes, lambda size: model.adam_m),
+                       adam_v=Tensors(model.params.shapes, lambda size: model.adam_v))
+        buffer = next(buffer for buffer, tensors in buffers.items() if np.may_share_memory(array, tensors.flat))
+        tensors, stop = buffers[buffer], 0
+        first = (array.ctypes.data - tensors.flat.ctypes.data) // array.itemsize
+        for name, shape in tensors.shapes.items():
+            start, stop = stop, stop + prod(shape)
+            if start <= first and first + array.size <= stop:
+                of_one_layer = array.shape == shape[1:] and not (model.recompute and name in RECOMPUTED)
+                return buffer, name, (first - start) // array.size if of_one_layer else None
+        return buffer, "", None
+
+
+def record_step(model, batch):
+    """The Calls of a training step, its loss and the norm of its gradients."""
+    recorder = Recorder(model, batch)
+    with watching(recorder):
+        loss, norm = run_step(model, batch, recorder.begin)
+    return recorder.calls, loss, norm
+
+
+def time_step(model, batch):
+    """The seconds of each call in the fastest of a few training steps, and of that whole step."""
+    def watch(kernel, *arguments):
+        started = time.perf_counter()
+        result = kernel(*arguments)
+        seconds.append(time.perf_counter() - started)
+        return result
+
+    timed = []
+    for _ in range(TIMED_STEPS):
+        seconds = []
+        started = time.perf_counter()
+        with watching(watch):
+            run_step(model, batch)
+        timed.append((time.perf_counter() - started, seconds))
+    whole, seconds = min(timed)
+    return seconds, whole
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Showing a step
+
+def print_columns(rows, right=()):
+    """Rows of texts, of which the first is a heading, in aligned columns; the columns in `right` end at the same place."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = (f"{cell:>{width}}" if i in right else f"{cell:<{width}}" for i, (cell, width) in enumerate(zip(row, widths)))
+        print("  ".join(cells).rstrip())
+    print()
+
+
+def shown(norm):
+    return f"{norm:.4g}"
+
+
+def print_calls(calls):
+    """One line a call."""
+    rows = [("", "ms", "writes", "shape", "norm", "reads")]
+    for i, call in enumerate(calls):
+        if i == 0 or call.phase != calls[i - 1].phase:
+            rows.append((call.phase, *[""] * 5))
+        writes = " ".join(f"{'+' if array.read else ''}{array}" for array in call.written)
+        shape = "x".join(map(str, call.written[0].shape)) if call.written else ""
+        norm = call.written[0].norm if call.written else call.result
+        reads = " ".join(map(str, call.read))
+        rows.append((f"  {call.kernel}", f"{1000 * call.seconds:.3f}", writes, shape, shown(norm), reads))
+    print_columns(rows, right=(1, 4))
+
+
+def times_by_kernel(calls, whole):
+    """(kernel, number of calls, seconds together), longest first, and last what a step spends between its kernels."""
+    seconds, numbers = Counter(), Counter(call.kernel for call in calls)
+    for call in calls:
+        seconds[call.kernel] += call.seconds
+    return [(kernel, numbers[kernel], time) for kernel, time in seconds.most_common()] + [
+        ("(between them)", 0, whole - seconds.total())]
+
+
+def print_times(times, whole):
+    print_columns([("kernel", "calls", "ms", "share")] + [
+        (kernel, str(calls or ""), f"{1000 * seconds:.3f}", f"{seconds / whole:.1%}") for kernel, calls, seconds in times] + [
+        ("a step", "", f"{1000 * whole:.3f}", "")], right=(1, 2, 3))
+
+
+class Norms(NamedTuple):
+    """Norms by layer: name -> one for each layer."""
+    activations: dict
+    activation_gradients: dict
+    weight_gradients: dict
+
+
+def norms_by_layer(calls, num_layers):
+    """The Norms of the matrices that the calls of a step wrote, as they were after the layer's last call that did.
+
+    The statistics, biases and scales, which are vectors, are left out.
+    """
+    norms = Norms({}, {}, {})
+    for call in calls:
+        for array in call.written:
+            if call.layer is not None and len(array.shape) == 2:
+                of = (norms.weight_gradients if array.buffer == "grads" else
+                      norms.activations if call.phase == "forward" else
+                      norms.activation_gradients if array.buffer == "scratch" and array.name.startswith("d") else None)
+                if of is not None:
+                    of.setdefault(array.name, [math.nan] * num_layers)[call.layer] = array.norm
+    return norms
+
+
+def print_norms(norms):
+    for heading, tensors in (("norms of activations", norms.activations),
+                             ("norms of gradients", norms.activation_gradients | {
+                                 f"grads.{name}": values for name, values in norms.weight_gradients.items()})):
+        print(heading)
+        layers = [(str(l), *map(shown, values)) for l, values in enumerate(zip(*tensors.values()))]
+        print_columns([("layer", *tensors), *layers], right=range(1 + len(tensors)))
+
+
+def draw_recorded(norms, times, title, path):
+    """Write the picture of a step: norms by layer, times by kernel."""
+    figure = import_pyplot().figure(figsize=(10, 8.5), layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=(5, 4))
+    for i, (heading, tensors) in enumerate(zip(("activations", "gradients of activations", "gradients of weights"), norms)):
+        axes = figure.add_subplot(grid[0, i])
+        for name, values in tensors.items():
+            axes.plot(values, label=name, marker="o", markersize=3.5, linewidth=1)
+        axes.set(title=f"norms of {heading}", xlabel="layer", yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False, fontsize=8)
+    axes = figure.add_subplot(grid[1, :])
+    kernels, calls, seconds = zip(*reversed(times))
+    bars = axes.barh(kernels, 1000 * np.array(seconds), color="tab:blue")
+    axes.bar_label(bars, [f"{1000 * time:,.2f}" + (f" in {number} calls" if number > 1 else "")
+                          for number, time in zip(calls, seconds)], padding=3, fontsize=8)
+    axes.set(title="milliseconds by kernel", xlim=(0, 1.15 * 1000 * max(seconds)))
+    axes.tick_params(axis="y", length=0)
+    for axes in figure.axes:
+        axes.title.set_fontsize(10)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    save(figure, path)
+
+
+def import_pyplot():
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def save(figure, path):
+    from matplotlib import pyplot
+    with whole_file(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")      # a token may hold letters that the font has not
+        figure.savefig(file, dpi=120, format="png")
+    pyplot.close(figure)
+    print(f"wrote {path}")
+
+
+def explore_step(config, params, threads, options):
+    """Print and draw what the kernels do in a training step on the first batch of options.input_bin."""
+    B, T = options.batch_size, options.sequence_length
+    if T > config.max_seq_len:
+        raise UserError(f"--sequence-length is {T}, expected at most {config.max_seq_len}, the context of --model "
+                        f"{options.model}", status=2)
+    if options.input_bin is None and not TRAIN_TOKENS.exists():
+        prepare()
+    loader = DataLoader(options.input_bin or TRAIN_TOKENS, B, T, config.vocab_size)
+    shapes = activation_shapes(config, B, T, options.recompute), scratch_shapes(config, B, T, CLASSIFIER_ROWS)
+    check_memory(options, memory_needed(config, *shapes), main_memory(), "this machine")
+    model = GPT2(config, B, T, threads, recompute=options.recompute)
+    fill(model, params, options.seed)
+    batch = as_batch(*loader.next_batch())
+
+    print_model(model, options, f"a step on {B} x {T} tokens")
+    calls, loss, norm = record_step(model, batch)
+    seconds, whole = time_step(model, batch)
+    calls = [call._replace(seconds=time) for call, time in zip(calls, seconds, strict=True)]
+    times, norms = times_by_kernel(calls, whole), norms_by_layer(calls, config.num_layers)
+    print_calls(calls)
+    print_times(times, whole)
+    print_norms(norms)
+    print(f"loss {loss:.6f} | norm of all gradients {shown(norm)} | {1000 * whole:,.1f} ms a step")
+    draw_recorded(norms, times, f"one training step of {options.model}, {B} x {T} tokens: loss {loss:.3f}", options.output)
+
+
+def print_model(model, options, task):
+    config = model.config
+    print(f"{options.model}: {config.num_layers} layers, {config.num_heads} heads, {config.channels} channels, "
+          f"{model.params.size / 1e6:.1f} M parameters; {task}\n")
+
+
+def fill(model, params, seed):
+    """Give a GPT2 its parameters; None: random ones."""
+    if params is None:
+        model.initialize(seed)
+    else:
+        model.set_params(params)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A prompt
+
+def attention_weights(qkv, lse, head):
+    """p (T, T) of one head: how much of each position's value (columns) goes into each position's output (rows).
+
+    It comes from qkv (T, 3C) and lse (NH, T), which is all that the forward pass keeps of it. As lse[i] is
+    log(sum_j exp(score[i, j])), a row's softmax is p[i, j] = exp(score[i, j] - lse[i]), without another sum over the row.
+    attention_backward does just this.
+    """
+    NH, T = lse.shape
+    C = qkv.shape[1] // 3
+    HS = C // NH
+    q, k = (qkv[:, first + head * HS:first + (head + 1) * HS] for first in (0, C))
+    score = np.where(np.tri(T, dtype=bool), q @ k.T / np.sqrt(np.float32(HS)), -np.inf)     # no position sees those after it
+    return np.exp(score - lse[head, :, None])
+
+
+def next_tokens(model, count):
+    """After each position of the latest forward pass the `count` likeliest tokens (N, count), likeliest first, and the
+    probabilities of all (N, V).
+
+    Raises UserError if the model's logits are not finite.
+    """
+    N, V = model.tokens.size, model.config.vocab_size
+    likeliest, probabilities = np.empty((N, count), dtype=int), np.empty((N, V), dtype=np.float32)
+    for rows in chunks(N, CLASSIFIER_ROWS):
+        logits = model.scratch.logits[:rows.stop - rows.start]
+        train_gpt2.kernels.matmul_forward(logits, model.acts.lnf[rows], model.params.wte, NO_BIAS, model.workspace)
+        if not np.isfinite(logits).all():
+            raise UserError(f"the logits of the prompt are not finite: {UNSOUND}")
+        for n, row in enumerate(logits[:, :V], rows.start):
+            probabilities[n] = softmax(row, temperature=1)
+            candidates = np.argpartition(row, -count)[-count:]
+            likeliest[n] = candidates[np.argsort(-row[candidates], kind="stable")]
+    return likeliest, probabilities
+
+
+def print_next_tokens(tokens, likeliest, probabilities, named):
+    """For each position its token, how probable it was given those before, and what is likeliest to follow."""
+    rows = [("", "token", "was probable", "likeliest to follow", *[""] * (likeliest.shape[1] - 1))]
+    for n, token in enumerate(tokens):
+        rows.append((str(n), named(token), f"{probabilities[n - 1, token]:.1%}" if n > 0 else "",
+                     *(f"{probabilities[n, following]:6.1%} {named(following)}" for following in likeliest[n])))
+    print_columns(rows, right=(0, 2))
+
+
+def print_attention(tokens, weights, heading, named):
+    """For each position those that it attends to most."""
+    rows = [("", "token", heading, *[""] * (LOOKED_AT - 1))]
+    for n, row in enumerate(weights):
+        seen = np.argsort(-row[:n + 1], kind="stable")[:LOOKED_AT]
+        rows.append((str(n), named(tokens[n]), *(f"{row[j]:6.1%} {j} {named(tokens[j])}" for j in seen),
+                     *[""] * (LOOKED_AT - len(seen))))
+    print_columns(rows, right=(0,))
+
+
+def draw_attention(tokens, weights, title, named, path):
+    """Write the picture of one head's attention: a row for each position, which sums to 1 over those it sees."""
+    pyplot = import_pyplot()
+    from matplotlib.colors import PowerNorm     # by which small shares are told apart
+
+    T = len(tokens)
+    labelled = range(0, T, math.ceil(T / MOST_LABELS))
+    labels = [named(tokens[t])[1:-1] for t in labelled]
+    inches = 1.6 + min(max(0.18 * T, 2.5), 11)
+    figure, axes = pyplot.subplots(figsize=(inches + 0.6, inches), layout="constrained")
+    image = axes.imshow(np.where(np.tri(T, dtype=bool), weights, np.nan), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+    axes.set_facecolor("0.9")       # what a position does not see
+    for axis, place in ((axes.xaxis, "top"), (axes.yaxis, "left")):
+        axis.set_ticks(labelled, labels, fontsize=8, parse_math=False)
+        axis.set_ticks_position(place)
+        axis.set_label_position(place)
+    axes.tick_params(axis="x", rotation=90)
+    axes.tick_params(length=0)
+    axes.set(xlabel="position that is read", ylabel="position that reads")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, shrink=0.6, label="share of attention", ticks=(0, 0.05, 0.2, 0.5, 1))
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    save(figure, path)
+
+
+def explore_prompt(config, params, threads, options):
+    """Print which tokens may follow options.prompt, print and draw how one head attends to it."""
+    for flag, value, there in (("--layer", options.layer, config.num_layers), ("--head", options.head, config.num_heads)):
+        if value >= there:
+            raise UserError(f"{flag} is {value}, expected at most {there - 1}: --model {options.model} has {there}, counted "
+                            "from 0", status=2)
+    encoding = tokenizer_of(config, options.model)
+    tokens = encode(encoding, options.prompt, config.max_seq_len) or [END_OF_TEXT]
+    model = GPT2(config, 1, len(tokens), threads)
+    fill(model, params, options.seed)
+    print_model(model, options, f"a prompt of {len(tokens):,} tokens")
+    model.forward(np.array([tokens], dtype=np.int32))
+
+    def named(token):
+        return repr(encoding.decode_single_token_bytes(token).decode("utf-8", errors="replace"))
+
+    print_next_tokens(tokens, *next_tokens(model, options.top), named)
+    qkv, lse = model.acts.qkv[options.layer], model.acts.att_lse[options.layer][0]
+    weights = attention_weights(qkv, lse, options.head)
+    title = f"layer {options.layer}, head {options.head}"
+    print_attention(tokens, weights, f"attends to, in {title}", named)
+    draw_attention(tokens, weights, f"{options.model}: attention in {title}", named, options.output)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def main():
+    parser = OneLineParser(description="See what every kernel does in one training step, or what a model makes of a prompt.")
+    add = parser.add_flag
+    positive, count = number(int, 1), number(int, 0)
+    add("--model", default="d4", type=model_name,
+        help=f"a new model of so many layers, one of {', '.join(NEW_MODELS)}; or a Hugging Face folder, its name on the hub, a "
+             ".safetensors file, an llm.c .bin file")
+    add("--input-bin", help="tokens to take the step on: a file, or a glob in quotes (default: Tiny Shakespeare, prepared if "
+        "need be)")
+    add("--batch-size", default=4, type=positive, help="sequences in the batch, B")
+    add("--sequence-length", default=64, type=positive, help="tokens in a sequence, T")
+    parser.add_argument("--recompute", action="store_true", help="the step of train_gpt2.py --recompute")
+    add("--prompt", help="a text: show what may follow it, and how one head attends to it, instead of a step")
+    add("--top", default=4, type=number(int, 1, 50), help="tokens listed that may follow")
+    add("--layer", default=0, type=count, help="the layer of the attention shown, counted from 0")
+    add("--head", default=0, type=count, help="the head of it, counted from 0")
+    add("--seed", default=1337, type=count, help="seed of a new model's weights")
+    add("--threads", type=positive, help="CPU threads (default: one for each core)")
+    add("--output", default=Path("out", "explore.png"), type=Path, metavar="FILE", help="the PNG to write")
+    options = parser.parse_args()
+
+    threads = train_gpt2.kernels.use_threads(options.threads)
+    config, params = (model_config(options.model), None) if options.model in NEW_MODELS else load_model(options.model)
+    compile_kernels()
+    if options.prompt is None:
+        explore_step(config, params, threads, options)
+    else:
+        explore_prompt(config, params, threads, options)
+
+
+if __name__ == "__main__":
+    run_program(main, TO_SAVE_MEMORY)
