@@ -628,7 +628,7 @@ def print_machine(what, options, all_rounds, hardware):
     """What was measured, on what, with what. all_rounds: every program's results, ours first."""
     found, busy = {}, []
     for rounds in all_rounds:
-        found = rounds[0]["versions"] | found  # ours, the first, is the one whose Python is named
+        found |= rounds[0]["versions"] | found  # ours, the first, is the one whose Python is named
         busy += [result["busy_cores"] for result in rounds if result["busy_cores"] is not None]
     print(f"{what}. {hardware}, {platform.system()}; " + ", ".join(f"{name} {version}" for name, version in found.items())
           + f"; {options.rounds} {'round' if options.rounds == 1 else 'rounds'}, {date.today()}."
