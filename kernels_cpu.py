@@ -52,7 +52,6 @@ QUERY_TILE = 128    # rows of the attention matrix that exist at any one time, p
 MAXIMA = 64         # running maxima side by side
 COLUMN_BLOCK = 64   # channels a thread sums over tokens at a time, when a sum over tokens is shared among threads
 GROUP = 64          # numbers of an int8 weight that share a scale
-DOT_ROWS = 4        # rows of activations that meet a row of a weight at once
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -271,25 +270,34 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, workspace):
 def matvec_forward(out, inp, weight, bias, workspace):
     """matmul_forward for an inp of few rows: then the time it takes is that of reading the weight, once.
 
-    Each row of the weight meets all rows of inp while it is in cache, and nothing is copied.
+    Each row of the weight meets all rows of inp while it is in cache, and nothing is copied. Row by row the bits of out are
+    the same, however many rows there are.
     """
-    N, OC = out.shape
-    C = inp.shape[1]
-    whole = C // GROUP * GROUP
+    no_scales = np.empty((0, 0), dtype=np.float32)
     threads = len(workspace)
     for thread in prange(threads):
-        start, stop = share(thread, threads, OC)
-        sums = workspace[thread, :DOT_ROWS]
-        for o in range(start, stop):
-            for first in range(0, N, DOT_ROWS):
-                rows = min(DOT_ROWS, N - first)
-                dot_products(sums.ctypes.data, inp.ctypes.data + first * inp.strides[0], inp.strides[0], rows,
-                             weight.ctypes.data + o * weight.strides[0], whole // GROUP)
-                for r in range(rows):
-                    total = sums[r] + (bias[o] if bias.size > 0 else np.float32(0))
-                    for c in range(whole, C):
-                        total += inp[first + r, c] * weight[o, c]
-                    out[first + r, o] = total
+        start, stop = share(thread, threads, len(weight))
+        multiply_few_rows(out[:, start:stop], inp, weight[start:stop], no_scales, bias[start:stop])
+
+
+@njit(cache=True, fastmath=FASTMATH - {"reassoc"}, error_model="numpy")     # sums keep the order that is spelled out
+def multiply_few_rows(out, inp, weight, scales, bias):
+    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), on one thread. The weight is int8 if there are scales."""
+    N, OC = out.shape
+    C = inp.shape[1]
+    weight_rows = INT8_ROWS if scales.size > 0 else WEIGHT_ROWS
+    for o in range(0, OC, weight_rows):
+        part = slice(o, o + weight_rows)
+        for n in range(0, N, INPUT_ROWS):
+            tile, rows = out[n:n + INPUT_ROWS, part], inp[n:n + INPUT_ROWS]
+            dot_products(tile, rows, weight[part], scales[part])
+            for r in range(tile.shape[0]):
+                for i in range(tile.shape[1]):
+                    rest = bias[o + i] if bias.size > 0 else np.float32(0)
+                    for c in range(C // GROUP * GROUP, C):
+                        scale = scales[o + i, c // GROUP] if scales.size > 0 else np.float32(1)
+                        rest += rows[r, c] * np.float32(weight[o + i, c]) * scale
+                    tile[r, i] += rest
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,6 +307,27 @@ def matvec_forward(out, inp, weight, bias, workspace):
 def one_head(rows, b, T, h, HS):
     """Sequence b's (T, HS) view of head h. In qkv the heads of q come first, then those of k and of v: h, NH + h, 2*NH + h."""
     return rows[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
+
+
+@helper
+def attend(out, lse, q, k, v, position):
+    """One head of attention_forward: out (T, HS) and lse (T) from q (T, HS), k and v (position + T, HS).
+
+    The queries are those of the last T positions; there are `position` before them.
+    """
+    T, HS = q.shape
+    scratch = np.empty(SCRATCH, dtype=np.float32)
+    buffer = np.empty(min(QUERY_TILE, T) * len(k), dtype=np.float32)
+    for start in range(0, T, QUERY_TILE):
+        stop = min(start + QUERY_TILE, T)
+        end = position + stop
+        p = buffer[:(stop - start) * end].reshape(stop - start, end)
+        sgemm(p, 1.0 / np.sqrt(HS), q[start:stop], k[:end].T, 0.0, scratch)
+        for i in range(stop - start):
+            visible = position + start + i + 1
+            lse[start + i] = softmax(p[i, :visible])
+            p[i, visible:] = 0
+        sgemm(out[start:stop], 1.0, p, v[:end], 0.0, scratch)
 
 
 @kernel
@@ -314,24 +343,11 @@ def attention_forward(out, lse, qkv):
     the right of the tile's last row are never computed; the few inside the tile are set to zero.
     """
     B, NH, T = lse.shape
-    C = out.shape[1]
-    HS = C // NH
-    scale = 1.0 / np.sqrt(HS)
+    HS = out.shape[1] // NH
     for head in prange(B * NH):
         b, h = head // NH, head % NH
         q, k, v = one_head(qkv, b, T, h, HS), one_head(qkv, b, T, NH + h, HS), one_head(qkv, b, T, 2 * NH + h, HS)
-        o = one_head(out, b, T, h, HS)
-        scratch = np.empty(SCRATCH, dtype=np.float32)
-        buffer = np.empty(min(QUERY_TILE, T) * T, dtype=np.float32)
-        for start in range(0, T, QUERY_TILE):
-            stop = min(start + QUERY_TILE, T)
-            p = buffer[:(stop - start) * stop].reshape(stop - start, stop)
-            sgemm(p, scale, q[start:stop], k[:stop].T, 0.0, scratch)
-            for i in range(stop - start):
-                visible = start + i + 1
-                lse[b, h, start + i] = softmax(p[i, :visible])
-                p[i, visible:] = 0
-            sgemm(o[start:stop], 1.0, p, v[:stop], 0.0, scratch)
+        attend(one_head(out, b, T, h, HS), lse[b, h], q, k, v, 0)
 
 
 @kernel
@@ -398,35 +414,25 @@ def attention_cached_forward(out, keys, values, qkv, position):
     scale = np.float32(1 / np.sqrt(HS))
     for head in prange(B * NH):
         b, h = head // NH, head % NH
-        q, o = one_head(qkv, b, T, h, HS), one_head(out, b, T, h, HS)
         k, v = keys[b, h, :position + T], values[b, h, :position + T]
         k[position:] = one_head(qkv, b, T, NH + h, HS)
         v[position:] = one_head(qkv, b, T, 2 * NH + h, HS)
-        buffer = np.empty(min(QUERY_TILE, T) * (position + T), dtype=np.float32)
-        if T == 1:
+        if T > 1:
+            attend(one_head(out, b, T, h, HS), np.empty(T, dtype=np.float32), one_head(qkv, b, T, h, HS), k, v, position)
+        else:
+            p = np.empty(position + 1, dtype=np.float32)
             query, average = qkv[b, h * HS:(h + 1) * HS], out[b, h * HS:(h + 1) * HS]    # whose numbers are side by side
             for j in range(position + 1):
                 key, score = k[j], np.float32(0)
                 for c in range(HS):
                     score += query[c] * key[c]
-                buffer[j] = scale * score
-            softmax(buffer)
+                p[j] = scale * score
+            softmax(p)
             average[:] = 0
             for j in range(position + 1):
-                value, weight = v[j], buffer[j]
+                value, weight = v[j], p[j]
                 for c in range(HS):
                     average[c] += weight * value[c]
-        else:
-            scratch = np.empty(SCRATCH, dtype=np.float32)
-            for start in range(0, T, QUERY_TILE):
-                stop = min(start + QUERY_TILE, T)
-                p = buffer[:(stop - start) * (position + stop)].reshape(stop - start, position + stop)
-                sgemm(p, scale, q[start:stop], k[:position + stop].T, 0.0, scratch)
-                for i in range(stop - start):
-                    visible = position + start + i + 1
-                    softmax(p[i, :visible])
-                    p[i, visible:] = 0
-                sgemm(o[start:stop], 1.0, p, v[:position + stop], 0.0, scratch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -582,24 +588,10 @@ def encoder_int8_forward(out, tokens, numbers, scales, wpe):
 @kernel
 def matvec_int8_forward(out, inp, numbers, scales, bias, workspace):
     """matvec_forward with a weight in int8, numbers (OC, C) and scales (OC, groups)."""
-    N, OC = out.shape
-    C = inp.shape[1]
-    whole = C // GROUP * GROUP
     threads = len(workspace)
     for thread in prange(threads):
-        start, stop = share(thread, threads, OC)
-        sums = workspace[thread, :DOT_ROWS]
-        for o in range(start, stop):
-            for first in range(0, N, DOT_ROWS):
-                rows = min(DOT_ROWS, N - first)
-                dot_products_int8(sums.ctypes.data, inp.ctypes.data + first * inp.strides[0], inp.strides[0], rows,
-                                  numbers.ctypes.data + o * numbers.strides[0], whole // GROUP,
-                                  scales.ctypes.data + o * scales.strides[0])
-                for r in range(rows):
-                    total = sums[r] + (bias[o] if bias.size > 0 else np.float32(0))
-                    for c in range(whole, C):
-                        total += inp[first + r, c] * scales[o, c // GROUP] * np.float32(numbers[o, c])
-                    out[first + r, o] = total
+        start, stop = share(thread, threads, len(numbers))
+        multiply_few_rows(out[:, start:stop], inp, numbers[start:stop], scales[start:stop], bias[start:stop])
 
 
 @kernel
@@ -720,11 +712,17 @@ def spread(build, number):
     return shuffle(build, build.insert_element(nothing, number, INT32(0)), nothing, [0] * LANES)
 
 
-def prefetch(build, place):
-    """Have the cache line at place brought nearer, without waiting for it."""
+def row_numbers(build, rows, count):
+    """The numbers of the first `count` rows; where there are fewer, the last stands in for those that are missing."""
+    last = build.sub(rows, INT64(1))
+    return [build.select(build.icmp_signed("<", last, INT64(r)), last, INT64(r)) for r in range(count)]
+
+
+def prefetch(build, place, level=1):
+    """Have the cache line at place brought into the first- or second-level cache, without waiting for it."""
     byte = ir.IntType(8).as_pointer()
     function = build.module.declare_intrinsic("llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, *[INT32] * 3]))
-    for_reading, kept_near, data = INT32(0), INT32(3), INT32(1)
+    for_reading, kept_near, data = INT32(0), INT32(4 - level), INT32(1)
     build.call(function, [build.bitcast(place, byte), for_reading, kept_near, data])
 
 
@@ -757,9 +755,7 @@ def emit_tile(build, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
     places = {(r, v): pointer(build, c, r, c_row, INT64(v * LANES)) for r, v in tile}
     for place in places.values():
         prefetch(build, place)
-    last = build.sub(rows, INT64(1))
-    a_rows = [build.add(a, build.mul(build.select(build.icmp_signed("<", last, INT64(r)), last, INT64(r)), a_row))
-              for r in range(TILE_ROWS)]
+    a_rows = [build.add(a, build.mul(r, a_row)) for r in row_numbers(build, rows, TILE_ROWS)]
 
     before, loop, after = build.block, build.append_basic_block(), build.append_basic_block()
     build.branch(loop)
@@ -926,99 +922,102 @@ def multiply_blocks(c, alpha, a, b, beta, packed):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Dot products of a row of a weight with a few rows of activations, in LLVM's vectors like the tiles above
+# Dot products of a few rows of activations with a few rows of a weight, in LLVM's vectors like the tiles above
 #
-# Every group of GROUP numbers is summed by itself, then added to the sum of the row, so that in int8 a scale is multiplied
-# once for LANES products.
+# INPUT_ROWS rows of activations meet WEIGHT_ROWS rows of a weight at once, or INT8_ROWS of one in int8: there the products of
+# a group are summed by themselves first, so that its scale multiplies once for LANES of them, which takes twice the registers.
+# Where four rows of float32 are read side by side, the processor foresees what comes next; in int8 it has to be told.
 
+INPUT_ROWS = 4
+WEIGHT_ROWS = TILE_ROWS // 2
+INT8_ROWS = WEIGHT_ROWS // 2
 BYTES = ir.VectorType(ir.IntType(8), LANES)
 INTEGERS = ir.VectorType(INT32, LANES)
 
 
 @intrinsic
-def dot_products(typing, sums, inp, inp_row, rows, weight, groups):
-    """sums (rows) = the dot products of `rows` (up to DOT_ROWS) rows of inp with a row of a weight, GROUP * groups long."""
+def dot_products(typing, out, inp, weight, scales):
+    """out (N, OC) = inp (N, C) @ weight (OC, C).T, of every row the whole groups only.
+
+    The weight is float32, or int8 with scales (OC, groups). N is at most INPUT_ROWS, OC at most WEIGHT_ROWS or INT8_ROWS.
+    """
     def emit(context, build, signature, arguments):
-        emit_dot_products(build, *arguments)
+        arrays = [context.make_array(kind)(context, build, array) for kind, array in zip(signature.args, arguments)]
+        emit_dot_products(build, *arrays, in_int8=weight.dtype == types.int8)
         return context.get_dummy_value()
 
-    address = stride = count = types.intp
-    return types.void(address, address, stride, count, address, count), emit
+    return types.void(out, inp, weight, scales), emit
 
 
-@intrinsic
-def dot_products_int8(typing, sums, inp, inp_row, rows, numbers, groups, scales):
-    """dot_products with a row of a weight in int8."""
-    def emit(context, build, signature, arguments):
-        emit_dot_products(build, *arguments)
-        return context.get_dummy_value()
-
-    address = stride = count = types.intp
-    return types.void(address, address, stride, count, address, count, address), emit
-
-
-def emit_dot_products(build, sums, inp, inp_row, rows, weight, groups, scales=None):
-    """The loop over groups, once for each number of rows. `scales` is None for a weight in float32."""
+def emit_dot_products(build, out, inp, weight, scales, in_int8):
+    """The loop over groups, once for each number of rows of inp."""
+    N, C = build.extract_value(inp.shape, 0), build.extract_value(inp.shape, 1)
+    columns = row_numbers(build, build.extract_value(weight.shape, 0), INT8_ROWS if in_int8 else WEIGHT_ROWS)
+    weight_rows = [row_address(build, weight, o) for o in columns]
+    scale_rows = [row_address(build, scales, o) for o in columns] if in_int8 else None
     end = build.append_basic_block()
-    choice = build.switch(rows, end)
-    for count in range(1, DOT_ROWS + 1):
+    choice = build.switch(N, end)
+    for count in range(1, INPUT_ROWS + 1):
         block = build.append_basic_block()
         choice.add_case(INT64(count), block)
         build.position_at_end(block)
-        totals = emit_loop_over_groups(build, count, inp, inp_row, weight, groups, scales)
-        for r in range(count):
+        input_rows = [row_address(build, inp, INT64(n)) for n in range(count)]
+        sums = emit_loop_over_groups(build, input_rows, weight_rows, scale_rows, build.sdiv(C, INT64(GROUP)))
+        for (n, i), total in sums.items():
             distance = LANES // 2
             while distance > 0:    # halve the vector until its sum stands in its first lane
-                moved = shuffle(build, totals[r], totals[r], [(lane + distance) % LANES for lane in range(LANES)])
-                totals[r] = build.fadd(totals[r], moved)
+                moved = shuffle(build, total, total, [(lane + distance) % LANES for lane in range(LANES)])
+                total = build.fadd(total, moved)
                 distance //= 2
-            build.store(build.extract_element(totals[r], INT32(0)), pointer(build, sums, number=INT64(r)))
+            place = pointer(build, row_address(build, out, INT64(n)), number=columns[i])
+            build.store(build.extract_element(total, INT32(0)), place)
         build.branch(end)
     build.position_at_end(end)
 
 
-def emit_loop_over_groups(build, rows, inp, inp_row, weight, groups, scales):
-    """The vectors, one for each row, whose lanes add up to its dot product."""
+def row_address(build, array, row):
+    """Where a row of one of Numba's arrays begins."""
+    return build.add(build.ptrtoint(array.data, INT64), build.mul(row, build.extract_value(array.strides, 0)))
+
+
+def emit_loop_over_groups(build, input_rows, weight_rows, scale_rows, groups):
+    """Which rows (n, i) -> the vector whose lanes add up to their dot product. scale_rows is None for a weight in float32."""
     fused = ("contract",)
     before, loop, body, after = build.block, *(build.append_basic_block() for _ in range(3))
     build.branch(loop)
     build.position_at_end(loop)
     g = build.phi(INT64)
-    totals = [build.phi(VECTOR) for _ in range(rows)]
+    totals = {(n, i): build.phi(VECTOR) for n in range(len(input_rows)) for i in range(len(weight_rows))}
     build.cbranch(build.icmp_signed("<", g, groups), body, after)
 
     build.position_at_end(body)
     first = build.mul(g, INT64(GROUP))
-    parts = [VECTOR(None)] * rows
+    sums = dict.fromkeys(totals, VECTOR(None)) if scale_rows else dict(totals)
     for v in range(0, GROUP, LANES):
         number = build.add(first, INT64(v))
-        if scales is None:
-            place = pointer(build, weight, number=number)
-            weights = load(build, place)
+        if scale_rows:
+            places = [build.inttoptr(build.add(row, number), BYTES.as_pointer()) for row in weight_rows]
+            weights = [build.sitofp(build.sext(build.load(place, align=1), INTEGERS), VECTOR) for place in places]
         else:
-            place = build.inttoptr(build.add(weight, number), BYTES.as_pointer())
-            weights = build.sitofp(build.sext(build.load(place, align=1), INTEGERS), VECTOR)
-        for r in range(rows):
-            inputs = load(build, pointer(build, inp, r, inp_row, number))
-            parts[r] = build.fadd(build.fmul(inputs, weights, flags=fused), parts[r], flags=fused)
-    if scales is None:
-        totals_after = [build.fadd(total, part) for total, part in zip(totals, parts)]
-    else:
-        scale = spread(build, build.load(pointer(build, scales, number=g)))
-        totals_after = [build.fadd(build.fmul(part, scale, flags=fused), total, flags=fused)
-                        for total, part in zip(totals, parts)]
-    prefetch_bytes = GROUP * (4 if scales is None else 1)
-    for line in range(0, prefetch_bytes, 64):
-        ahead = build.add(weight, build.mul(g, INT64(prefetch_bytes)))
-        prefetch(build, pointer(build, build.add(ahead, INT64(PREFETCH_AHEAD + line))))
+            weights = [load(build, pointer(build, row, number=number)) for row in weight_rows]
+        for n, row in enumerate(input_rows):
+            inputs = load(build, pointer(build, row, number=number))
+            for i in range(len(weights)):
+                sums[n, i] = build.fadd(build.fmul(inputs, weights[i], flags=fused), sums[n, i], flags=fused)
+    if scale_rows:
+        scales = [spread(build, build.load(pointer(build, row, number=g))) for row in scale_rows]
+        for n, i in sums:
+            sums[n, i] = build.fadd(build.fmul(sums[n, i], scales[i], flags=fused), totals[n, i], flags=fused)
+        for row in weight_rows:
+            prefetch(build, pointer(build, build.add(build.add(row, first), INT64(PREFETCH_AHEAD))), level=2)
     for phi, start, following in [(g, INT64(0), build.add(g, INT64(1)))] + [
-            (total, VECTOR(None), total_after) for total, total_after in zip(totals, totals_after)]:
+            (total, VECTOR(None), sums[ni]) for ni, total in totals.items()]:
         phi.add_incoming(start, before)
         phi.add_incoming(following, body)
     build.branch(loop)
 
     build.position_at_end(after)
-    return list(totals)
+    return totals
 
 
 # ----------------------------------------------------------------------------------------------------------------------
