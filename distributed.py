@@ -14,7 +14,7 @@ import numpy as np
 from files import UserError
 
 SIZES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"      # one of which the mpiexec of Open MPI, or of MPICH or Intel, sets
-CHUNK = 2 ** 18     # numbers in a message: so many are still in cache when they are added
+CHUNK = 2 ** 16     # numbers in a message: so many are still in cache when they are added
 PATIENCE = 1.0      # seconds that process 0 has to report a mistake that all make
 
 

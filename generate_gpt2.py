@@ -8,6 +8,7 @@ import contextlib
 import math
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from gpt2 import VOCABULARY, Config, Tensors, parameter_shapes
 from sampling import sample
 from tokenizer import END_OF_TEXT, gpt2_encoding
 
-FEW_ROWS = 12             # up to so many, a product waits for its weight to be read
+FEW_ROWS = 24             # up to so many, a product waits for its weight to be read
 CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time when a text is scored
 NO_BIAS = np.empty(0, dtype=np.float32)
 TO_SAVE_MEMORY = "choose a smaller --model, fewer --num-samples or --quantize int8"
@@ -42,15 +43,16 @@ def quantize(config, params):
 
     A quarter of the memory, and a sixteenth for the scales; nothing in it refers to `params`.
     """
-    def quantized(weight):
-        OC, C = weight.shape
-        numbers, scales = np.empty((OC, C), np.int8), np.empty((OC, math.ceil(C / kernels.GROUP)), np.float32)
-        kernels.quantize(numbers, scales, weight)
-        return Int8Weight(numbers, scales)
-
-    return SimpleNamespace(**{name: quantized(tensor[:config.vocab_size]) if name == "wte" else
-                              [quantized(weight) for weight in tensor] if name in LINEAR_WEIGHTS else tensor.copy()
-                              for name, tensor in params.items()})
+    weights = {name: getattr(params, name) for name in LINEAR_WEIGHTS} | {"wte": params.wte[None, :config.vocab_size]}
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    groups = {name: (L, OC, math.ceil(C / kernels.GROUP)) for name, (L, OC, C) in shapes.items()}
+    numbers, scales = Tensors(shapes, partial(kernels.in_large_pages, dtype=np.int8)), Tensors(groups, kernels.in_large_pages)
+    rounded = {name: [Int8Weight(*parts) for parts in zip(getattr(numbers, name), getattr(scales, name))] for name in weights}
+    for name, tensor in weights.items():
+        for weight, matrix in zip(rounded[name], tensor):
+            kernels.quantize(*weight, matrix)
+    others = {name: tensor.copy() for name, tensor in params.items() if name not in weights}
+    return SimpleNamespace(**others | rounded | {"wte": rounded["wte"][0]})
 
 
 LINEAR_WEIGHTS = ("qkvw", "attprojw", "fcw", "fcprojw")
@@ -110,7 +112,7 @@ class Decoder:
             raise ValueError(f"{end} tokens, expected at most {self.config.max_seq_len}")
         if len(self.acts.residual) != N:
             self.acts = Tensors({"residual": (N, C), "ln": (N, C), "mean": (N,), "rstd": (N,), "qkv": (N, 3 * C),
-                                 "att": (N, C), "proj": (N, C), "fch": (N, 4 * C)})
+                                 "att": (N, C), "proj": (N, C), "fch": (N, 4 * C), "fch_gelu": (N, 4 * C)})
         params, acts, residual = self.params, self.acts, self.acts.residual
         attention_forward = kernels.attention_cached_forward
         layernorm_forward, gelu_forward, residual_forward = ROW_BY_ROW[N <= FEW_ROWS]
@@ -124,8 +126,8 @@ class Decoder:
             residual_forward(residual, residual, acts.proj)                                                      # (N, C)
             layernorm_forward(acts.ln, acts.mean, acts.rstd, residual, params.ln2w[l], params.ln2b[l])           # (N, C)
             linear_forward(acts.fch, acts.ln, params.fcw[l], params.fcb[l], workspace)                           # (N, 4C)
-            gelu_forward(acts.fch, acts.fch)                                                                     # (N, 4C)
-            linear_forward(acts.proj, acts.fch, params.fcprojw[l], params.fcprojb[l], workspace)                 # (N, C)
+            gelu_forward(acts.fch_gelu, acts.fch)                                                                # (N, 4C)
+            linear_forward(acts.proj, acts.fch_gelu, params.fcprojw[l], params.fcprojb[l], workspace)            # (N, C)
             residual_forward(residual, residual, acts.proj)                                                      # (N, C)
         layernorm_forward(acts.ln, acts.mean, acts.rstd, residual, params.lnfw, params.lnfb)                     # (N, C)
         self.length = end
@@ -169,7 +171,8 @@ class Decoder:
 def generate(decoder, texts, generators, max_new_tokens, **sampling):
     """Yield the next token of each of the texts and append it, max_new_tokens times.
 
-    Each text has its own generator, so what becomes of it does not depend on how many others there are.
+    Each text has its own generator, and up to FEW_ROWS texts the same bits of logits, however many others there are. Beyond,
+    and where half a context of all texts is so short, logits differ by 1e-6, which may be enough for another token.
     Raises UserError if the model's logits are not finite.
     """
     for _ in range(max_new_tokens):

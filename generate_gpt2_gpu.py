@@ -8,9 +8,10 @@ import kernels_gpu as kernels
 from checkpoint import load_model
 from device import open_device
 from files import run_program
-from generate_gpt2 import FEW_ROWS, parse_options, read_prompt, run, tokenizer_of
+from generate_gpt2 import parse_options, read_prompt, run, tokenizer_of
 from gpt2 import Tensors, parameter_shapes
 
+FEW_ROWS = 12             # up to so many, a product waits for its weight to be read
 TO_SAVE_MEMORY = "choose a smaller --model or fewer --num-samples"
 
 

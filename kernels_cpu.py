@@ -678,7 +678,8 @@ TILE_ROWS = 4 if FEATURES.get("sse2") and not FEATURES.get("avx512f") else 8   #
 TILE_VECTORS = 3
 TILE_COLUMNS = TILE_VECTORS * LANES
 BLOCK_DEPTH, BLOCK_COLUMNS = 768, 384     # of b: 1.2 MB
-SCRATCH = 2 ** 19                         # numbers a thread has for such a block: 2 MB
+LARGE_PAGE = 2 ** 21                      # bytes
+SCRATCH = LARGE_PAGE // 4                 # numbers a thread has for such a block
 BLOCK_ROWS = 1024                         # of a, where it has to be transposed
 PREFETCH_AHEAD = 7680                     # bytes: the processor by itself does not look beyond a page of 4096
 
@@ -821,15 +822,20 @@ def copy_vector(typing, out, inp):
     return types.void(types.intp, types.intp), emit
 
 
-def make_workspace(threads):
-    """A row of scratch memory for each of so many threads, for the kernels that multiply matrices.
+def in_large_pages(shape, dtype=np.float32):
+    """An array, not set to anything, that begins at a multiple of 2 MB: then it may lie in large pages of memory.
 
-    Each begins at a multiple of 2 MB and is as long: then it may lie in one large page of memory, of which NumPy asks Linux
-    for some. A block of b on 300 small pages would be more than a processor remembers the places of.
+    Of 4 MB and more NumPy asks Linux for such pages. Hundreds of small ones are more than a processor remembers the places of.
     """
-    memory = np.empty((threads + 1) * SCRATCH, dtype=np.float32)
-    first = -memory.ctypes.data % (4 * SCRATCH) // 4
-    return memory[first:first + threads * SCRATCH].reshape(threads, SCRATCH)
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + LARGE_PAGE, dtype=np.uint8)
+    first = -memory.ctypes.data % LARGE_PAGE
+    return memory[first:first + size].view(dtype).reshape(shape)
+
+
+def make_workspace(threads):
+    """A row of scratch memory, one large page, for each of so many threads, for the kernels that multiply matrices."""
+    return in_large_pages((threads, SCRATCH))
 
 
 @helper

@@ -1,0 +1,320 @@
+"""Draw the figures of dev/derivations, each of which is a function here: DRAWINGS.
+
+    python train_gpt2.py                    leaves a trained model in `out`
+    python dev/figures.py                   draws them all
+    python dev/figures.py --model FOLDER    with the attention of another model
+
+They have no background, and only colours that can be read on a white page as well as on a dark one. What they show is taken
+from the program: its tables of tensors, its kernels, and the costs from the pages' own cost blocks, `page_costs`.
+"""
+import contextlib
+import doctest
+import io
+import re
+import sys
+from math import prod
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+import kernels_cpu
+from checkpoint import load_model
+from files import OneLineParser, UserError, run_program, whole_file
+from gpt2 import (CHANNELS_PER_HEAD, RESIDUAL_PROJECTIONS, Config, activation_shapes, model_config, parameter_shapes,
+                  scratch_shapes)
+from tokenizer import gpt2_encoding
+from train_gpt2 import CLASSIFIER_ROWS, GPT2
+
+PAGES = Path(__file__).parent / "derivations"
+TO_SAVE_MEMORY = "choose a smaller --model"
+
+# Each has a contrast of about 4 with white and with GitHub's dark page, #0d1117.
+INK, FAINT = "#7a7f87", "#7a7f8755"     # the second is part transparent, for grids and areas that matter less
+BLUE, ORANGE, GREEN, PURPLE, RED = "#2b7de0", "#be6700", "#238a4b", "#a35bd0", "#d6504b"
+STYLE = {
+    "font.size": 11, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.titlecolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "legend.labelcolor": INK, "legend.frameon": False, "axes.titlesize": 11,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "lines.linewidth": 2, "grid.color": FAINT,
+    "savefig.transparent": True, "figure.constrained_layout.use": True,
+}
+DPI = 125
+CENTRED = dict(horizontalalignment="center", verticalalignment="center")
+
+# The processors of the roofline: FLOPs and bytes a second. Two cores of README's Xeon; NVIDIA's data sheet of the H100 SXM.
+CPU = "2 CPU cores"
+PROCESSORS = {CPU: (385e9, 30e9), "H100, float32": (67e12, 3.35e12), "H100, TF32": (495e12, 3.35e12)}
+PROMPT = "ROMEO:\nO my love, my wife!\nDeath hath no power."
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the pages say about costs
+
+def python_blocks(text):
+    """The contents of a page's ```python blocks, in order."""
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def page_costs():
+    """Call -> (calls in a step, FLOPs, bytes moved) for GPT-2 124M at B=4 T=1024: `cost` of every page's section "Cost"."""
+    costs = {}
+    for page in sorted(PAGES.glob("*.md")):
+        _, _, section = page.read_text(encoding="utf-8").partition("\n## Cost\n")
+        names = {}
+        with contextlib.redirect_stdout(io.StringIO()):
+            for block in python_blocks(section.partition("\n## ")[0]):
+                for example in doctest.DocTestParser().get_examples(block):
+                    exec(example.source, names)
+        costs |= names.get("cost", {})
+    return costs
+
+
+def print_costs(cost):
+    """A line for each call -> (calls in a step, FLOPs, bytes moved)."""
+    for call, (calls, flops, moved) in cost.items():
+        print(f"{call:24} {calls:2} x  {flops / 1e9:7.3f} GFLOP  {moved / 1e6:7.1f} MB  {flops / moved:7.2f} FLOP/byte")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One function for each figure: (pyplot, model folder) -> the figure
+
+def draw_gelu(pyplot, model):
+    x = np.linspace(-4, 4, 801, dtype=np.float32).reshape(1, -1)
+    out, slope = np.empty_like(x), np.empty_like(x)
+    kernels_cpu.gelu_forward(out, x)
+    kernels_cpu.gelu_backward(slope, np.ones_like(x), x)
+    figure, axes = pyplot.subplots(figsize=(7, 3.4))
+    axes.axhline(0, color=FAINT, linewidth=1)
+    axes.axvline(0, color=FAINT, linewidth=1)
+    axes.plot(x[0], np.maximum(x[0], 0), color=INK, linewidth=1, linestyle="dotted", label="max(x, 0)")
+    axes.plot(x[0], out[0], color=BLUE, label="gelu(x)")
+    axes.plot(x[0], slope[0], color=ORANGE, label="gelu'(x)")
+    axes.set(xlabel="x", ylim=(-0.5, 3))
+    axes.legend(loc="upper left")
+    return figure
+
+
+def draw_layernorm(pyplot, model):
+    inp = np.array([0.2, -1.1, 0.6, 1.9, -0.4, 0.9, -1.6, 0.3])
+    C = inp.size
+    rstd = 1 / np.sqrt(inp.var() + kernels_cpu.LAYERNORM_EPSILON)
+    norm = (inp - inp.mean()) * rstd
+    terms = [np.eye(C), -np.ones((C, C)) / C, -np.outer(norm, norm) / C]
+    titles = ["1: the element\nitself", "−1/C: through\nthe row's mean", "−norm[i] norm[j] / C:\nthrough its rstd",
+              "dnorm[i] / dinp[j],\nin units of rstd"]
+    figure, panels = pyplot.subplots(1, 4, figsize=(9, 2.7))
+    for axes, matrix, title, sign in zip(panels, [*terms, sum(terms)], titles, ["+", "+", "=", ""]):
+        heatmap(axes, matrix)
+        axes.set(xticks=[], yticks=[], title=title)
+        axes.text(1.1, 0.5, sign, transform=axes.transAxes, fontsize=16, **CENTRED)
+    panels[0].set(xlabel="norm[i]", ylabel="inp[j]")
+    return figure
+
+
+def heatmap(axes, matrix):
+    """A matrix of numbers from -1 to 1: blue above zero, orange below, and the nearer to zero the more transparent."""
+    from matplotlib.colors import to_rgb
+    pixels = np.empty((*matrix.shape, 4))
+    pixels[..., :3] = np.where(matrix[..., None] > 0, to_rgb(BLUE), to_rgb(ORANGE))
+    pixels[..., 3] = np.minimum(np.abs(matrix), 1) ** 0.5
+    axes.imshow(pixels)
+    axes.spines[:].set_visible(True)
+
+
+def draw_attention_tiles(pyplot, model):
+    from matplotlib.patches import Polygon, Rectangle
+    size, tiles = kernels_cpu.QUERY_TILE, 4
+    T = tiles * size
+    figure, axes = pyplot.subplots(figsize=(7, 3.8))
+    for tile in range(tiles):
+        start, stop = tile * size, (tile + 1) * size
+        axes.add_patch(Rectangle((0, start), stop, size, facecolor=FAINT, edgecolor="none",
+                                 label="computed with its tile, then set to 0" if tile == 0 else None))
+        axes.add_patch(Polygon([(0, start), (start, start), (stop, stop), (0, stop)], facecolor=BLUE, edgecolor="none",
+                               label="a weight: j ≤ i" if tile == 0 else None))
+        axes.add_patch(Rectangle((0, start), stop, size, facecolor="none", edgecolor=INK, linewidth=1.2))
+        axes.text(stop + 10, start + size / 2, f"tile {tile}", verticalalignment="center")
+    for x, ends, text in ((1.3 * T, (0.35 * T, T), "forward goes\nthrough the tiles\nfrom the first"),
+                          (1.85 * T, (T, 0.35 * T), "backward\nfrom the last")):
+        axes.annotate("", (x, ends[1]), (x, ends[0]), arrowprops=dict(arrowstyle="->", color=INK, linewidth=1.2))
+        axes.text(x + 12, 0.68 * T, text, verticalalignment="center")
+    axes.set(xlim=(0, 2.3 * T), ylim=(T, 0), xticks=range(0, T + 1, size), yticks=range(0, T + 1, size), aspect="equal",
+             ylabel="query i")
+    axes.set_xlabel("key j", loc="left")
+    axes.spines[:].set_visible(False)
+    axes.legend(loc="upper right")
+    return figure
+
+
+def draw_attention(pyplot, model):
+    config, params = load_model(str(model))
+    encoding = gpt2_encoding()
+    tokens = np.array([encoding.encode(PROMPT)], dtype=np.int32)
+    weights = {}
+    for l, h, p in attention_weights(config, params, tokens):
+        rows = range(2, len(p))     # of the first two there is little to choose from
+        weights[l, h] = p, np.mean([evenness(p[i, :i + 1]) for i in rows])
+    ranking = sorted(weights, key=lambda head: weights[head][1])
+    labels = [encoding.decode([token]).replace("\n", "\\n") for token in tokens[0]]
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 4.6), sharey=True)
+    for axes, (l, h), kind in zip(panels, (ranking[-1], ranking[0]), ("most even", "most concentrated")):
+        heatmap(axes, weights[l, h][0])
+        axes.set_title(f"layer {l}, head {h}: the {kind}")
+        axes.set_xticks(range(len(labels)), labels, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(labels)), labels, parse_math=False)
+        axes.set_xlabel("looks at")
+    panels[0].set_ylabel("position")
+    panels[1].tick_params(left=False)
+    return figure
+
+
+def evenness(p):
+    """The entropy of probabilities, as a share of what it could be: 1 if all are equal, 0 if one is all there is."""
+    return -np.sum(p * np.log(np.maximum(p, 1e-30))) / np.log(p.size)
+
+
+def attention_weights(config, params, tokens):
+    """Yield (layer, head, p (T, T)) of tokens (1, T): the weights, rebuilt from what a forward pass keeps, as backward does."""
+    T = tokens.shape[1]
+    model = GPT2(config, 1, T, threads=1)
+    model.set_params(params)
+    model.forward(tokens)
+    NH = config.num_heads
+    HS = config.channels // NH
+    for l in range(config.num_layers):
+        for h in range(NH):
+            q, k = (kernels_cpu.one_head(model.acts.qkv[l], 0, T, part * NH + h, HS) for part in range(2))
+            scores = q @ k.T / np.sqrt(HS)
+            yield l, h, np.tril(np.exp(np.minimum(scores - model.acts.att_lse[l][0, h][:, None], 0)))
+
+
+def draw_initialisation(pyplot, model):
+    depths = (1, 2, 4, 6, 12, 24, 36, 48)
+    figure, axes = pyplot.subplots(figsize=(7, 3.4))
+    for scaled, colour, label in ((False, ORANGE, "all weights from N(0, 0.02)"),
+                                  (True, BLUE, "projections smaller by 1/sqrt(2L)")):
+        axes.plot(depths, [stream_deviation(depth, scaled) for depth in depths], color=colour, marker="o", label=label)
+    axes.set(xlabel="blocks, L", ylabel="deviation of the residual\nstream after the last", xticks=depths[2:], ylim=(0, None))
+    axes.legend(loc="upper left")
+    return figure
+
+
+def stream_deviation(depth, scaled):
+    """The standard deviation of a new model's residual stream after its last block."""
+    config = Config(32, 128, 128, depth, num_heads=1, channels=CHANNELS_PER_HEAD)
+    model = GPT2(config, 1, config.max_seq_len, threads=1)
+    model.initialize(seed=0)
+    if not scaled:
+        for name in RESIDUAL_PROJECTIONS:
+            getattr(model.params, name)[...] *= np.float32(np.sqrt(2 * depth))
+    model.forward(np.random.default_rng(0).integers(config.vocab_size, size=(1, config.max_seq_len), dtype=np.int32))
+    return model.acts.residual3[-1].std()
+
+
+def draw_memory(pyplot, model):
+    config = model_config("d12")
+    parameters = gigabytes(parameter_shapes(config))
+    figure, axes = pyplot.subplots(figsize=(9, 3.4))
+    batches = {"4 x 64": (4, 64, False), "1 x 1024": (1, 1024, False), "4 x 1024, --recompute": (4, 1024, True),
+               "4 x 1024": (4, 1024, False)}
+    for y, (B, T, recompute) in enumerate(batches.values()):
+        sizes = {
+            "parameters": parameters,
+            "gradients": parameters,
+            "AdamW's moments": 2 * parameters,
+            "activations": gigabytes(activation_shapes(config, B, T, recompute)),
+            "scratch": gigabytes(scratch_shapes(config, B, T, CLASSIFIER_ROWS)),
+        }
+        spared = gigabytes({"weights of attention": (1 if recompute else config.num_layers, B, config.num_heads, T, T),
+                            "logits": (B * T, config.padded_vocab_size)})
+        bars, total = [], 0
+        for size, colour in zip(sizes.values(), (BLUE, ORANGE, PURPLE, GREEN, RED)):
+            bars.append(axes.barh(y, size, left=total, height=0.6, color=colour))
+            total += size
+        bars.append(axes.barh(y, spared, left=total, height=0.6, facecolor="none", edgecolor=INK, linestyle="dashed"))
+        axes.text(total + spared + 0.05, y, f"{total:.1f}, not {total + spared:.1f}", verticalalignment="center")
+    axes.set_yticks(range(len(batches)), batches)
+    axes.set(xlabel="GB of memory for a step of GPT-2 124M", xlim=(0, 9))
+    axes.legend(bars, [*sizes, "spared: weights of attention, logits"], loc="upper center", bbox_to_anchor=(0.45, 1.32),
+                ncols=3)
+    return figure
+
+
+def gigabytes(shapes):
+    """Of a table of float32 tensors, name -> shape."""
+    return 4 * sum(map(prod, shapes.values())) / 1e9
+
+
+def draw_roofline(pyplot, model):
+    kernels = {}
+    for call, (calls, flops, moved) in page_costs().items():
+        kernels.setdefault(call.partition(",")[0], []).append((flops / moved, calls * least_seconds(flops, moved)))
+    names = sorted(kernels, key=lambda name: np.mean(kernels[name], axis=0)[0])
+    figure, (axes, columns) = pyplot.subplots(1, 2, figsize=(8, 4.8), sharey=True, width_ratios=(3, 1))
+    for (processor, (flops, bandwidth)), style in zip(PROCESSORS.items(), ("solid", "dashed", "dotted")):
+        balance = flops / bandwidth
+        axes.axvline(balance, color=INK, linewidth=1.2, linestyle=style, label=f"{processor}: {balance:.0f}")
+    flops, bandwidth = PROCESSORS[CPU]
+    for y, name in enumerate(names):
+        intensities, seconds = np.array(kernels[name]).T
+        share = np.minimum(1, intensities * bandwidth / flops).mean()
+        axes.plot(intensities, np.full(len(intensities), y), "o", color=ORANGE if share == 1 else BLUE, markersize=7)
+        for x, text in enumerate((f"{share:.1%}", f"{1000 * sum(seconds):,.0f}" if any(seconds) else "–")):
+            columns.text(x, y, text, horizontalalignment="right", verticalalignment="center")
+    for x, heading in enumerate(("of peak\nFLOP/s", "ms a step,\nat least")):
+        columns.text(x, len(names) - 0.2, heading, horizontalalignment="right")
+    columns.set(xlim=(-0.6, 1))
+    columns.set_axis_off()
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xscale="log", xlim=(0.05, 1000), ylim=(-0.7, len(names) - 0.3), xlabel="FLOP/byte")
+    axes.grid(axis="x")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.3, 1), ncols=3, columnspacing=1, handlelength=1.5)
+    return figure
+
+
+def least_seconds(flops, moved):
+    """The time that neither the arithmetic nor the memory of the two cores can undercut."""
+    most_flops, bandwidth = PROCESSORS[CPU]
+    return max(flops / most_flops, moved / bandwidth)
+
+
+DRAWINGS = {
+    "gelu.png": draw_gelu,
+    "layernorm.png": draw_layernorm,
+    "attention_tiles.png": draw_attention_tiles,
+    "attention.png": draw_attention,
+    "initialisation.png": draw_initialisation,
+    "memory.png": draw_memory,
+    "roofline.png": draw_roofline,
+}
+
+
+def draw(name, model, folder):
+    """Write one figure into a folder. Raises UserError if there is no such model or the folder cannot be written."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context(STYLE):
+        figure = DRAWINGS[name](pyplot, model)
+        with whole_file(folder / name) as file:
+            figure.savefig(file, dpi=DPI, format="png", pil_kwargs=dict(optimize=True))
+        pyplot.close(figure)
+
+
+def main():
+    parser = OneLineParser(description="Draw the figures of dev/derivations.")
+    parser.add_argument("--model", default=Path("out"), type=Path, help="folder of the trained model whose attention is drawn "
+                        "(default: out)")
+    options = parser.parse_args()
+    if not options.model.is_dir():
+        raise UserError(f"there is no folder {options.model}; let python train_gpt2.py make it, or name that of a trained "
+                        "model with --model")
+    for name in DRAWINGS:
+        draw(name, options.model, PAGES)
+        print(f"wrote {PAGES / name}", flush=True)
+
+
+if __name__ == "__main__":
+    run_program(main, TO_SAVE_MEMORY)

@@ -1,0 +1,427 @@
+"""
+The pages of dev/derivations: every line of code, every number, every gradient, name, quotation and link in them is right.
+
+    python -m pytest dev/tests/test_derivations.py
+
+What a page shows is bound to the program in four ways. Lines that begin with >>> are run, and print what stands below them.
+Other blocks of code are quotations, and stand in the program word for word. In `a sum = its result` and `one ≈ about the other`
+both sides are computed. All other numbers in the text have to be among those that the page's code shows.
+"""
+import doctest
+import math
+import re
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numba.core.dispatcher import Dispatcher
+
+import gpt2
+import kernels_cpu
+import kernels_float64 as exact
+import kernels_gpu
+import train_gpt2
+from checkpoint import load_model, save_model
+from dev import figures
+from test_kernels import finite_differences, relative_error
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(figures.PAGES.glob("*.md"))
+LAYERS = [page for page in PAGES if page.name != "README.md"]
+FENCED = re.compile(r"^```([\w+]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+MATH = re.compile(r"\$([^$\n]+)\$")
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page, *languages):
+    return [body for language, body in FENCED.findall(text_of(page)) if language in languages]
+
+
+def examples(page):
+    return "\n".join(body for body in blocks(page, "python") if ">>>" in body)
+
+
+def quotations(page):
+    return [body for body in blocks(page, "python", "c++") if ">>>" not in body]
+
+
+def prose(page):
+    """A page without blocks of code and formulas, headings, sources, the years of papers, and the addresses of links."""
+    text = FENCED.sub("", text_of(page)).partition("\n## Sources\n")[0]
+    for left_out in (r"^#.*$", r"(?<=[a-z]) (?:19|20)\d\d(?=\))", r"(?<=\])\([^)]*\)"):
+        text = re.sub(left_out, "", text, flags=re.MULTILINE)
+    return text
+
+
+@cache
+def run(page):
+    """Run a page's lines of code as doctests. Returns the names they leave behind, and what they failed in."""
+    only_code = FENCED.sub(lambda block: block[0].replace("```python", "").replace("```", "") if ">>>" in block[0] else
+                           "\n" * block[0].count("\n"), text_of(page))
+    test = doctest.DocTestParser().get_doctest(only_code, {}, page.name, str(page), 0)
+    report = []
+    with np.printoptions():
+        doctest.DocTestRunner(verbose=False).run(test, out=report.append, clear_globs=False)
+    return test.globs, "".join(report)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Code, numbers and formulas
+
+@every_page
+def test_code_prints_what_stands_below_it(page):
+    _, failures = run(page)
+    assert not failures, failures
+
+
+def lines_of(text):
+    """Without indentation, and with single spaces."""
+    return [" ".join(line.split()) for line in text.split("\n")]
+
+
+@every_page
+def test_quotations_stand_in_the_program(page):
+    lines = {path.name: lines_of(path.read_text(encoding="utf-8")) for path in ROOT.glob("*.py")}
+    for body in quotations(page):
+        wanted = lines_of(body.strip())
+        assert any(wanted == there[i:i + len(wanted)] for there in lines.values() for i in range(len(there))), body
+
+
+def value(expression, names):
+    """What an arithmetic expression comes to; None for anything else."""
+    functions = {name: getattr(math, name) for name in ("sqrt", "exp", "log", "pi")}
+    words = set(re.findall(r"[A-Za-z_]\w*", expression))
+    if not expression.strip() or not words <= functions.keys():
+        return None
+    return float(eval(expression, {"__builtins__": {}}, functions))
+
+
+def sums(page):
+    """(span, its sides in order, decimals) of the text's `... = ...` and `... ≈ ...` that are arithmetic."""
+    for span in SPAN.findall(prose(page)):
+        sides = re.split(r" [=≈] ", span)
+        if len(sides) > 1 and all(value(side, {}) is not None for side in sides):
+            decimals = len(sides[-1].partition(".")[2])
+            yield span, [value(side, {}) for side in sides], decimals
+
+
+def test_sums_in_the_text_are_right():
+    found = 0
+    for page in PAGES:
+        for span, sides, decimals in sums(page):
+            bound = 0.5 * 10**-decimals if "≈" in span else 1e-9
+            assert all(abs(side - sides[-1]) <= bound for side in sides), f"{page.name}: {span}"
+            found += 1
+    assert found >= 40
+
+
+def numbers(text):
+    """Each number in a text as it is written, and its unit if it has one."""
+    return re.findall(r"(?<![\w.,^{/])(\d[\d,]*(?:\.\d+)?)(?:\s?(%|[KMGT]?B\b|[MGT]?FLOP(?:/byte)?\b))?(?![\w])", text)
+
+
+@every_page
+def test_numbers_in_the_text_are_among_those_of_the_code(page):
+    """Rounded as they may be, and with the unit that they have there. Small whole numbers may count what the text lists."""
+    code = "\n".join(blocks(page, "python", "c++"))
+    shown = {(float(digits.replace(",", "")), unit) for digits, unit in numbers(code)}
+    text = SPAN.sub("", prose(page))
+    for digits, unit in numbers(text):
+        number, decimals = float(digits.replace(",", "")), len(digits.partition(".")[2])
+        if not unit and number < 10 and decimals == 0:
+            continue
+        assert any(abs(other - number) <= 0.5001 * 10**-decimals and unit in ("", other_unit) for other, other_unit in shown), (
+            f"{page.name} says {digits} {unit}, and none of its code does")
+
+
+FORBIDDEN = {
+    r"\\(?:unicode|operatorname|newcommand|def|require|href|class|style|label|tag)\b": "GitHub refuses it",
+    r"\\(?:text|mathrm|mathsf)\{[^}]*_": "an underscore in text is an error",
+}
+FORBIDDEN_INLINE = {
+    r"\\[^A-Za-z]": "Markdown takes the backslash away",
+    r"\*": "Markdown reads emphasis",
+    r"[<|]": "Markdown reads HTML or a table",
+    r"[^A-Za-z0-9]_": "Markdown may read emphasis",
+}
+
+
+@every_page
+def test_formulas_survive_markdown(page):
+    text = text_of(page)
+    formulas = blocks(page, "math")
+    inline = SPAN.sub("", prose(page))
+    for formula in formulas + MATH.findall(inline):
+        for pattern, reason in FORBIDDEN.items():
+            assert not re.search(pattern, formula), f"{page.name}: {formula}: {reason}"
+        assert formula.count("{") == formula.count("}")
+        assert len(re.findall(r"\\left\b", formula)) == len(re.findall(r"\\right\b", formula))
+    for formula in MATH.findall(inline):
+        for pattern, reason in FORBIDDEN_INLINE.items():
+            assert not re.search(pattern, formula), f"{page.name}: {formula}: {reason}"
+    outside = re.compile(r"(?:^|[\s(])\$[^\s$][^$\n]*(?<!\s)\$(?=[\s.,;:)]|$)", re.MULTILINE)
+    assert "$" not in outside.sub(" ", inline), f"{page.name}: a $ beside a letter, or without its partner"
+    assert text.count("```") % 2 == 0 and "$$" not in text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The examples' gradients, against float64 and finite differences
+
+# page -> (forward, its inputs, output) in the names of kernels_float64, which are those of the page, too
+GRADIENTS = {
+    "matmul": ("matmul_forward", ("inp", "weight", "bias"), ("inp", "weight", "bias")),
+    "gelu": ("gelu_forward", ("inp",), ("inp",)),
+    "layernorm": ("layernorm_forward", ("inp", "weight", "bias"), ("inp", "weight", "bias")),
+    "encoder": ("encoder_forward", ("tokens", "wte", "wpe"), ("wte", "wpe")),
+    "attention": ("attention_forward", ("qkv", "B", "T", "NH"), ("qkv",)),
+}
+
+
+@pytest.mark.parametrize("layer", GRADIENTS)
+def test_gradients_of_the_examples(layer):
+    """The page's `out`, and its gradient d<input> of each differentiable input for its `dout`, which its kernels computed."""
+    names, _ = run(figures.PAGES / f"{layer}.md")
+    forward, inputs, differentiable = GRADIENTS[layer]
+    arguments = {name: names[name] for name in inputs} | (dict(B=1, T=2, NH=1) if layer == "attention" else {})
+
+    def out(**changed):
+        result = getattr(exact, forward)(**arguments | changed)
+        return result[0] if isinstance(result, tuple) else result
+
+    np.testing.assert_allclose(names["out"], out(), rtol=1e-5, atol=1e-6)
+    for name in differentiable:
+        expected = finite_differences(lambda x: np.sum(out(**{name: x}) * names["dout"]), arguments[name])
+        np.testing.assert_allclose(names["d" + name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_gradients_of_the_classifier():
+    names, _ = run(figures.PAGES / "classifier.md")
+    logits, targets, dloss, V = (names[name] for name in ("logits", "targets", "dloss", "vocab_size"))
+    losses, dlogits = exact.fused_classifier(logits, targets, dloss, V)
+    np.testing.assert_allclose(names["losses"], losses, rtol=1e-6)
+    np.testing.assert_allclose(names["dlogits"], dlogits, rtol=1e-6)
+    expected = finite_differences(lambda x: dloss * exact.fused_classifier(x, targets, dloss, V)[0].sum(), logits)
+    np.testing.assert_allclose(names["dlogits"], expected, atol=1e-6)
+
+
+def test_gradients_of_the_residual_stream():
+    names, _ = run(figures.PAGES / "residual.md")
+    a, b = names["a"], names["b"]
+
+    def stream(inp):
+        middle = exact.residual_forward(inp, a * inp)
+        return exact.residual_forward(middle, b * middle)
+
+    np.testing.assert_array_equal(names["out"], stream(names["inp"]))
+    expected = finite_differences(lambda x: stream(x).sum(), names["inp"])
+    np.testing.assert_allclose(names["dresidual"], expected, rtol=1e-8)
+
+
+def test_gradients_of_tied_weights():
+    """Of a loss in which wte stands twice."""
+    names, _ = run(figures.PAGES / "weight_tying.md")
+
+    def loss(wte, wpe):
+        row = exact.encoder_forward(names["tokens"], wte, wpe)
+        return exact.fused_classifier(exact.matmul_forward(row, wte, names["no_bias"]), names["targets"], 1.0, 2)[0].sum()
+
+    wte, wpe = names["wte"], names["wpe"]
+    np.testing.assert_allclose(names["losses"], loss(wte, wpe), rtol=1e-6)
+    np.testing.assert_allclose(names["dwte"], finite_differences(lambda x: loss(x, wpe), wte), atol=1e-6)
+    np.testing.assert_allclose(names["dwpe"], finite_differences(lambda x: loss(wte, x), wpe), atol=1e-6)
+
+
+def test_steps_of_adamw():
+    names, _ = run(figures.PAGES / "adamw.md")
+    params, m, v = np.array([2.0]), np.zeros(1), np.zeros(1)
+    for step in (1, 2, 3):
+        params, m, v = exact.adamw_update(params, np.array([3.0]), m, v, names["learning_rate"], train_gpt2.BETA1,
+                                          train_gpt2.BETA2, names["eps"], names["weight_decay"], names["grad_scale"], step)
+    np.testing.assert_allclose([names["params"], names["m"], names["v"]], [params, m, v], rtol=1e-6)
+
+
+def test_clipped_gradient_is_the_nearest():
+    """Of all vectors no longer than the limit, tried in every direction."""
+    names, _ = run(figures.PAGES / "clipping.md")
+    clipped, grads, limit = names["grad_scale"] * names["grads"], names["grads"], names["grad_clip"]
+    assert np.linalg.norm(clipped) == pytest.approx(limit)
+    angles, lengths = np.meshgrid(np.linspace(0, 2 * np.pi, 1000), np.linspace(0, limit, 100))
+    others = lengths[..., None] * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    assert np.linalg.norm(clipped - grads) <= np.linalg.norm(others - grads, axis=-1).min() + 1e-6
+
+
+def test_costs_are_those_of_a_step():
+    """The matrix products add up to what the program counts for its own MFU, and every kernel of a step has a cost."""
+    costs = figures.page_costs()
+    linear, _ = gpt2.training_flops(gpt2.model_config("d12"), 4, 1024)
+    assert sum(calls * flops for call, (calls, flops, _) in costs.items() if call.startswith("matmul")) == linear
+    kernels_of_a_step = {call.partition(",")[0] for call, (calls, _, _) in costs.items() if calls > 0}
+    assert kernels_of_a_step == {name for name in cpu_kernels() if getattr(kernels_cpu, name) not in kernels_cpu.DECODING}
+
+
+def test_counted_calls_are_those_of_the_program(monkeypatch):
+    """`calls` of every cost, for as many layers and chunks of the classifier as GPT-2 124M has at B=4 T=1024."""
+    calls, expected = {}, {}
+    for call, (count, _, _) in figures.page_costs().items():
+        name = call.partition(",")[0]
+        expected[name] = expected.get(name, 0) + count
+
+    def counting(name, kernel):
+        def call(*arguments):
+            calls[name] = calls.get(name, 0) + 1
+            return kernel(*arguments)
+        return call
+
+    for name in cpu_kernels():
+        monkeypatch.setattr(kernels_cpu, name, counting(name, getattr(kernels_cpu, name)))
+    monkeypatch.setattr(train_gpt2, "CLASSIFIER_ROWS", 1)
+    model = train_gpt2.GPT2(gpt2.Config(8, 128, 128, num_layers=12, num_heads=1, channels=1), 1, 8, threads=1)
+    tokens = np.zeros((1, 8), dtype=np.int32)
+    model.forward(tokens)
+    model.backward(tokens)
+    norm = model.gradient_norm()
+    calls["adamw_update"] = 1       # one for each tensor; the page counts the numbers of all
+    assert norm >= 0 and calls == {name: count for name, count in expected.items() if count > 0}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names and links
+
+def cpu_kernels():
+    """What kernels_cpu runs on all threads."""
+    return {name for name, kernel in vars(kernels_cpu).items()
+            if isinstance(kernel, Dispatcher) and kernel.targetoptions.get("parallel")}
+
+
+def gpu_kernels():
+    """What kernels_gpu compiles for the GPU, and the functions that launch it or multiply."""
+    compiled = re.findall(r"__global__ void (\w+)\(", "".join(kernels_gpu.SOURCES))
+    return {*compiled, *(name for name, function in vars(kernels_gpu).items() if callable(function) and
+                         getattr(function, "__module__", "") == "kernels_gpu" and
+                         {"launch", "gemm"} & {*function.__code__.co_names})}
+
+
+def named(page):
+    """The identifiers that stand in backticks in a page."""
+    return {word for span in SPAN.findall(FENCED.sub("", text_of(page))) for word in re.findall(r"[A-Za-z_]\w*", span)}
+
+
+def test_every_kernel_has_a_page():
+    on_pages = set().union(*map(named, LAYERS))
+    missing = (cpu_kernels() | gpu_kernels()) - on_pages
+    assert not missing, f"name {', '.join(sorted(missing))} on the page of its layer in dev/derivations"
+
+
+def test_every_backward_kernel_is_named_at_the_head_of_a_page():
+    heads = "".join(text_of(page).partition("\n## ")[0] for page in LAYERS)
+    backward = {name for name in cpu_kernels() if name.endswith("_backward")}
+    assert len(backward) >= 5 and all(f"`{name}`" in heads for name in backward)
+
+
+@every_page
+def test_pages_name_nothing_that_is_gone(page):
+    """Kernels exist as such; other names occur somewhere in the program, or in the page's own code."""
+    kernels = cpu_kernels() | gpu_kernels() | {name for name in vars(train_gpt2.GPT2)}
+    program = "\n".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), ROOT / "dev" / "figures.py"])
+    words = set(re.findall(r"[A-Za-z_]\w*", program + examples(page)))
+    for name in named(page) - {"onehot", "dx", "x"}:
+        if re.search(r"_(forward|backward|update|classifier)$", name):
+            assert name in kernels, f"{page.name} names `{name}`, which is no kernel"
+        assert name in words or value(name, {}) is not None or (ROOT / "dev" / "tests" / f"{name}.py").exists(), (
+            f"{page.name} names `{name}`, which does not occur in the program")
+
+
+@every_page
+def test_flags_exist(page):
+    flags = re.findall(r"`(--[\w-]+)", text_of(page))
+    program = (ROOT / "training.py").read_text(encoding="utf-8")
+    assert all(f'"{flag}"' in program for flag in flags), flags
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for alternative, target in re.findall(r"!?\[([^\]]*)\]\(([^)]*)\)", text_of(page)):
+        assert alternative and (page.parent / target).is_file(), f"{page.name}: {target}"
+
+
+def test_the_list_of_pages_is_complete():
+    rows = re.findall(r"^\| \[[^\]]+\]\(([\w.]+)\) \| [^|]+ \|$", text_of(figures.PAGES / "README.md"), re.MULTILINE)
+    assert sorted(rows) == [page.name for page in LAYERS]
+
+
+def test_pages_are_built_alike():
+    for page in LAYERS:
+        headings = re.findall(r"^## (.*)$", text_of(page), re.MULTILINE)
+        kept = next(i for i, heading in enumerate(headings) if heading.startswith("Kept and computed again"))
+        order = kept, headings.index("By hand"), headings.index("Cost"), headings.index("Sources"), len(headings) - 1
+        assert sorted(order) == [*order] and order[-1] == order[-2], page.name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+
+def test_figures_are_those_of_the_pages():
+    shown = re.findall(r"!\[[^\]]+\]\(([\w.]+)\)", "".join(map(text_of, PAGES)))
+    assert sorted(shown) == sorted(figures.DRAWINGS) == sorted(path.name for path in figures.PAGES.glob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def new_model(tmp_path_factory):
+    config = gpt2.Config(64, 50257, 50304, num_layers=1, num_heads=2, channels=8)
+    params = gpt2.Tensors(gpt2.parameter_shapes(config))
+    gpt2.initialize(params, config, seed=0)
+    folder = tmp_path_factory.mktemp("model") / "out"
+    save_model(folder, config, params)
+    return folder
+
+
+@pytest.mark.parametrize("name", figures.DRAWINGS)
+def test_figures_are_drawn(name, new_model, tmp_path):
+    """Small, wide enough for a README, and without a background."""
+    from matplotlib import image
+    figures.draw(name, new_model, tmp_path)
+    for path in (tmp_path / name, figures.PAGES / name):
+        pixels = image.imread(path)
+        assert path.stat().st_size < 100_000 and pixels.shape[1] >= 850 and pixels.shape[2] == 4
+        assert (pixels[..., 3] == 0).mean() > 0.2 and (pixels[..., 3] == 1).any()
+
+
+def luminance(colour):
+    """Relative luminance as defined by the WCAG."""
+    channels = (int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5))
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+@pytest.mark.parametrize("colour", [figures.INK, figures.BLUE, figures.ORANGE, figures.GREEN, figures.PURPLE, figures.RED])
+@pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
+def test_colours_can_be_read(colour, page):
+    darker, lighter = sorted((luminance(colour), luminance(page)))
+    assert (lighter + 0.05) / (darker + 0.05) >= 3.9
+
+
+def test_attention_weights_are_those_of_the_kernel(new_model):
+    """p, rebuilt from what is kept, times v is out; and its rows add up to 1."""
+    config, params = load_model(str(new_model))
+    tokens = np.arange(17, dtype=np.int32).reshape(1, 17)
+    model = train_gpt2.GPT2(config, 1, 17, threads=1)
+    model.set_params(params)
+    model.forward(tokens)
+    HS = config.channels // config.num_heads
+    for l, h, p in figures.attention_weights(config, params, tokens):
+        v = kernels_cpu.one_head(model.acts.qkv[l], 0, 17, 2 * config.num_heads + h, HS)
+        np.testing.assert_allclose(p.sum(axis=1), 1, rtol=1e-5)
+        assert relative_error(p @ v, kernels_cpu.one_head(model.acts.att[l], 0, 17, h, HS)) <= 1e-5
+
+
+def test_error_without_a_model(run_main, tmp_path):
+    finished = run_main(figures, "--model", tmp_path / "nothing")
+    assert finished.status == 1 and finished.err.count("\n") == 1
+    assert str(tmp_path / "nothing") in finished.err and "train_gpt2.py" in finished.err
