@@ -84,7 +84,7 @@ def parse_options(description, arguments=None, processes=1, **own_flags):
     add("--sample-every", default=250, type=count, help="steps between samples of generated text, with one at the end; 0: never")
     parser.add_argument("--overfit-single-batch", action="store_true", help="train on the first batch again and again")
     parser.add_argument("--recompute", action="store_true", help="keep the activations of one layer only, and compute those of "
-                        "the others a second time: less memory, and a step takes a quarter longer")
+                        "the others a second time: less memory, and a step takes about an eighth longer")
     parser.add_argument("--shuffle", action="store_true", help="visit the files of --input-bin in another order every round")
     add("--skip-update-lossz", default=0, type=number(float, 0),
         help="skip the update of a step whose loss is so many standard deviations above the mean of the latest "
