@@ -33,7 +33,7 @@ class World:
         self.size = self.local_size = 1
         if communicator:
             from mpi4py import MPI
-            self.largest_of = MPI.MAX
+            self.mpi = MPI
             self.rank, self.size = communicator.rank, communicator.size
             self.machine = communicator.Split_type(MPI.COMM_TYPE_SHARED)
             self.local_rank, self.local_size = self.machine.rank, self.machine.size
@@ -68,7 +68,7 @@ class World:
 
     def largest(self, number):
         """The largest of all processes' numbers."""
-        return self.communicator.allreduce(number, self.largest_of) if self.size > 1 else number
+        return self.communicator.allreduce(number, self.mpi.MAX) if self.size > 1 else number
 
     def reduce_scatter(self, flat):
         """Replace this process's share of a flat array by the sum of that share over all processes; the rest becomes zero."""
@@ -85,8 +85,7 @@ class World:
     def all_gather(self, flat):
         """Fill a flat array of which every process has its own share."""
         if self.size > 1:
-            from mpi4py import MPI
-            self.communicator.Allgatherv(MPI.IN_PLACE, [flat, self.share_sizes(flat.size)])
+            self.communicator.Allgatherv(self.mpi.IN_PLACE, [flat, self.share_sizes(flat.size)])
 
     def gather(self, share, size):
         """The flat array of this size of which every process has a share, on process 0; elsewhere None."""

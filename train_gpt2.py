@@ -288,15 +288,15 @@ def train(model, options, train_loader, val_loader, log, progress, stop, save, e
 class Saver:
     """Writes what training a model leaves behind into options.output_dir, on process 0 only."""
 
-    def __init__(self, model, options, train_loader):
-        self.model, self.options, self.fingerprint = model, options, train_loader.fingerprint()
+    def __init__(self, model, options):
+        self.model, self.options = model, options
 
     def checkpoint(self, progress):
         """Write a checkpoint, from which --resume goes on (resume.py)."""
         model, options = self.model, self.options
         moments = model.get_moments()
         if model.world.rank == 0:
-            state = asdict(progress) | {"fingerprint": self.fingerprint, "flags": options.flags}
+            state = asdict(progress) | {"flags": options.flags}
             save_checkpoint(options.output_dir, model.config, model.get_params(), moments, state, options.keep_checkpoints)
 
     def model_to(self, folder):
@@ -320,7 +320,7 @@ def train_and_save(model, params, moments, options, train_loader, val_loader, id
     if moments is not None:
         model.set_moments(*moments)
     print_configuration(options, model, train_loader, val_loader, examples, **device_rows)
-    save = Saver(model, options, train_loader)
+    save = Saver(model, options)
     first = model.world.rank == 0
     with TrainingLog(options, ideal_seconds, progress.step) if first else contextlib.nullcontext(Unheard()) as log:
         if first and progress.step == 0:

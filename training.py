@@ -228,6 +228,7 @@ class Progress:
     """Where a run is: what its next step depends on besides the model, the optimiser's moments and the flags."""
     step: int = 0                               # done
     data: tuple = DataLoader.START              # the DataLoader's state
+    fingerprint: int = 0                        # the DataLoader's
     best_val_loss: float = math.inf
     latest_losses: list = field(default_factory=list)       # up to OUTLIER_WINDOW of them, to tell which are outliers
     latest_norms: list = field(default_factory=list)
@@ -238,10 +239,11 @@ def first_progress(options, train_loader):
 
     Raises UserError if there is nothing left to do, or the training tokens are not those of the checkpoint.
     """
+    fingerprint = train_loader.fingerprint()
     if not options.checkpoint:
-        return Progress()
+        return Progress(fingerprint=fingerprint)
     state = load_state(options.checkpoint)
-    if state["fingerprint"] != train_loader.fingerprint():
+    if state["fingerprint"] != fingerprint:
         raise UserError(f"--input-bin {options.input_bin} holds other tokens than those that the run in {options.output_dir} "
                         "has read so far; give it those, or start anew in another --output-dir")
     progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})

@@ -24,51 +24,20 @@ GRADIENTS = "test_gpt2.py -k gradients"
 PARAMETERS = "test_gpt2.py -k parameters"
 
 
-def kernel(names):
-    """The tests of the kernels with these names."""
-    return f"dev/tests/test_kernels.py -k {names}"
+def tests_in(file):
+    """A function from names to those of the tests in this file that have them in their own."""
+    return lambda names: f"dev/tests/{file} -k {names}"
 
 
-def cuda(names):
-    """The tests of the CUDA kernels with these names."""
-    return f"dev/tests/test_kernels_gpu.py -k {names}"
-
-
-def whole_cuda(names):
-    """The tests of the GPU program with these names."""
-    return f"dev/tests/test_train_gpt2_gpu.py -k {names}"
-
-
-def cuda_decoding(names):
-    """The tests of generate_gpt2_gpu.py with these names."""
-    return f"dev/tests/test_generate_gpu.py -k {names}"
-
-
-def checkpoints(names):
-    """The tests of checkpoint.py with these names."""
-    return f"dev/tests/test_checkpoint.py -k {names}"
-
-
-def generating(names):
-    """The tests of generate_gpt2.py with these names."""
-    return f"dev/tests/test_generate.py -k {names}"
-
-
-def decoding(names):
-    """The tests of the decoding kernels with these names."""
-    return f"dev/tests/test_decode_kernels.py -k {names}"
-
-
-def resuming(names):
-    """The tests of checkpoints and resuming with these names."""
-    return f"dev/tests/test_resume.py -k {names}"
-
-
-def scoring(names):
-    """The tests of HellaSwag with these names."""
-    return f"dev/tests/test_hellaswag.py -k {names}"
-
-
+kernel = tests_in("test_kernels.py")
+cuda = tests_in("test_kernels_gpu.py")
+whole_cuda = tests_in("test_train_gpt2_gpu.py")
+cuda_decoding = tests_in("test_generate_gpu.py")
+checkpoints = tests_in("test_checkpoint.py")
+generating = tests_in("test_generate.py")
+decoding = tests_in("test_decode_kernels.py")
+resuming = tests_in("test_resume.py")
+scoring = tests_in("test_hellaswag.py")
 SAMPLING, PLOTTING = "dev/tests/test_sampling.py", "dev/tests/test_plot_runs.py"
 GPU = "kernels_gpu.py"
 
@@ -278,7 +247,7 @@ MUTATIONS = [Mutation(*row) for row in [
     ("resume: unfinished run replaced", "training.py",
      "    if not options.checkpoint:\n        check_unfinished(options.output_dir)\n", "",
      resuming("does_not_replace")),
-    ("resume: other tokens taken for the same", "training.py", "if state[\"fingerprint\"] != train_loader.fingerprint():",
+    ("resume: other tokens taken for the same", "training.py", "if state[\"fingerprint\"] != fingerprint:",
      "if False:",
      resuming("other_tokens")),
     ("resume: other seed taken for the same", "training.py", "\"total_batch_size\", \"seed\", ", "\"total_batch_size\", ",

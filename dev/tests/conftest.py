@@ -1,4 +1,6 @@
 """What several test files share; and it lets them import the program, which stands at the top level of the checkout."""
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dev.cuda_on_cpu import CpuDevice
 from device import open_device
 from files import UserError, run_program
+from tokenizer import gpt2_encoding
 
+REFERENCE_SCRIPT = Path(__file__).resolve().parents[1] / "reference_transformers.py"
 DEVICES = {
     "cpu": CpuDevice,
     "cpu-reversed": lambda: CpuDevice(reverse=True),
@@ -36,6 +40,28 @@ def device_flag(request):
     except UserError as error:
         pytest.skip(str(error))
     return "--device", request.param
+
+
+@pytest.fixture(scope="module")
+def encoding():
+    """GPT-2's encoding."""
+    try:
+        return gpt2_encoding()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    """Runs the reference script in another Python, which has transformers."""
+    python = os.environ.get("TRANSFORMERS_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode != 0:
+        pytest.skip(f"{python} has no transformers: name a Python that has it in TRANSFORMERS_PYTHON")
+
+    def run(*arguments):
+        finished = subprocess.run([python, REFERENCE_SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+    return run
 
 
 class Finished(NamedTuple):

@@ -11,7 +11,6 @@ import os
 import pickle
 import re
 import struct
-import subprocess
 import sys
 import tracemalloc
 import types
@@ -22,12 +21,12 @@ import pytest
 
 import checkpoint
 from checkpoint import load_model, save_llmc, save_model
+from conftest import REFERENCE_SCRIPT
 from files import UserError
 from gpt2 import Config, Tensors, parameter_shapes
 from tokenizer import VOCABULARY_SHA256, fetch_vocabulary, gpt2_encoding
 from train_gpt2 import GPT2
 
-REFERENCE_SCRIPT = Path(__file__).resolve().parents[1] / "reference_transformers.py"
 REFERENCE = REFERENCE_SCRIPT.with_suffix("")
 SMALL = Config(max_seq_len=3, vocab_size=5, padded_vocab_size=128, num_layers=2, num_heads=2, channels=8)
 BOUND = 1e-5
@@ -272,19 +271,6 @@ def test_logits_of_transformers():
     config, params = load_model(REFERENCE)
     assert config == Config(max_seq_len=231, vocab_size=131, padded_vocab_size=256, num_layers=2, num_heads=3, channels=24)
     assert logits_error(config, params, np.load(REFERENCE / "expected.npz")) <= BOUND
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    """Runs the reference script in another Python, which has transformers."""
-    python = os.environ.get("TRANSFORMERS_PYTHON", sys.executable)
-    if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode != 0:
-        pytest.skip(f"{python} has no transformers: name a Python that has it in TRANSFORMERS_PYTHON")
-
-    def run(*arguments):
-        finished = subprocess.run([python, REFERENCE_SCRIPT, *map(str, arguments)], capture_output=True, text=True)
-        assert finished.returncode == 0, finished.stderr
-    return run
 
 
 @pytest.mark.parametrize("shape", ["odd", "gpt2", "half"])

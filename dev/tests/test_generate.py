@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numba
@@ -12,14 +13,13 @@ import numpy as np
 import pytest
 
 import generate_gpt2
-import test_checkpoint
 from conftest import Finished
 from checkpoint import load_model, save_model
 from dataloader import write_tokens
 from files import UserError, run_program
 from generate_gpt2 import FEW_ROWS, Decoder, TextStream, generate, mean_loss, quantize
 from gpt2 import Config, Tensors, initialize, parameter_shapes
-from tokenizer import END_OF_TEXT, gpt2_encoding
+from tokenizer import END_OF_TEXT
 from train_gpt2 import GPT2
 
 THREADS = 2
@@ -81,11 +81,16 @@ def read(decoder, texts, parts):
 @pytest.mark.parametrize("B", [1, 3, 15])
 @pytest.mark.parametrize("parts", ["one by one", "at once", "prompts"])
 def test_cached_forward_equals_full_forward(name, B, parts):
+    assert_cached_equals_full(partial(Decoder, threads=THREADS), name, B, parts)
+
+
+def assert_cached_equals_full(make_decoder, name, B, parts):
+    """At every position of B texts, which a decoder (config, params, B) reads in parts."""
     config = CONFIGS[name]
     T = config.max_seq_len
     parts = {"one by one": [1] * T, "at once": [T], "prompts": [T // 2, 1, 1, 3, T - T // 2 - 5]}[parts]
     params, texts = random_params(config), random_texts(config, B, T)
-    actual = read(Decoder(config, params, B, THREADS), texts, [part for part in parts if part > 0])
+    actual = read(make_decoder(config, params, B), texts, [part for part in parts if part > 0])
     expected = full_logits(config, params, texts)
     for t in range(T):
         assert_close(actual[:, t], expected[:, t])
@@ -197,9 +202,6 @@ def test_seeds_and_samples():
     assert generated(config, params, [1, 2], 30, seed=1)[0] != texts[0]
 
 
-transformers = test_checkpoint.transformers
-
-
 @pytest.fixture(scope="module", params=["committed", "gpt2", "half"])
 def saved(request, tmp_path_factory):
     """(config, params, expected): a model saved by transformers, and what it computes with it; the first is of shape "odd"."""
@@ -253,14 +255,6 @@ def test_mean_loss(n):
 
 
 # From tokens to text
-
-@pytest.fixture(scope="module")
-def encoding():
-    try:
-        return gpt2_encoding()
-    except UserError as error:
-        pytest.skip(str(error))
-
 
 def streamed(encoding, tokens, stops=()):
     stream = TextStream(encoding, stops)

@@ -1,10 +1,12 @@
 """Generating text with the CUDA kernels: the decoder against the training program's forward pass, the program against its twin."""
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
-from test_generate import CONFIGS, REFERENCE, THREADS, assert_close, full_logits, random_params, random_texts, read
+from test_generate import (CONFIGS, REFERENCE, THREADS, assert_cached_equals_full, assert_close, full_logits, random_params,
+                           random_texts)
 
 import generate_gpt2
 import generate_gpt2_gpu
@@ -18,14 +20,7 @@ from gpt2 import Config
 @pytest.mark.parametrize("B", [1, 3, 15])
 @pytest.mark.parametrize("parts", ["one by one", "at once", "prompts"])
 def test_cached_forward_equals_full_forward(on, name, B, parts):
-    config = CONFIGS[name]
-    T = config.max_seq_len
-    parts = {"one by one": [1] * T, "at once": [T], "prompts": [T // 2, 1, 1, 3, T - T // 2 - 5]}[parts]
-    params, texts = random_params(config), random_texts(config, B, T)
-    actual = read(Decoder(config, params, B, on), texts, [part for part in parts if part > 0])
-    expected = full_logits(config, params, texts)
-    for t in range(T):
-        assert_close(actual[:, t], expected[:, t])
+    assert_cached_equals_full(partial(Decoder, device=on), name, B, parts)
 
 
 @pytest.mark.parametrize("same_prompt", [True, False])

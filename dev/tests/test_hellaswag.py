@@ -4,6 +4,7 @@ dev/reference_hellaswag.jsonl holds what dev/reference_hellaswag.py computed wit
 last test has it score made sentences, with the Python in TRANSFORMERS_PYTHON if that has transformers.
 """
 import csv
+import io
 import json
 import os
 import re
@@ -382,34 +383,19 @@ def test_source_that_cannot_be_used(run_main, byte_encoding, tmp_path, source):
     assert finished.status == 1 and "cannot write" in finished.err
 
 
-class Response:
-    def __init__(self, contents):
-        self.contents = contents
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def read(self, size):
-        piece, self.contents = self.contents[:size], self.contents[size:]
-        return piece
-
-
 def test_download(run_main, byte_encoding, tmp_path, monkeypatch):
     contents = "\n".join(line(label=i % 4) for i in range(1000)).encode()
     assert len(contents) > 2 * prepare_hellaswag.PIECE
     monkeypatch.setattr(prepare_hellaswag, "SIZE", len(contents))
     monkeypatch.setattr(prepare_hellaswag, "SHA256", prepare_hellaswag.sha256(contents))
-    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: Response(contents))
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(contents))
     finished = run_main(prepare_hellaswag, "--output", tmp_path / "some.bin")
     assert finished == (0, f"wrote {tmp_path / 'some.bin'}: 1,000 examples\n", "")
     assert [example.label for example in read_examples(tmp_path / "some.bin", 256)] == [0, 1, 2, 3] * 250
 
 
 @pytest.mark.parametrize("answer, parts", [
-    (Response(b"<html>please log in</html>"), ("sent 26 bytes", "expected 12,246,618", "0aa3b888")),
+    (io.BytesIO(b"<html>please log in</html>"), ("sent 26 bytes", "expected 12,246,618", "0aa3b888")),
     (urllib.error.URLError("Name or service not known"), ("(Name or service not known)",)),
     (TimeoutError("timed out"), ("(timed out)",)),
 ])

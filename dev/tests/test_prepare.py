@@ -1,6 +1,7 @@
 """Tiny Shakespeare: where the text comes from, how it is split, and what a user's mistake looks like."""
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -101,29 +102,15 @@ def test_rebuilt_text_is_the_one_that_was_compared(rebuilt):
     assert hashlib.sha256(rebuilt.encode()).hexdigest() == REBUILT_SHA256
 
 
-class Response:
-    def __init__(self, contents):
-        self.contents = contents
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def read(self):
-        return self.contents
-
-
 def test_canonical_text_comes_first(monkeypatch, capsys):
     monkeypatch.setattr(prepare_tinyshakespeare, "CANONICAL_SHA256", hashlib.sha256(b"the text").hexdigest())
-    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: Response(b"the text"))
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(b"the text"))
     assert prepare_tinyshakespeare.tiny_shakespeare() == "the text"
     assert "canonical" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("answer, problem", [
-    (Response(b"<html>please log in</html>"), "SHA-256 is"),
+    (io.BytesIO(b"<html>please log in</html>"), "SHA-256 is"),
     (urllib.error.URLError("Name or service not known"), "(Name or service not known)"),
     (TimeoutError("timed out"), "(timed out)"),
 ])

@@ -17,7 +17,6 @@ import pytest
 import prepare_text
 import tokenizer
 from dataloader import DataLoader
-from files import UserError
 from prepare_text import Progress, batches, divide, encode, pieces, read_texts
 
 PROGRAM = Path(prepare_text.__file__)
@@ -36,14 +35,6 @@ class ByteEncoding:
 @pytest.fixture
 def byte_encoding(monkeypatch):
     monkeypatch.setattr(prepare_text, "gpt2_encoding", ByteEncoding)
-
-
-@pytest.fixture(scope="module")
-def encoding():
-    try:
-        return tokenizer.gpt2_encoding()
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -10,14 +10,6 @@ HARD_TEXTS = ["", " ", "\n\n\n", "tabs\tand\r\nline ends  \n\n ", "two  spaces  
               "🙂👩‍👩‍👧‍👦🏳️‍🌈", "e\u0301\u200b\u00a0\ufeff\x00\x7f", "it's we'll I'D 12345 !?...", "<|endoftext|>"]
 
 
-@pytest.fixture(scope="module")
-def encoding():
-    try:
-        return tokenizer.gpt2_encoding()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.parametrize("text, ids", [
     ("hello world", [31373, 995]),
     ("Hello, I'm a language model,", [15496, 11, 314, 1101, 257, 3303, 2746, 11]),
