@@ -180,7 +180,8 @@ def initialize(params, config, seed):
     """Fill `params` (a Tensors of NumPy arrays) as GPT-2 does: weights from N(0, 0.02), biases 0, layernorm scales 1.
 
     Each block adds to the residual stream twice. So that its variance does not grow with depth, the 2L projections that
-    end there start smaller by 1/sqrt(2L). The padding rows of wte are zero and stay zero.
+    end there start smaller by 1/sqrt(2L). The padding rows of wte are zero and stay zero. Derived in
+    dev/derivations/initialisation.md.
     """
     generator = np.random.default_rng(seed)
     for name, tensor in params.items():

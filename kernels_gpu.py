@@ -1,7 +1,8 @@
 """The layers of GPT-2 on the GPU: CUDA C, each kernel above the Python function that launches it.
 
-Read it beside kernels_cpu.py. Names, argument order, shapes, and what is added to and what is overwritten are the same;
-the derivations stand there. What is different is how the work is shared out, and that is what the comments here are about.
+Read it beside kernels_cpu.py. Names, argument order, shapes, what is added to, overwritten and left for the backward pass
+are the same, and so is the cost unless a docstring here gives another. What is different is how the work is shared out, and
+that is what the comments here are about. The gradients are derived in dev/derivations/.
 
 How the work is shared out
     A launch starts a grid of blocks of threads, all of which run the same function and find their part of the work by
@@ -181,6 +182,8 @@ def column_sums(out, inp):
     """out (C) += the sum of inp (N, C) over its rows: in one launch, or in two if that many rows are more than 1,024.
 
     The first of two launches leaves as many partial sums as make 1,024 blocks, 8 for each multiprocessor of a large GPU.
+
+    Cost: N*C FLOPs, 4*N*C bytes: memory-bound. See dev/derivations/matmul.md.
     """
     N, C = inp.shape
     columns, block = ceil_div(C, 32), (8, 32)
@@ -258,13 +261,19 @@ extern "C" __global__ void encoder_backward_wpe(
 
 
 def encoder_forward(out, tokens, wte, wpe):
-    """out (N, C) = wte[token] + wpe[position], for tokens (B, T), wte (Vp, C) and wpe (maxT, C)."""
+    """out (N, C) = wte[token] + wpe[position], for tokens (B, T), wte (Vp, C) and wpe (maxT, C).
+
+    Derived in dev/derivations/encoder.md.
+    """
     N, C = out.shape
     device.launch("encoder_forward", N, row_threads(C), out, tokens, wte, wpe, N, tokens.shape[1], C, len(wte), len(wpe))
 
 
 def encoder_backward(dwte, dwpe, dout, tokens):
-    """dwte[token] += dout and dwpe[position] += dout, summed over every row that read them."""
+    """dwte[token] += dout and dwpe[position] += dout, for every row of dout (N, C); dwte (Vp, C), dwpe (maxT, C).
+
+    Derived in dev/derivations/encoder.md.
+    """
     N, C = dout.shape
     T = tokens.shape[1]
     order = device.argsort(tokens.reshape(N))
@@ -380,7 +389,10 @@ extern "C" __global__ void layernorm_backward(
 
 
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
-    """Each row of inp (N, C), shifted to mean 0 and scaled to variance 1, then to the learned scale and offset."""
+    """out (N, C) is inp (N, C), each row shifted to mean 0 and scaled to variance 1, then by the learned weight and bias (C).
+
+    mean (N) and rstd (N) are saved. Derived in dev/derivations/layernorm.md.
+    """
     none = device.empty(0)
     residual_layernorm_forward(none, out, mean, rstd, inp, none, none, weight, bias)
 
@@ -389,6 +401,8 @@ def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, inp2_bias,
     """residual (N, C) = inp1 + inp2 + inp2_bias (C), then layernorm_forward of it. An empty inp2_bias means there is none.
 
     inp2 is a matrix product without its bias. In three kernels, the sums would be written and read back twice.
+
+    Cost: 10*N*C FLOPs, 16*N*C bytes: memory-bound. See dev/derivations/residual.md.
     """
     N, C = inp1.shape
     device.launch("residual_layernorm_forward", N, row_threads(C), residual, out, mean, rstd, inp1, inp2, inp2_bias,
@@ -396,7 +410,10 @@ def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, inp2_bias,
 
 
 def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
-    """dinp (N, C) += the gradient through the normalisation; dweight (C) and dbias (C) += sums over the rows."""
+    """dinp (N, C) += the gradient through the normalisation; dweight (C) and dbias (C) += sums over the rows.
+
+    Derived in dev/derivations/layernorm.md.
+    """
     N, C = inp.shape
     blocks = min(N, 512)        # some 4 for each multiprocessor of a large GPU: more would leave more parts to add up
     dweight_parts, dbias_parts = device.empty((blocks, C)), device.empty((blocks, C))
@@ -457,7 +474,10 @@ extern "C" __global__ void matvec_forward(
 
 
 def matmul_forward(out, inp, weight, bias):
-    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC). An empty bias array means there is none."""
+    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC). An empty bias array means there is none.
+
+    Adding the bias reads and writes out once more, 8*N*OC bytes. Derived in dev/derivations/matmul.md.
+    """
     N, OC = out.shape
     device.gemm(out, 1.0, inp, weight.T, 0.0)
     if bias.size > 0:
@@ -465,7 +485,10 @@ def matmul_forward(out, inp, weight, bias):
 
 
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
-    """dinp (N, C) = dout @ weight; dweight (OC, C) += dout.T @ inp; dbias (OC) += sum of dout (N, OC) over its rows."""
+    """dinp (N, C) = dout @ weight; dweight (OC, C) += dout.T @ inp; dbias (OC) += sum of dout (N, OC) over its rows.
+
+    Derived in dev/derivations/matmul.md.
+    """
     device.gemm(dinp, 1.0, dout, weight, 0.0)
     device.gemm(dweight, 1.0, dout.T, inp, 1.0)
     if dbias.size > 0:
@@ -473,7 +496,10 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
 
 
 def matvec_forward(out, inp, weight, bias):
-    """matmul_forward for an inp of few rows: then the time it takes is that of reading the weight."""
+    """matmul_forward for an inp (N, C) of few rows: then the time it takes is that of reading the weight (OC, C), once.
+
+    See dev/derivations/matmul.md.
+    """
     N, OC = out.shape
     device.launch("matvec_forward", (ceil_div(OC, 8), ceil_div(N, 4)), 256, out, inp, weight, bias, N, inp.shape[1], OC)
 
@@ -610,7 +636,9 @@ def transposed(matrices):
 def attention_forward(out, lse, qkv, scores):
     """Each position of out (N, C) averages the values of the positions before it and its own, weighted by softmax.
 
-    qkv (N, 3C); lse (B, NH, T) is saved for the backward pass; scores (NH, T, T) is scratch, one sequence's.
+    qkv (N, 3C); lse (B, NH, T) is saved for the backward pass; scores (NH, T, T) is scratch, one sequence's. The products
+    compute those of later keys, too, and each score is written and read twice: 16 bytes. Derived in
+    dev/derivations/attention.md.
     """
     B, NH, T = lse.shape
     scale = (NH / out.shape[1]) ** 0.5      # 1 / sqrt(HS)
@@ -623,7 +651,11 @@ def attention_forward(out, lse, qkv, scores):
 
 
 def attention_backward(dqkv, dout, out, lse, qkv, scores, dscores):
-    """dqkv (N, 3C) from dout (N, C), with p rebuilt from lse; scores and dscores (NH, T, T) are scratch, one sequence's."""
+    """dqkv (N, 3C) from dout (N, C), with p rebuilt from lse; scores and dscores (NH, T, T) are scratch, one sequence's.
+
+    Each score and its gradient are written twice and read two and three times: 36 bytes. Derived in
+    dev/derivations/attention.md.
+    """
     B, NH, T = lse.shape
     C = out.shape[1]
     scale = (NH / C) ** 0.5
@@ -645,7 +677,8 @@ def attention_cached_forward(out, keys, values, qkv, position):
     """attention_forward for tokens that come after `position` others, whose keys and values were kept.
 
     keys and values (B, NH, maxT, HS) hold those of the positions before `position`; those of the T positions in qkv
-    (B*T, 3C) are added to them. A single token of each text takes one launch, a prompt the products of training.
+    (B*T, 3C) are put behind them. A single token of each text takes one launch, a prompt the products of training.
+    See dev/derivations/attention.md.
     """
     B, NH, maxT, HS = keys.shape
     T = len(out) // B
@@ -718,13 +751,16 @@ extern "C" __global__ void gelu_backward(
 
 
 def bias_gelu_forward(out, inp, bias):
-    """inp (N, C) += bias (C), in place; out = gelu(inp)."""
+    """inp (N, C) += bias (C), in place; out (N, C) = gelu(inp).
+
+    Cost: 29*N*C FLOPs, 12*N*C bytes: memory-bound. Derived in dev/derivations/gelu.md.
+    """
     N, C = inp.shape
     device.launch("bias_gelu_forward", N, row_threads(C), out, inp, bias, N, C)
 
 
 def gelu_backward(dinp, dout, inp):
-    """dinp = dout * gelu'(inp), for every element. dinp may be dout itself."""
+    """dinp = dout * gelu'(inp), all of shape (N, C). dinp may be dout itself. Derived in dev/derivations/gelu.md."""
     device.launch("gelu_backward", ceil_div(inp.size, 4 * 256), 256, dinp, dout, inp, inp.size)
 
 
@@ -776,13 +812,19 @@ extern "C" __global__ void add_mean_loss(
 
 
 def fused_classifier(losses, logits, targets, dloss, vocab_size):
-    """losses (N) from logits (N, Vp) and targets (N), the logits being overwritten by their gradients times dloss."""
+    """losses (N) from logits (N, Vp) and int32 targets (N), the logits being overwritten by their gradients times dloss.
+
+    Derived in dev/derivations/classifier.md.
+    """
     N, Vp = logits.shape
     device.launch("fused_classifier", N, row_threads(Vp, most=1024), losses, logits, targets, dloss, vocab_size, N, Vp)
 
 
 def add_mean_loss(total, losses, scale):
-    """total (1) += scale * the sum of losses (N). The sum of the micro-batches stays on the GPU until the host asks for it."""
+    """total (1) += scale * the sum of losses (N). The sum of the micro-batches stays on the GPU until the host asks for it.
+
+    See dev/derivations/classifier.md.
+    """
     device.launch("add_mean_loss", 1, 1024, total, losses, scale, losses.size)
 
 
@@ -851,7 +893,10 @@ extern "C" __global__ void adamw_update(
 
 
 def global_norm(norm, grads):
-    """norm (1) = the Euclidean norm of grads, one flat array: a float32 that stays on the GPU."""
+    """norm (1) = the Euclidean norm of grads (P), one flat array: a float32 that stays on the GPU.
+
+    Derived in dev/derivations/clipping.md.
+    """
     blocks = min(1024, ceil_div(grads.size, 4 * 256))
     parts = device.empty(blocks, np.float64)
     device.launch("sum_of_squares", blocks, 256, parts, grads, blocks, grads.size)
@@ -859,10 +904,11 @@ def global_norm(norm, grads):
 
 
 def adamw_update(params, grads, m, v, norm, learning_rate, beta1, beta2, eps, weight_decay, grad_clip, step):
-    """One step of AdamW on flat arrays; step counts from 1. The gradients are cleared.
+    """One step of AdamW on flat arrays (P); step counts from 1. The gradients are cleared.
 
     If norm (1), that of all gradients together, is more than grad_clip, they are scaled to it; a grad_clip of 0 is none. If
-    norm is not a finite number nothing is changed, gradients included, so that one can look for what went wrong.
+    norm is not a finite number nothing is changed, gradients included, so that one can look for what went wrong. Derived in
+    dev/derivations/adamw.md.
     """
     device.launch("adamw_update", ceil_div(params.size, 4 * 256), 256, params, grads, m, v, norm, beta1, 1 - beta1,
                   beta2, 1 - beta2, learning_rate / (1 - beta1 ** step), 1 / (1 - beta2 ** step), eps,

@@ -134,11 +134,12 @@ class GPT2:
         dresidual, dln, datt, dqkv, dfch = (getattr(self.scratch, name)[:N]
                                             for name in ("dresidual", "dln", "datt", "dqkv", "dfch"))
 
-        for rows in chunks(self.tokens.size, CLASSIFIER_ROWS):
+        for rows in chunks(N, CLASSIFIER_ROWS):
             logits = self.scratch.logits[:rows.stop - rows.start]
             kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, workspace)                       # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
                                      1 / (N * accumulation_steps * self.world.size), self.config.vocab_size)     # (rows, Vp)
+            # wte's gradient as the classifier's weight; that as the encoder's table is added last.
             kernels.matmul_backward(dln[rows], grads.wte, NO_BIAS,
                                     logits, acts.lnf[rows], params.wte, workspace)                               # (rows, C)
         dresidual[...] = 0

@@ -425,3 +425,50 @@ def test_error_without_a_model(run_main, tmp_path):
     finished = run_main(figures, "--model", tmp_path / "nothing")
     assert finished.status == 1 and finished.err.count("\n") == 1
     assert str(tmp_path / "nothing") in finished.err and "train_gpt2.py" in finished.err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Docstrings of the kernels
+
+DERIVED = re.compile(r"(?:Derived in|See) dev/derivations/(\w+)\.md\.")
+COST = re.compile(r"Cost[^:]*: (\S.*?) FLOPs(?: for P = (.*?) (?:pairs|keys)[^,]*)?, (.*?) bytes: (memory|compute)-bound\.")
+
+
+def docstring(kernel):
+    return " ".join(kernel.__doc__.split())
+
+
+@pytest.mark.parametrize("kernels", [kernels_cpu, kernels_gpu], ids=["cpu", "gpu"])
+def test_docstrings_lead_to_the_page_of_the_kernel(kernels):
+    heads = {page.stem: text_of(page).partition("\n## ")[0] for page in LAYERS}
+    for name in (cpu_kernels() | gpu_kernels()) & vars(kernels).keys():
+        page = DERIVED.search(docstring(getattr(kernels, name)))
+        assert page and f"`{name}`" in heads[page[1]], name
+
+
+@pytest.mark.parametrize("call", figures.page_costs())
+def test_costs_of_the_docstrings_are_those_of_the_pages(call):
+    """To within what vectors of C numbers add to arrays of N*C, for GPT-2 124M at B=4 T=1024."""
+    name, _, tensor = call.partition(", ")
+    config, rows = gpt2.model_config("d12"), train_gpt2.CLASSIFIER_ROWS
+    shapes = gpt2.parameter_shapes(config)
+    sizes = dict(B=4, T=1024, N=4 * 1024, C=config.channels, NH=config.num_heads, HS=config.channels // config.num_heads,
+                 V=config.vocab_size, Vp=config.padded_vocab_size, P=sum(map(math.prod, shapes.values())), position=1023)
+    if tensor:
+        sizes["OC"], sizes["C"] = shapes["wte"] if tensor == "logits" else shapes[tensor + "w"][1:]
+    if tensor == "logits" or name == "fused_classifier":
+        sizes["N"] = rows
+    if name.startswith("matvec"):
+        sizes["N"] = 1
+    if name.startswith("gelu"):
+        sizes["C"] *= 4
+    if name == "attention_cached_forward":
+        sizes["B"] = 1
+    flops, pairs, moved, bound = COST.search(docstring(getattr(kernels_cpu, name))).groups()
+    if pairs:
+        sizes["P"] = eval(pairs, sizes)
+    _, expected_flops, expected_moved = figures.page_costs()[call]
+    assert eval(flops, sizes) == pytest.approx(expected_flops, rel=0.002)
+    assert eval(moved, sizes) == pytest.approx(expected_moved, rel=0.002)
+    most_flops, bandwidth = figures.PROCESSORS[figures.CPU]
+    assert bound == ("memory" if expected_flops / expected_moved < most_flops / bandwidth else "compute")
