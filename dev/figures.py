@@ -51,9 +51,9 @@ PROMPT = "ROMEO:\nO my love, my wife!\nDeath hath no power."
 # ----------------------------------------------------------------------------------------------------------------------
 # What the pages say about costs
 
-def python_blocks(text):
-    """The contents of a page's ```python blocks, in order."""
-    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+def example_blocks(text):
+    """The contents of a page's ```pycon blocks, in order."""
+    return re.findall(r"^```pycon\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def page_costs():
@@ -63,7 +63,7 @@ def page_costs():
         _, _, section = page.read_text(encoding="utf-8").partition("\n## Cost\n")
         names = {}
         with contextlib.redirect_stdout(io.StringIO()):
-            for block in python_blocks(section.partition("\n## ")[0]):
+            for block in example_blocks(section.partition("\n## ")[0]):
                 for example in doctest.DocTestParser().get_examples(block):
                     exec(example.source, names)
         costs |= names.get("cost", {})

@@ -45,11 +45,11 @@ def blocks(page, *languages):
 
 
 def examples(page):
-    return "\n".join(body for body in blocks(page, "python") if ">>>" in body)
+    return "\n".join(blocks(page, "pycon"))
 
 
 def quotations(page):
-    return [body for body in blocks(page, "python", "c++") if ">>>" not in body]
+    return blocks(page, "python", "c++")
 
 
 def prose(page):
@@ -63,7 +63,7 @@ def prose(page):
 @cache
 def run(page):
     """Run a page's lines of code as doctests. Returns the names they leave behind, and what they failed in."""
-    only_code = FENCED.sub(lambda block: block[0].replace("```python", "").replace("```", "") if ">>>" in block[0] else
+    only_code = FENCED.sub(lambda block: block[2] if block[1] == "pycon" else
                            "\n" * block[0].count("\n"), text_of(page))
     test = doctest.DocTestParser().get_doctest(only_code, {}, page.name, str(page), 0)
     report = []
@@ -130,7 +130,7 @@ def numbers(text):
 @every_page
 def test_numbers_in_the_text_are_among_those_of_the_code(page):
     """Rounded as they may be, and with the unit that they have there. Small whole numbers may count what the text lists."""
-    code = "\n".join(blocks(page, "python", "c++"))
+    code = "\n".join(blocks(page, "pycon", "python", "c++"))
     shown = {(float(digits.replace(",", "")), unit) for digits, unit in numbers(code)}
     text = SPAN.sub("", prose(page))
     for digits, unit in numbers(text):

@@ -111,8 +111,8 @@ def test_canonical_text_comes_first(monkeypatch, capsys):
 
 @pytest.mark.parametrize("answer, problem", [
     (io.BytesIO(b"<html>please log in</html>"), "SHA-256 is"),
-    (urllib.error.URLError("Name or service not known"), "(Name or service not known)"),
-    (TimeoutError("timed out"), "(timed out)"),
+    (urllib.error.URLError("Name or service not known"), "downloaded: Name or service not known"),
+    (TimeoutError("timed out"), "downloaded: timed out"),
 ])
 def test_other_answers_lead_to_the_rebuilt_text(monkeypatch, capsys, rebuilt, answer, problem):
     def urlopen(url, timeout):
