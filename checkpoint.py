@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import DATA_DIR, UserError, whole_file
+from files import DATA_DIR, HEADER_BYTES, UserError, header_of, read_header, whole_file
 from gpt2 import CHANNELS_PER_HEAD, VOCABULARY, Config, Tensors, parameter_shapes
 from tokenizer import END_OF_TEXT, fetch_vocabulary
 
@@ -63,8 +63,7 @@ SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 LLMC_MAGIC = 20240326
-LLMC_DTYPES = {3: "F32", 5: "BF16"}                     # by the file's version
-LLMC_HEADER_BYTES = 4 * 256
+LLMC_VERSIONS = {3: "float32", 5: "bfloat16"}
 LLMC_SIZES = ("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels")
 
 JSON_BYTES = 2**20              # parsed JSON can take many times its own size; GPT-2 XL's header has 70 KB
@@ -434,27 +433,22 @@ def json_bytes(value):
 
 def load_llmc(path):
     """load_model for an llm.c checkpoint."""
-    size = path.stat().st_size
-    if size < LLMC_HEADER_BYTES:
-        raise UserError(f"{path} has {size:,} bytes, expected a header of {LLMC_HEADER_BYTES:,} and a model; {HOW_TO_MEND}")
-    _, version, *sizes, padded = np.fromfile(path, dtype="<i4", count=3 + len(LLMC_SIZES)).tolist()
-    if version not in LLMC_DTYPES:
-        raise UserError(f"{path} is an llm.c checkpoint of version {version}, expected 3 (float32) or 5 (bfloat16); "
-                        f"{HOW_TO_MEND}")
+    size, version, fields = read_header(path, "an llm.c checkpoint", LLMC_MAGIC, LLMC_VERSIONS, HOW_TO_MEND)
+    *sizes, padded = fields[:len(LLMC_SIZES) + 1]
     config = make_config(path, dict(zip(LLMC_SIZES, sizes)))
     if padded != config.padded_vocab_size:
         raise UserError(f"{path}: padded_vocab_size is {padded:,}, expected {config.padded_vocab_size:,}, the next multiple of "
                         f"128; {HOW_TO_MEND}")
-    dtype = np.dtype(DTYPES[LLMC_DTYPES[version]])
     shapes = parameter_shapes(config)
     elements = sum(map(prod, shapes.values()))
-    if size != LLMC_HEADER_BYTES + dtype.itemsize * elements:
-        raise UserError(f"{path} has {size:,} bytes, expected {LLMC_HEADER_BYTES + dtype.itemsize * elements:,} for the "
-                        f"{elements:,} parameters of its header; {HOW_TO_MEND}")
+    expected = HEADER_BYTES + (4 if version == 3 else 2) * elements
+    if size != expected:
+        raise UserError(f"{path} has {size:,} bytes, expected {expected:,} for the {elements:,} parameters of its header; "
+                        f"{HOW_TO_MEND}")
     # A change to the mapped file stays in memory.
-    data = np.asarray(np.memmap(path, dtype=np.uint8, mode="c", offset=LLMC_HEADER_BYTES))
+    data = np.asarray(np.memmap(path, dtype=np.uint8, mode="c", offset=HEADER_BYTES))
     if version == 3:
-        params = Tensors(shapes, allocate=lambda _: data.view(dtype))
+        params = Tensors(shapes, allocate=lambda _: data.view("<f4"))
     else:
         params = Tensors(shapes)
         fill(params.flat, Stored("BF16", (elements,), data))
@@ -464,13 +458,11 @@ def load_llmc(path):
 
 def save_llmc(path, config, params, version):
     """Write a model as an llm.c checkpoint of version 3 (float32) or 5 (bfloat16). Raises UserError if it cannot be written."""
-    header = np.zeros(LLMC_HEADER_BYTES // 4, dtype="<i4")
-    header[:8] = (LLMC_MAGIC, version, config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads,
-                  config.channels, config.padded_vocab_size)
     with whole_file(path) as file:
-        file.write(header)
+        file.write(header_of(LLMC_MAGIC, version, config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads,
+                             config.channels, config.padded_vocab_size))
         for _, tensor in params.items():
-            file.write(bfloat16_bits(tensor) if LLMC_DTYPES[version] == "BF16" else np.ascontiguousarray(tensor))
+            file.write(bfloat16_bits(tensor) if version == 5 else np.ascontiguousarray(tensor))
 
 
 def bfloat16_bits(values):

@@ -7,15 +7,14 @@ little-endian uint16. A text larger than memory is split over several such files
 import glob
 import os
 import zlib
+from functools import lru_cache
 
 import numpy as np
 
-from files import UserError, whole_file
+from files import HEADER_BYTES, UserError, header_of, read_header, whole_file
 
 MAGIC = 20240520
 VERSION = 1
-HEADER_INTS = 256
-HEADER_BYTES = 4 * HEADER_INTS
 TOKEN_BYTES = 2
 FINGERPRINT = 65536     # tokens at either end of a file
 HOW_TO_MEND = "write it again with prepare_text.py or prepare_tinyshakespeare.py"
@@ -40,10 +39,8 @@ def write_runs(path, runs):
                 raise ValueError(f"tokens run from {tokens.min()} to {tokens.max()}, expected 0 to 65535")
             file.write(tokens.astype("<u2").tobytes())
             num_tokens += len(tokens)
-        header = np.zeros(HEADER_INTS, dtype="<i4")
-        header[:3] = MAGIC, VERSION, num_tokens
         file.seek(0)
-        file.write(header.tobytes())
+        file.write(header_of(MAGIC, VERSION, num_tokens))
     return num_tokens
 
 
@@ -52,19 +49,7 @@ def open_tokens(path, vocab_size):
 
     Raises UserError if it is no token file of this version, is cut short, or holds a token that is not below `vocab_size`.
     """
-    try:
-        with open(path, "rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
-            size = file.seek(0, 2)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {HOW_TO_MEND}") from error
-    if size < HEADER_BYTES:
-        raise UserError(f"{path} has {size:,} bytes, expected a header of {HEADER_BYTES:,} and tokens; {HOW_TO_MEND}")
-    magic, version, num_tokens = (int(field) for field in header.view("<i4")[:3])
-    if magic != MAGIC:
-        raise UserError(f"{path} begins with {magic}, expected the magic number {MAGIC} of a token file; {HOW_TO_MEND}")
-    if version != VERSION:
-        raise UserError(f"{path} is a token file of version {version}, expected version {VERSION}; {HOW_TO_MEND}")
+    size, _, (num_tokens, *_) = read_header(path, "a token file", MAGIC, {VERSION: "uint16"}, HOW_TO_MEND)
     expected_size = HEADER_BYTES + TOKEN_BYTES * num_tokens
     if size != expected_size:
         raise UserError(f"{path} has {size:,} bytes, expected {expected_size:,} for the {num_tokens:,} tokens of its header; "
@@ -80,6 +65,12 @@ def open_tokens(path, vocab_size):
         raise UserError(f"{path} holds token {largest:,} at position {where:,}, expected tokens below the model's vocabulary "
                         f"of {vocab_size:,}; prepare it with the model's tokenizer")
     return tokens
+
+
+@lru_cache(maxsize=1)      # every batch asks for it
+def shuffled(num_files, seed, epoch):
+    """The order in which a round visits the files, as indices."""
+    return np.random.default_rng([seed, epoch]).permutation(num_files)
 
 
 class DataLoader:
@@ -125,9 +116,8 @@ class DataLoader:
 
     def order(self, epoch):
         """The order in which a round visits the files, as indices."""
-        if self.shuffle_seed is None:
-            return range(len(self.shards))
-        return np.random.default_rng([self.shuffle_seed, epoch]).permutation(len(self.shards))
+        num_files = len(self.shards)
+        return range(num_files) if self.shuffle_seed is None else shuffled(num_files, self.shuffle_seed, epoch)
 
     def next_batch(self):
         """Return inputs (B, T) and targets (B, T), two new int32 arrays; a target is the token after its input."""

@@ -1,4 +1,4 @@
-"""What the programs share: errors fit for a user, files written whole or not at all, downloads pinned by SHA-256."""
+"""What the programs share: errors fit for a user, a progress bar, whole files or none, their headers, pinned downloads."""
 
 import argparse
 import contextlib
@@ -8,14 +8,19 @@ import math
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 PIP_SECONDS = 120  # enough for two megabytes over a slow line
+DRAW_SECONDS = 0.1
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
 
 
 class UserError(Exception):
@@ -78,6 +83,40 @@ def run_program(main, to_save_memory="close other programs"):
         sys.exit(130)
 
 
+class ProgressBar:
+    """How much of some work is done, shown on standard error while this is entered, if somebody watches a terminal there.
+
+    done, total: parts of the work, in any unit; a total of math.inf is one that nobody knows
+    """
+
+    def __init__(self, label, total):
+        self.label, self.total, self.done = label, total, 0
+        self.started = self.drawn = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if sys.stderr.isatty():
+            self.draw()
+            print(file=sys.stderr)      # an error begins on a line of its own
+
+    def advance(self, parts=1):
+        self.done += parts
+        if time.perf_counter() - self.drawn > DRAW_SECONDS and sys.stderr.isatty():
+            self.draw()
+
+    def draw(self, width=40):
+        self.drawn = time.perf_counter()
+        share = min(self.done / max(self.total, 1), 1)      # a file may grow
+        bar = f"[{'#' * int(width * share):<{width}}] {int(100 * share):3d} %" if self.total < math.inf else ""
+        print(f"\r{self.label}", ", ".join(filter(None, [bar, self.summary()])), end=" ", file=sys.stderr, flush=True)
+
+    def summary(self):
+        """What is said behind the bar."""
+        return ""
+
+
 def main_memory():
     """Bytes of this machine's memory that are free, and that there are in all; None where the system does not tell."""
     try:
@@ -131,6 +170,43 @@ def whole_folder(path):
 
 def cannot_write(path, error):
     return UserError(f"cannot write {path}: {error.strerror or error}; make room for it there or choose another folder")
+
+
+def check_writable(flag, folder):
+    """Raise UserError if no file can be made in a folder, which need not be there yet. Nothing is left behind."""
+    there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UserError(f"cannot write to {flag} {folder}: {error.strerror}; choose a folder that can be written") from error
+
+
+def header_of(*fields):
+    """The header of a file like those of llm.c: 256 little-endian int32, a magic number, a version, more, then zeros."""
+    return struct.pack(f"<{HEADER_INTS}i", *fields, *[0] * (HEADER_INTS - len(fields)))
+
+
+def read_header(path, kind, magic, versions, how_to_mend):
+    """The size of a file in bytes, its version and the other fields of its header, which header_of has made.
+
+    Raises UserError, which calls the file `kind` and ends with how_to_mend, if it cannot be read, or begins with another magic
+    number, or with none of `versions`, a dict from their numbers to the dtype that follows.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = file.read(HEADER_BYTES)
+            size = file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {how_to_mend}") from error
+    if len(header) < HEADER_BYTES:
+        raise UserError(f"{path} has {size:,} bytes, expected a header of {HEADER_BYTES:,}, as {kind} has it; {how_to_mend}")
+    found, version, *fields = struct.unpack(f"<{HEADER_INTS}i", header)
+    if found != magic:
+        raise UserError(f"{path} begins with {found}, expected the magic number {magic} of {kind}; {how_to_mend}")
+    if version not in versions:
+        expected = " or ".join(f"{number} ({dtype})" for number, dtype in versions.items())
+        raise UserError(f"{path} is {kind} of version {version}, expected version {expected}; {how_to_mend}")
+    return size, version, fields
 
 
 def sha256(contents):

@@ -11,13 +11,11 @@ The score is llm.c's, too: the model chooses the completion whose tokens have th
 To divide by a completion's length is what is called acc_norm; lm-evaluation-harness divides by its bytes, and words the
 contexts differently, so its scores are others (llm.c's notes on GPT-2 124M: 0.2955, and 0.3114 by the harness).
 """
-import sys
 from typing import NamedTuple
 
 import numpy as np
 
-from dataloader import HEADER_BYTES, HEADER_INTS
-from files import UserError, whole_file
+from files import HEADER_BYTES, ProgressBar, UserError, header_of, read_header, whole_file
 from gpt2 import chunks
 
 MAGIC = 20240522
@@ -50,10 +48,8 @@ def write_examples(path, examples):
         if max(size, len(examples)) > LARGEST:
             raise ValueError(f"{len(examples):,} examples, one of {size:,} bytes, expected at most {LARGEST:,} of both")
         contents.append(np.array([START, size, index, label, COMPLETIONS, *texts], dtype="<u2").tobytes())
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:4] = MAGIC, VERSION, len(examples), max(map(len, contents), default=0)
     with whole_file(path) as file:
-        file.write(header.tobytes())
+        file.write(header_of(MAGIC, VERSION, len(examples), max(map(len, contents), default=0)))
         file.writelines(contents)
 
 
@@ -63,29 +59,15 @@ def read_examples(path, vocab_size):
     Raises UserError if it is no file of examples of this version, is cut short or damaged, or holds a token that is not below
     `vocab_size`.
     """
-    try:
-        with open(path, "rb") as file:
-            header = file.read(HEADER_BYTES)
-            if len(header) < HEADER_BYTES:
-                raise UserError(f"{path} has {len(header):,} bytes, expected a header of {HEADER_BYTES:,} and examples; "
-                                f"{HOW_TO_MEND}")
-            magic, version, num_examples = (int(field) for field in np.frombuffer(header, dtype="<i4")[:3])
-            if magic != MAGIC:
-                raise UserError(f"{path} begins with {magic}, expected the magic number {MAGIC} of HellaSwag examples; "
-                                f"{HOW_TO_MEND}")
-            contents = file.read()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {HOW_TO_MEND}") from error
-    if version != VERSION:
-        raise UserError(f"{path} is a file of version {version}, expected version {VERSION}; {HOW_TO_MEND}")
+    size, _, (num_examples, *_) = read_header(path, "a file of HellaSwag examples", MAGIC, {VERSION: "uint16"}, HOW_TO_MEND)
     if not 1 <= num_examples <= LARGEST:
         raise UserError(f"{path} holds {num_examples:,} examples by its header, expected 1 to {LARGEST:,}; {HOW_TO_MEND}")
 
-    words = np.frombuffer(contents, dtype="<u2", count=len(contents) // 2)
+    words = np.fromfile(path, dtype="<u2", offset=HEADER_BYTES)
     examples, position = [], 0
     for index in range(num_examples):
         try:
-            example, size = parse_example(words[position:], index)
+            example, length = parse_example(words[position:], index)
         except ValueError as error:
             raise UserError(f"{path}, example {index:,} of {num_examples:,}: {error}; {HOW_TO_MEND}") from error
         largest = max(int(text.max()) for text in (example.context, *example.completions))
@@ -93,10 +75,10 @@ def read_examples(path, vocab_size):
             raise UserError(f"{path}, example {index:,} holds token {largest:,}, expected tokens below the model's vocabulary "
                             f"of {vocab_size:,}; take a model with GPT-2's")
         examples.append(example)
-        position += size
-    if 2 * position != len(contents):
-        raise UserError(f"{path} goes on for {len(contents) - 2 * position:,} bytes after the {num_examples:,} examples of its "
-                        f"header; {HOW_TO_MEND}")
+        position += length
+    rest = size - HEADER_BYTES - 2 * position
+    if rest > 0:
+        raise UserError(f"{path} goes on for {rest:,} bytes after the {num_examples:,} examples of its header; {HOW_TO_MEND}")
     return examples
 
 
@@ -142,17 +124,18 @@ def completion_losses(token_losses, examples, batch_size, sequence_length):
     # Rows of about the same length go together, so that there is little padding; the longest first, so that it gets faster.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     batches = [order[batch] for batch in chunks(len(rows), batch_size)]
-    for done, batch in enumerate(batches):
-        B, T = len(batch), len(rows[batch[0]]) - 1
-        tokens, targets = np.zeros((2, B, T), dtype=np.int32)
-        for b, i in enumerate(batch):
-            length = len(rows[i]) - 1
-            tokens[b, :length], targets[b, :length] = rows[i][:-1], rows[i][1:]     # attention never sees the padding behind
-        losses = token_losses(tokens, targets).reshape(B, T)
-        for b, i in enumerate(batch):
-            length = len(rows[i]) - 1
-            means[i] = losses[b, length - scored[i]:length].mean(dtype=np.float64)
-        show_progress("hellaswag", done + 1, len(batches))
+    with ProgressBar("hellaswag", len(batches)) as bar:
+        for batch in batches:
+            B, T = len(batch), len(rows[batch[0]]) - 1
+            tokens, targets = np.zeros((2, B, T), dtype=np.int32)
+            for b, i in enumerate(batch):
+                length = len(rows[i]) - 1
+                tokens[b, :length], targets[b, :length] = rows[i][:-1], rows[i][1:]    # attention never sees the padding
+            losses = token_losses(tokens, targets).reshape(B, T)
+            for b, i in enumerate(batch):
+                length = len(rows[i]) - 1
+                means[i] = losses[b, length - scored[i]:length].mean(dtype=np.float64)
+            bar.advance()
     if not np.isfinite(means).all():
         raise UserError(f"the loss of example {np.isfinite(means).argmin() // COMPLETIONS:,} of HellaSwag is not finite: "
                         "the model's weights are damaged, or it diverged in training; take another --model")
@@ -163,11 +146,3 @@ def count_correct(token_losses, examples, batch_size, sequence_length):
     """How many of the examples' completions with the least mean loss are the right ones; see completion_losses."""
     choices = completion_losses(token_losses, examples, batch_size, sequence_length).argmin(axis=1)
     return sum(int(choice) == example.label for choice, example in zip(choices, examples))
-
-
-def show_progress(label, done, total, width=40):
-    """Redraw a bar on standard error at every whole percent; say nothing where nobody watches a terminal."""
-    if sys.stderr.isatty() and (done == total or done * 100 // total != (done - 1) * 100 // total):
-        bar = "#" * (width * done // total)
-        print(f"\r{label} [{bar:<{width}}] {100 * done // total:3d} %", end="\n" if done == total else "", file=sys.stderr,
-              flush=True)

@@ -15,9 +15,10 @@ import copy
 import glob
 import itertools
 import json
+import math
 import os
 import re
-import stat
+import reprlib
 import sys
 import tempfile
 import threading
@@ -31,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from dataloader import write_runs
-from files import OneLineParser, UserError, cannot_write, number, run_program
+from files import OneLineParser, ProgressBar, UserError, cannot_write, number, run_program
 from tokenizer import END_OF_TEXT, gpt2_encoding
 
 TO_SAVE_MEMORY = "choose fewer --threads"
@@ -45,12 +46,13 @@ SMALLEST_SHARD = 2**20           # tokens; training has no use for a shard short
 
 BLOCK = 2**18                    # bytes read at a time, and characters, more or less, that a thread encodes at a time
 LINE_BYTES = 2**26               # of a .jsonl file; a longer line is no line but a file of another sort
-FIELDS_SHOWN = 8                 # in an error, of a line that lacks the right one
-SHOWN = 40                       # characters in an error of what was found there
-DRAW_SECONDS = 0.1
 STANDARD_INPUT = "-"
+SEPARATOR = "<|endoftext|>"
 
 LAST_CUT = re.compile(r".*\S(?=[ \t\n\r])", re.DOTALL)  # all of a text up to the last place where `pieces` may cut it
+UNFINISHED = re.compile(r"(\r|<[|a-z]*)?\Z")            # the end of a text that may be the beginning of "\r\n" or SEPARATOR
+SHORT = reprlib.Repr()
+SHORT.maxdict = 8               # fields shown of a line that lacks the right one
 
 
 def main():
@@ -80,13 +82,13 @@ def prepare(options):
     train_paths = (Path(f"{name}_train_{i:06}.bin") for i in itertools.count())
     val_path = Path(f"{name}_val.bin")
     files = find_files(options.inputs)
-    with Progress(total_size(files)) as progress:
-        texts = read_texts(files, options.text_field, progress)
+    with Reading("encoding", total_size(files)) as reading:
+        texts = read_texts(files, options.text_field, reading)
         sizes = write_token_files(encode(texts, options.threads), train_paths, val_path, options.val_tokens,
                                   options.shard_tokens, earlier_shards(name))
     print_written(sizes)
     num_tokens = sum(sizes.values())
-    print(f"{progress.documents:,} document{'s' * (progress.documents != 1)}, {num_tokens:,} tokens; {progress.summary()}")
+    print(f"{reading.documents:,} document{'s' * (reading.documents != 1)}, {num_tokens:,} tokens; {reading.summary()}")
     if num_tokens < SMALL_TEXT:
         print(f"a word of advice: {num_tokens:,} tokens are few, and a new model will soon know them by heart; give it "
               f"{SMALL_TEXT:,} or more, or go on from a trained model (--model)")
@@ -95,42 +97,13 @@ def prepare(options):
           f'--input-val-bin "{val_path}"')
 
 
-class Progress:
-    """What has been read so far: `num_bytes` of `total_bytes` (None: not known beforehand), `documents`.
-
-    Within a `with` it is drawn as a bar on standard error, unless nobody watches a terminal there.
-    """
-
-    def __init__(self, total_bytes):
-        self.total_bytes = total_bytes
-        self.num_bytes = 0
-        self.documents = 0
-        self.started = self.drawn = time.perf_counter()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if sys.stderr.isatty():
-            self.draw()
-            print(file=sys.stderr)
-
-    def advance(self, num_bytes):
-        self.num_bytes += num_bytes
-        if time.perf_counter() - self.drawn > DRAW_SECONDS and sys.stderr.isatty():
-            self.draw()
-
-    def draw(self, width=40):
-        self.drawn = time.perf_counter()
-        bar = ""
-        if self.total_bytes:
-            share = min(self.num_bytes / self.total_bytes, 1)  # a file may grow
-            bar = f"[{'#' * int(width * share):<{width}}] {int(100 * share):3d} %, "
-        print(f"\rencoding {bar}{self.summary()} ", end="", file=sys.stderr, flush=True)
+class Reading(ProgressBar):
+    """How many bytes have been read, and how many documents."""
+    documents = 0
 
     def summary(self):
         seconds = time.perf_counter() - self.started
-        return f"{self.num_bytes / 1e6:,.2f} MB in {seconds:,.1f} s, {self.num_bytes / 1e6 / seconds:.1f} MB/s"
+        return f"{self.done / 1e6:,.2f} MB in {seconds:,.1f} s, {self.done / 1e6 / seconds:.1f} MB/s"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,25 +134,17 @@ def cannot_read(name, error):
 
 
 def total_size(files):
-    """Return the bytes in all `files` together, or None if there is standard input or a pipe among them.
+    """Return the bytes in all `files` together, or math.inf if there is standard input or a pipe among them.
 
     Raises UserError for a file that is not there.
     """
-    total = 0
-    for path in files:
-        if path == STANDARD_INPUT:
-            return None
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            cannot_read(path, error)
-        if not stat.S_ISREG(status.st_mode):
-            return None
-        total += status.st_size
-    return total
+    try:
+        return sum(path != STANDARD_INPUT and os.stat(path).st_size or math.inf for path in files)   # of a pipe it is 0
+    except OSError as error:
+        cannot_read(error.filename, error)
 
 
-def read_texts(files, text_field, progress):
+def read_texts(files, text_field, reading):
     """Yield what is in all `files` as strings of up to twice BLOCK characters, with END_OF_TEXT before every document.
 
     Each string encodes to the same tokens as within its document. Raises UserError for what is no text, or not JSON.
@@ -189,20 +154,20 @@ def read_texts(files, text_field, progress):
         try:
             with contextlib.nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else open(path, "rb") as file:
                 if path.endswith(".jsonl"):
-                    texts = read_json_lines(name, file, text_field, progress)
+                    texts = read_json_lines(name, file, text_field, reading)
                 else:
-                    texts = read_plain_text(name, file, progress)
+                    texts = read_plain_text(name, file, reading)
                 for text in texts:
-                    progress.documents += text == END_OF_TEXT
+                    reading.documents += text == END_OF_TEXT
                     yield text
         except OSError as error:
             cannot_read(name, error)
 
 
-def read_plain_text(name, file, progress):
+def read_plain_text(name, file, reading):
     empty = True
     yield END_OF_TEXT
-    for piece in pieces(decode_blocks(name, file, progress)):
+    for piece in pieces(decode(name, iter(partial(file.read, BLOCK), b""), reading)):
         empty = empty and piece.isspace()
         yield from split_documents(piece)
     if empty:
@@ -211,82 +176,58 @@ def read_plain_text(name, file, progress):
 
 def split_documents(text):
     """Yield what stands between each two <|endoftext|> of `text`, and END_OF_TEXT in place of them."""
-    first, *others = text.split("<|endoftext|>")
+    first, *others = text.split(SEPARATOR)
     yield first
     for document in others:
         yield END_OF_TEXT
         yield document
 
 
-def decode_blocks(name, file, progress):
-    """Yield the text in an open binary file, about BLOCK characters at a time, without a byte order mark."""
-    contents, offset = b"", 0
-    while True:
-        block = file.read(BLOCK)
-        contents += block
+def decode(name, chunks, reading):
+    """Yield the text of each of `chunks` of a file's bytes, without a byte order mark. Raises UserError if they are no text."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    offset = 0
+    for chunk in itertools.chain(chunks, [b""]):
+        if len(chunk) > LINE_BYTES:     # a block is shorter
+            raise UserError(f"{name} has a line of more than {LINE_BYTES:,} bytes, expected one JSON object on every line")
         try:
-            text, used = codecs.utf_8_decode(contents, "strict", not block)  # but for the last, an incomplete character waits
+            text = decoder.decode(chunk, final=not chunk)       # till then an incomplete character waits
         except UnicodeDecodeError as error:
-            raise not_utf8(name, offset, error) from error
+            place = offset + len(chunk) - len(error.object) + error.start
+            raise UserError(f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {place:,}; save it as "
+                            "UTF-8, or leave it out if it is no text") from error
         if "\0" in text:
-            raise UserError(f"{name} is binary, no text: byte 0x00 at offset {offset + contents.index(0):,}; leave it out")
-        yield text.removeprefix("\ufeff") if offset == 0 else text
-        if not block:
-            return
-        contents = contents[used:]
-        offset += used
-        progress.advance(len(block))
+            raise UserError(f"{name} is binary, no text: byte 0x00 at offset {offset + chunk.index(0):,}; leave it out")
+        yield text
+        offset += len(chunk)
+        reading.advance(len(chunk))
 
 
-def not_utf8(name, offset, error):
-    return UserError(f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset + error.start:,}; save it "
-                     "as UTF-8, or leave it out if it is no text")
-
-
-def read_json_lines(name, file, text_field, progress):
-    offset = documents = 0
-    for line_number, line in enumerate(iter(partial(file.readline, LINE_BYTES + 1), b""), start=1):
-        place = f"{name} line {line_number}"
-        if len(line) > LINE_BYTES:
-            raise UserError(f"{place} is longer than {LINE_BYTES:,} bytes, expected one JSON object on every line")
-        try:
-            json_text = line.decode().rstrip()
-        except UnicodeDecodeError as error:
-            raise not_utf8(name, offset, error) from error
-        if offset == 0:
-            json_text = json_text.removeprefix("\ufeff")
-        if json_text != "":
-            text = parse_line(place, json_text, text_field)
+def read_json_lines(name, file, text_field, reading):
+    documents = 0
+    lines = decode(name, iter(partial(file.readline, LINE_BYTES + 1), b""), reading)
+    for line_number, line in enumerate(lines, start=1):
+        if line.strip():
+            documents += 1
+            text = parse_line(f"{name} line {line_number}", line.rstrip(), text_field)
             yield END_OF_TEXT
             yield from pieces(text[start:start + BLOCK] for start in range(0, len(text), BLOCK))
-            documents += 1
-        offset += len(line)
-        progress.advance(len(line))
     if documents == 0:
         raise UserError(f"{name} is empty, expected a JSON object on every line; leave it out")
 
 
-def parse_line(place, json_text, text_field):
+def parse_line(place, line, text_field):
     """Return the field `text_field` of a JSON object; `place` is its file and line, for the UserError."""
     try:
-        fields = json.loads(json_text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not JSON: {error.msg}: column {error.colno}; mend the line or leave it out") from error
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits, thousands of brackets
-        raise UserError(f"{place} cannot be read as JSON: {error}; mend the line or leave it out") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{place} is {json_text[:SHOWN]!r}, expected a JSON object with the field {text_field!r}")
-    if text_field not in fields:
-        found = ", ".join(repr(field[:SHOWN]) for field in list(fields)[:FIELDS_SHOWN]) or "none"
-        raise UserError(f"{place} has the fields {found}, expected {text_field!r}; name the one with the text by --text-field")
-    text = fields[text_field]
-    if not isinstance(text, str):
-        raise UserError(f"{place} has no string in its field {text_field!r}; name the one with the text by --text-field")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{place} has half a character, \\u{ord(text[error.start]):x}, in its field {text_field!r}; mend the "
-                        "line or leave it out") from error
+        fields = json.loads(line)
+        text = fields.get(text_field) if isinstance(fields, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"{place} is {SHORT.repr(fields)}, expected a JSON object with a string in the field {text_field!r}"
+                            "; name the field with the text by --text-field")
+        text.encode()       # fails for half a character, which JSON can spell
+    except (ValueError, RecursionError) as error:   # also for thousands of digits, or of brackets
+        reason = str(error).replace(": line 1", ":")
+        raise UserError(f"{place} cannot be read as JSON: {reason}; mend the line or leave it out") from error
     return text
 
 
@@ -299,14 +240,15 @@ def pieces(blocks):
     two apart after another character. Those after it stay, too, for the pattern never looks back.
 
     Where BLOCK characters have no such place, which is no longer language, a cut comes anyway: tiktoken fails on a million
-    spaces. The tokens are then others, but decode to the same text. On the way "\\r\\n" becomes "\\n".
+    spaces. The tokens are then others, but decode to the same text; neither <|endoftext|> nor "\\r\\n" is cut apart. On the
+    way "\\r\\n" becomes "\\n".
     """
     rest = ""
     for block in blocks:
         text = rest + block
         cut = LAST_CUT.match(text)
         if cut or len(text) >= BLOCK:
-            end = cut.end() if cut else len(text)
+            end = cut.end() if cut else UNFINISHED.search(text, len(text) - len(SEPARATOR) + 1).start()
             yield text[:end].replace("\r\n", "\n")
             text = text[end:]
         rest = text
@@ -330,7 +272,10 @@ def encode(texts, threads):
         own.encoding = copy.copy(encoding)
 
     def encode_batch(batch):
-        return np.concatenate([encode_text(own.encoding, text) for text in batch])
+        # What says <|endoftext|> in a text by now is like any other words.
+        tokens = [[END_OF_TEXT] if text == END_OF_TEXT else own.encoding.encode_to_numpy(text, disallowed_special=())
+                  for text in batch]
+        return np.concatenate(tokens, dtype=np.uint16, casting="unsafe")
 
     waiting = deque()
     with ThreadPoolExecutor(threads, initializer=copy_encoding) as pool:
@@ -353,12 +298,6 @@ def batches(texts):
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def encode_text(encoding, text):
-    if text == END_OF_TEXT:
-        return np.array([END_OF_TEXT], dtype=np.uint16)
-    return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)  # <|endoftext|> by now is like any text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -438,10 +377,8 @@ def print_written(sizes):
 
 def earlier_shards(name):
     """Return the paths of all training shards that this program has written under `name`."""
-    folder, stem = os.path.split(name)
-    shard = re.compile(re.escape(stem) + r"_train_\d{6,}\.bin")
-    folder = Path(folder)
-    return [path for path in folder.iterdir() if shard.fullmatch(path.name)] if folder.is_dir() else []
+    shard = re.compile(re.escape(os.path.basename(name)) + r"_train_\d{6,}\.bin")
+    return [path for path in Path(name).parent.glob("*") if shard.fullmatch(path.name)]
 
 
 if __name__ == "__main__":

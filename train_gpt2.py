@@ -367,7 +367,7 @@ def main():
     with start() as world:
         if world.rank > 0:
             sys.stdout = open(os.devnull, "w")
-        options = parse_options("Train GPT-2 on the CPU.", processes=world.size, threads=dict(
+        options = parse_options("Train GPT-2 on the CPU.", world=world, threads=dict(
             type=number(int, 1), help="CPU threads of a process (default: its part of the cores)"))
         threads = kernels.use_threads(options.threads, world.local_size)
         config, params, moments = first_model(options)

@@ -15,7 +15,7 @@ import numpy as np
 from checkpoint import load_model
 from dataloader import DataLoader
 from distributed import ALONE
-from files import DATA_DIR, OneLineParser, UserError, number, whole_file
+from files import DATA_DIR, OneLineParser, UserError, check_writable, number, whole_file
 from gpt2 import CONTEXT, HEADS_BY_DEPTH, RECOMPUTED, VOCABULARY, model_config
 from prepare_tinyshakespeare import prepare
 from resume import checkpoints, load_checkpoint, load_state
@@ -43,11 +43,11 @@ def model_name(text):
     return text
 
 
-def parse_options(description, arguments=None, processes=1, **own_flags):
+def parse_options(description, arguments=None, world=ALONE, **own_flags):
     """The flags as a namespace, checked, with `total_batch_size` and `accumulation_steps` (micro-batches a step) filled in.
 
-    processes is how many work together. own_flags are those of one program only: threads=dict(type=..., help=...). Raises
-    UserError with status 2 for anything that cannot be, and UserError if there is nothing to --resume.
+    own_flags are those of one program only: threads=dict(type=..., help=...). Raises UserError with status 2 for anything that
+    cannot be, and UserError if there is nothing to --resume or --output-dir cannot be written.
     """
     parser = OneLineParser(description=description)
     add = parser.add_flag
@@ -101,12 +101,12 @@ def parse_options(description, arguments=None, processes=1, **own_flags):
         parser.set_defaults(**flags)
         options = parser.parse_args(arguments, argparse.Namespace(checkpoint=checkpoint))
         report_changes(flags, options)
-    tokens = options.batch_size * options.sequence_length * processes
+    tokens = options.batch_size * options.sequence_length * world.size
     if options.total_batch_size is None:
         options.total_batch_size = tokens
     if options.total_batch_size % tokens != 0:
         parser.error(f"--total-batch-size is {options.total_batch_size}, expected a multiple of --batch-size x --sequence-length"
-                     f"{f' x {processes} processes' if processes > 1 else ''} = {tokens}")
+                     f"{f' x {world.size} processes' if world.size > 1 else ''} = {tokens}")
     options.accumulation_steps = options.total_batch_size // tokens
     for flag, value in (("--input-bin", options.input_bin), ("--input-val-bin", options.input_val_bin)):
         if value == "":
@@ -116,6 +116,8 @@ def parse_options(description, arguments=None, processes=1, **own_flags):
         options.input_val_bin = options.input_val_bin or str(VAL_TOKENS)
     if options.input_val_bin is None:
         options.val_loss_every = 0
+    if world.rank == 0:     # which alone writes there
+        check_writable("--output-dir", options.output_dir)
     options.flags = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
     return options
 

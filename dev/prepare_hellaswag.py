@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from files import DATA_DIR, OneLineParser, UserError, run_program, sha256
-from hellaswag import COMPLETIONS, EXAMPLE_WORDS, LARGEST, Example, show_progress, write_examples
+from files import DATA_DIR, OneLineParser, ProgressBar, UserError, run_program, sha256
+from hellaswag import COMPLETIONS, EXAMPLE_WORDS, LARGEST, Example, write_examples
 from tokenizer import gpt2_encoding
 
 # Size and SHA-256 as in the index of checksums of Hugging Face's datasets library.
@@ -52,12 +52,12 @@ def prepare(input_file, output_file):
 def download():
     """The public file, bytes. Raises UserError if it cannot be had or is another."""
     by_hand = "download it by hand and run python dev/prepare_hellaswag.py --input FILE"
-    pieces, num_pieces = [], -(-SIZE // PIECE)
+    pieces = []
     try:
-        with urllib.request.urlopen(URL, timeout=DOWNLOAD_SECONDS) as response:
-            for done in range(num_pieces):
+        with urllib.request.urlopen(URL, timeout=DOWNLOAD_SECONDS) as response, ProgressBar("downloading", SIZE) as bar:
+            for _ in range(-(-SIZE // PIECE)):
                 pieces.append(response.read(PIECE))
-                show_progress("downloading", done + 1, num_pieces)
+                bar.advance(len(pieces[-1]))
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"cannot download {URL} ({getattr(error, 'reason', error)}); {by_hand}") from error
     contents = b"".join(pieces)
@@ -82,12 +82,13 @@ def parse(contents, name):
     if len(lines) > LARGEST:
         raise UserError(f"{name} has {len(lines):,} lines, expected at most {LARGEST:,} examples; give fewer")
     examples = []
-    for number, line in enumerate(lines, 1):
-        try:
-            examples.append(parse_line(line, encoding))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}, line {number:,}: {error}; expected an example of HellaSwag's JSONL") from error
-        show_progress("encoding", number, len(lines))
+    with ProgressBar("encoding", len(lines)) as bar:
+        for number, line in enumerate(lines, 1):
+            try:
+                examples.append(parse_line(line, encoding))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{name}, line {number:,}: {error}; expected an example of HellaSwag's JSONL") from error
+            bar.advance()
     return examples
 
 

@@ -125,6 +125,17 @@ def test_shuffled_order_of_files(tmp_path):
     assert steps != first_tokens(DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE, shuffle_seed=1), 40)
 
 
+def test_order_is_made_once_a_round(tmp_path, monkeypatch):
+    for i in range(3):
+        write_counting_file(tmp_path / f"{i}.bin", 100 * i, 25)
+    made = []
+    monkeypatch.setattr(np.random, "default_rng", lambda seed, original=np.random.default_rng: made.append(seed) or original(seed))
+    loader, unshuffled = (DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE, shuffle_seed=seed) for seed in (12345, None))
+    for _ in range(5 * 3 * 4):
+        loader.next_batch(), unshuffled.next_batch()
+    assert made == [[12345, epoch] for epoch in range(5)]
+
+
 def test_fingerprint_is_of_the_tokens(tmp_path):
     def fingerprint(first, *lengths):
         folder = tmp_path / f"{first}-{lengths}"

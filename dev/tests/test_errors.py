@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 
 import train_gpt2
+import train_gpt2_gpu
 import training
 from conftest import Finished
 from dataloader import write_tokens
+from distributed import World
 from files import UserError
 
 PROGRAM = Path(train_gpt2.__file__).resolve()
@@ -66,10 +68,11 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
-def assert_one_line(finished, status, *parts):
+def assert_one_line(finished, status, *parts, program=train_gpt2):
     """An error with all of the parts, in this order."""
     assert finished.status == status, finished
-    assert finished.err.startswith("train_gpt2.py: error: ") and finished.err.find("\n") == len(finished.err) - 1, finished.err
+    assert finished.err.startswith(f"{program.__name__}.py: error: "), finished.err
+    assert finished.err.find("\n") == len(finished.err) - 1, finished.err
     assert re.search(".*".join(re.escape(str(part)) for part in parts), finished.err), (finished.err, parts)
 
 
@@ -247,16 +250,42 @@ def test_vocabulary_that_cannot_be_had_only_costs_the_samples(run, tokens, out, 
 
 def unwritable_folders(tmp_path):
     (tmp_path / "file").write_bytes(b"as it was")
-    return [tmp_path / "file", tmp_path / "file" / "out", *([Path("/proc/out")] if sys.platform == "linux" else [])]
+    folders = [tmp_path / "file", tmp_path / "file" / "out"]
+    if sys.platform == "linux":
+        (tmp_path / "link").symlink_to("nowhere")
+        folders += [Path("/proc/out"), tmp_path / "link"]
+    return folders
 
 
-def test_output_folder_that_cannot_be_written(run, tokens, tmp_path):
+@pytest.mark.parametrize("program", [train_gpt2, train_gpt2_gpu])
+def test_output_folder_that_cannot_be_written(run_main, tmp_path, monkeypatch, program):
+    """Is noticed before anything is read, compiled or computed."""
+    def too_late(*arguments):
+        raise AssertionError("the flags were taken for good ones")
+    monkeypatch.setattr(program, "first_model", too_late)
     for folder in unwritable_folders(tmp_path):
-        finished = run(*SMALL, "--input-bin", tokens, "--output-dir", folder)
-        assert_one_line(finished, 1, "cannot write", "--output-dir", folder, "choose")
-        assert "train loss" not in finished.out
+        finished = run_main(program, *SMALL, "--input-bin", "none.bin", "--output-dir", folder,
+                            *(("--device", "cpu") if program is train_gpt2_gpu else ()))
+        assert_one_line(finished, 1, "cannot write", "--output-dir", folder, "choose", program=program)
+        assert finished.out == ""
     assert (tmp_path / "file").read_bytes() == b"as it was"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "tokens.bin"]
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.is_symlink()) == ["file"]
+
+
+def test_trying_the_output_folder_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "new" / "out", Path("new/out"), tmp_path, Path()):
+        training.parse_options("", ["--output-dir", str(folder)])
+        assert not list(tmp_path.iterdir())
+
+
+def test_only_the_process_that_writes_tries_the_output_folder(tmp_path):
+    world = World()
+    world.rank = 1
+    for folder in unwritable_folders(tmp_path):
+        training.parse_options("", ["--output-dir", str(folder)], world)
+        with pytest.raises(UserError, match="cannot write to --output-dir"):
+            training.parse_options("", ["--output-dir", str(folder)])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit on the size of a file")

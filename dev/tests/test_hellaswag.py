@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import files
 import generate_gpt2
 import generate_gpt2_gpu
 import train_gpt2
@@ -126,13 +127,16 @@ def test_the_first_of_equal_losses_is_chosen():
 
 
 def test_progress_is_shown_to_who_watches_a_terminal(monkeypatch, capsys):
-    def score():
-        count_correct(lambda tokens, targets: np.ones(tokens.size, np.float32), EXAMPLES, 1, 8)     # 200 batches
+    def score(examples):
+        count_correct(lambda tokens, targets: np.ones(tokens.size, np.float32), examples, 1, 8)
         return capsys.readouterr().err
-    assert score() == ""
+    assert score(EXAMPLES) == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    shown = score()
-    assert shown.count("\r") == 100 and shown.endswith(f"\rhellaswag [{'#' * 40}] 100 %\n")
+    monkeypatch.setattr(files, "DRAW_SECONDS", -1)
+    shown = score(EXAMPLES).split("\r")[1:]      # 200 batches, and once more at the end
+    assert len(shown) == 201 and shown[99] == f"hellaswag [{'#' * 20}{' ' * 20}]  50 % "
+    assert shown[200] == f"hellaswag [{'#' * 40}] 100 % \n"
+    assert score([]).endswith("\n")             # where there are more processes than examples
 
 
 def test_losses_that_are_not_finite():

@@ -2,6 +2,7 @@
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -14,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import files
 import prepare_text
 import tokenizer
 from dataloader import DataLoader
-from prepare_text import Progress, batches, divide, encode, pieces, read_texts
+from prepare_text import Reading, batches, divide, encode, pieces, read_texts, total_size
 
 PROGRAM = Path(prepare_text.__file__)
 END = tokenizer.END_OF_TEXT
@@ -58,8 +60,13 @@ def tokens_of(*documents):
     return [token for document in documents for token in [END, *document]]
 
 
-def texts_of(*files):
-    return list(read_texts(list(map(str, files)), "text", Progress(None)))
+def texts_of(*paths):
+    return list(read_texts(list(map(str, paths)), "text", Reading("encoding", math.inf)))
+
+
+def joined(texts):
+    """Texts in one string, with a | in place of every END_OF_TEXT."""
+    return "".join("|" if text == END else text for text in texts)
 
 
 def in_blocks(text, size):
@@ -101,12 +108,25 @@ def test_long_pieces_make_the_tokens_of_the_whole(encoding):
         assert [token for part in cut for token in encoding.encode_ordinary(part)] == encoding.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("text", ["a" * 100, " " * 100, "漢" * 100, "a b" + "c" * 100, " \n" * 50], ids=repr)
+@pytest.mark.parametrize("text", ["a" * 100, " " * 100, "漢" * 100, "a b" + "c" * 100, " \n" * 50, "<" + "a" * 100], ids=repr)
 def test_endless_word_is_cut_anyway(monkeypatch, text):
     monkeypatch.setattr(prepare_text, "BLOCK", 16)
     parts = list(pieces(in_blocks(text, 16)))
     assert "".join(parts) == text
     assert len(parts) >= 4 and max(map(len, parts)) <= 32
+
+
+@pytest.mark.parametrize("before", range(40))
+def test_no_cut_within_what_is_to_be_replaced(tmp_path, monkeypatch, before):
+    """<|endoftext|> and Windows' line ends, where a cut comes anyway; and what only begins like them stays what it is."""
+    monkeypatch.setattr(prepare_text, "BLOCK", 16)
+    path = tmp_path / "text.txt"
+    path.write_text("a" * before + "<|endoftext|>" * 3 + "<|endoftext|", newline="")
+    assert joined(texts_of(path)) == "|" + "a" * before + "|||<|endoftext|"
+    path.write_text("\n" * before + "\r\n" * 40 + "\r.", newline="")
+    assert joined(texts_of(path)) == "|" + "\n" * before + "\n" * 40 + "\r."
+    path.write_text("<" * before + "<|endoftext" * 4 + "|" * before, newline="")
+    assert joined(texts_of(path)) == "|" + "<" * before + "<|endoftext" * 4 + "|" * before
 
 
 def test_more_spaces_than_tiktoken_can_take(encoding, tmp_path):
@@ -174,11 +194,9 @@ def test_windows_line_ends_across_blocks(tmp_path, monkeypatch):
 def test_end_of_text_in_a_text_separates_documents(tmp_path, text, documents):
     path = tmp_path / "text.txt"
     path.write_text(text, newline="\n")
-    progress = Progress(None)
-    texts = list(read_texts([str(path)], "text", progress))
-    joined = "".join("|" if text == END else text for text in texts)
-    assert joined == "".join("|" + document for document in documents)
-    assert progress.documents == len(documents) and progress.num_bytes == len(text)
+    reading = Reading("encoding", math.inf)
+    assert joined(read_texts([str(path)], "text", reading)) == "".join("|" + document for document in documents)
+    assert reading.documents == len(documents) and reading.done == len(text)
 
 
 def test_json_lines(tmp_path):
@@ -188,7 +206,7 @@ def test_json_lines(tmp_path):
     path.write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
     assert texts_of(path) == [END, "Naïve 漢字", "\n\u2028🙂", END, END, "a\x00", " <|endoftext|>"]
     path.write_text('{"body": "one"}\n')
-    assert list(read_texts([str(path)], "body", Progress(None))) == [END, "one"]
+    assert list(read_texts([str(path)], "body", Reading("encoding", math.inf))) == [END, "one"]
 
 
 def test_long_text_in_a_json_line_is_cut(tmp_path, monkeypatch):
@@ -284,7 +302,8 @@ def test_training_reads_the_files_by_the_command(run, tmp_path):
 def test_shards_of_an_earlier_text_go(run, tmp_path):
     (tmp_path / "long.txt").write_bytes(some_text(20_000))
     (tmp_path / "short.txt").write_bytes(contents := some_text(5_000, seed=1))
-    others = ["out_train_1.bin", "out_train_000001.bin.old", "my_out_train_000001.bin", "out_train_more.bin", "out_test.bin"]
+    others = ["out_train_1.bin", "out_train_000001.bin.old", "my_out_train_000001.bin", "out_train_more.bin", "out_test.bin",
+              "out_train_two_train_000001.bin"]
     for name in others:
         (tmp_path / name).write_bytes(b"mine")
     assert run(tmp_path / "long.txt", "--output", tmp_path / "out", "--shard-tokens", 2_000).status == 0
@@ -380,15 +399,23 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("total, share", [
-    (1000, "[#######" + " " * 33 + "]  17 %, "), (None, "encoding 0.00 MB"), (100, "100 %")])
+    (1000, "encoding [#######" + " " * 33 + "]  17 %, 0.00 MB in "), (math.inf, "encoding 0.00 MB in "), (100, "] 100 %, ")])
 def test_bar(monkeypatch, total, share):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(prepare_text, "DRAW_SECONDS", -1)
-    with Progress(total) as progress:
-        progress.advance(100)
-        progress.advance(75)
+    monkeypatch.setattr(files, "DRAW_SECONDS", -1)
+    with Reading("encoding", total) as reading:
+        reading.advance(100)
+        reading.advance(75)
         assert share in sys.stderr.getvalue().split("\r")[2]
     assert sys.stderr.getvalue().endswith("\n")
+
+
+def test_size_that_nobody_knows(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"text")
+    path = str(tmp_path / "text.txt")
+    assert total_size([path, path]) == 8
+    for unknown in "-", os.devnull:
+        assert total_size([path, unknown]) == math.inf
 
 
 def test_error_begins_on_a_line_of_its_own(run, tmp_path, monkeypatch):
@@ -421,16 +448,18 @@ UNUSABLE = {
     "binary": ("text.txt", b"\x7fELF\0\0", ("is binary", "byte 0x00 at offset 4;")),
     "binary far behind": ("text.txt", LONG + b"\0", ("is binary", f"offset {len(LONG):,};")),
     "not JSON": ("dump.jsonl", b'{"text": "one"}\n\n{"text": "two}\n',
-                 ("line 3 is not JSON: Unterminated string starting at: column 10;",)),
-    "JSON of several lines": ("dump.jsonl", b'{\n  "text": "one"\n}\n', ("line 1 is not JSON",)),
-    "JSON array": ("dump.jsonl", b'["one",\t"two"]\n', ("line 1 is '[\"one\",\\t\"two\"]', expected a JSON object",)),
+                 ("line 3 cannot be read as JSON: Unterminated string starting at: column 10 ",)),
+    "JSON of several lines": ("dump.jsonl", b'{\n  "text": "one"\n}\n', ("line 1 cannot be read as JSON",)),
+    "JSON array": ("dump.jsonl", b'["one\\n",\t"two"]\n', ("line 1 is ['one\\n', 'two'], expected a JSON object",)),
+    "JSON string": ("dump.jsonl", b'"' + b"x" * 1000 + b'"', ("line 1 is 'xxxxxxxxxxxx...xxxxxxxxxxxxx', expected a JSON object",)),
     "nested JSON": ("dump.jsonl", b"[" * 100_000, ("line 1 cannot be read as JSON",)),
     "endless number": ("dump.jsonl", b'{"n": ' + b"1" * 5_000 + b"}", ("line 1 ",)),
     "other field": ("dump.jsonl", b'{"text": "one"}\n{"id": 1, "body": "two"}\n',
-                    ("line 2 has the fields 'id', 'body', expected 'text'", "--text-field")),
-    "no field": ("dump.jsonl", b"{}", ("line 1 has the fields none, expected 'text'",)),
-    "no string": ("dump.jsonl", b'{"text": null}', ("line 1 has no string in its field 'text'", "--text-field")),
-    "half a character": ("dump.jsonl", b'{"text": "\\ud83d"}', ("line 1 has half a character, \\ud83d",)),
+                    ("line 2 is {'body': 'two', 'id': 1}, expected", "a string in the field 'text'", "--text-field")),
+    "no field": ("dump.jsonl", b"{}", ("line 1 is {}, expected", "a string in the field 'text'")),
+    "no string": ("dump.jsonl", b'{"text": null}', ("line 1 is {'text': None}, expected", "a string in the field 'text'")),
+    "half a character": ("dump.jsonl", b'{"text": "\\ud83d"}', ("line 1 cannot be read", "'\\ud83d' in position 0")),
+    "binary JSON": ("dump.jsonl", b'{"text": "one"}\n{"text": "\0"}', ("is binary", "byte 0x00 at offset 26;")),
     "JSON in latin-1": ("dump.jsonl", b'{"text": "one"}\n{"text": "caf\xe9"}', ("not UTF-8", "byte 0xe9 at offset 29;")),
     "empty JSON": ("dump.jsonl", b"\n \n", ("is empty", "JSON object on every line")),
 }
@@ -450,7 +479,7 @@ def test_unusable_file(run, tmp_path, name, contents, parts):
 def test_json_on_one_endless_line(run, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_text, "LINE_BYTES", 100)
     (tmp_path / "dump.jsonl").write_text('{"text": "one"}\n' + json.dumps([{"text": "word " * 10}] * 10))
-    assert_one_line(run(tmp_path / "dump.jsonl", "--output", tmp_path / "out"), 1, "dump.jsonl line 2 is longer than 100 bytes")
+    assert_one_line(run(tmp_path / "dump.jsonl", "--output", tmp_path / "out"), 1, "dump.jsonl has a line of more than 100 bytes")
 
 
 def test_text_too_small(run, tmp_path):
