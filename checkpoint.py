@@ -178,16 +178,15 @@ def stored_tensors(config):
 
     It is ours[index], transposed if that is one of TRANSPOSED; `shape` is its shape there.
     """
-    shapes = parameter_shapes(config)
-    for ours, name in HUGGING_FACE_NAMES.items():
+    for ours, shape in parameter_shapes(config).items():
+        name = HUGGING_FACE_NAMES[ours]
         if ours == "wte":
             yield name, (config.vocab_size, config.channels), ours, np.s_[:config.vocab_size]
         elif "{layer}" not in name:
-            yield name, shapes[ours], ours, np.s_[:]
+            yield name, shape, ours, np.s_[:]
         else:
-            shape = shapes[ours][1:]
             for l in range(config.num_layers):
-                yield name.format(layer=l), shape[::-1] if ours in TRANSPOSED else shape, ours, l
+                yield name.format(layer=l), shape[:0:-1] if ours in TRANSPOSED else shape[1:], ours, l
 
 
 def stored_views(config, params):
