@@ -474,8 +474,8 @@ class TrainingLog:
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-        for name, label, style in (("train_loss", "training", {"linewidth": 0.6, "alpha": 0.6}),
-                                   ("val_loss", "validation", {"marker": "o", "markersize": 3})):
+        for name, label, style in (("train_loss", "training", {"linewidth": 0.6, "color": "tab:blue"}),
+                                   ("val_loss", "validation", {"marker": "o", "markersize": 3, "color": "tab:red"})):
             points = [(row["step"], row[name]) for row in self.rows if name in row]
             if points:
                 axes.plot(*zip(*points), label=f"{label}, last {points[-1][1]:.3f}", **style)
@@ -484,7 +484,7 @@ class TrainingLog:
         axes.grid(alpha=0.3)
         axes.legend()
         with whole_file(self.options.output_dir / "loss.png") as file:
-            figure.savefig(file, dpi=120, format="png")
+            figure.savefig(file, dpi=200, format="png")
         pyplot.close(figure)
         print(f"wrote {self.options.output_dir / 'log.csv'} and {self.options.output_dir / 'loss.png'}")
 
