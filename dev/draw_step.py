@@ -1,8 +1,8 @@
 """Draw one training step on one page: which kernels are called, in which order, and which memory they read and write.
 
-    python dev/draw_step.py                   writes dev/training_step.png
+    python dev/draw_step.py                   writes dev/training_step.png, as dev/figures.py does among others
 
-The picture is made from the calls themselves, recorded in a step of a tiny model (explore.py), so it shows what train_gpt2.py
+The picture is made from the calls themselves, recorded in a step of a tiny model (recorder.py), so it shows what train_gpt2.py
 does and not what somebody remembers of it. The calls and sizes are written into the file, too, as the text `Description`: a
 test holds them against those of today.
 """
@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import numpy as np
 
 import kernels_cpu as kernels
-from dev.explore import TINY, import_pyplot, record_step, tiny_step
+from dev.recorder import TINY, record_step, tiny_step
 from files import OneLineParser, run_program, whole_file
 from gpt2 import activation_shapes, memory_needed, model_config, parameter_shapes, scratch_shapes
 from train_gpt2 import CLASSIFIER_ROWS, compile_kernels
@@ -110,6 +110,12 @@ class Step:
                                      [f"{name}: {shape}" for shapes in SIZES for name, shape in shapes.items()])
 
 
+def todays_step():
+    """The Step that train_gpt2.py takes."""
+    calls, _, _ = record_step(*tiny_step())
+    return Step(calls)
+
+
 def differences(group, other):
     """(other's name, group's name) wherever two layers' pairs of calls have different arrays.
 
@@ -153,7 +159,8 @@ class Page:
     """A figure without axes, to draw on in inches from its top left."""
 
     def __init__(self, width, height):
-        self.figure = import_pyplot().figure(figsize=(width, height), dpi=DPI)
+        from matplotlib.figure import Figure
+        self.figure = Figure(figsize=(width, height), dpi=DPI)
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, width), ylim=(height, 0))
         self.axes.axis("off")
@@ -298,16 +305,17 @@ def draw_memory(page, y):
 
 def save(page, path, description):
     """Write the page with a transparent ground. Of 256 colours it takes a third of the room, and looks the same."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image, PngImagePlugin      # which Matplotlib itself writes with
     page.figure.patch.set_alpha(0)
-    page.figure.canvas.draw()
-    image = Image.fromarray(np.asarray(page.figure.canvas.buffer_rgba())).quantize(
+    canvas = FigureCanvasAgg(page.figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).quantize(
         256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     information = PngImagePlugin.PngInfo()
     information.add_text("Description", description, zip=True)
     with whole_file(path) as file:
         image.save(file, "png", optimize=True, pnginfo=information)
-    import_pyplot().close(page.figure)
     print(f"wrote {path}")
 
 
@@ -316,8 +324,7 @@ def main():
     parser.add_flag("--output", default=PICTURE, type=Path, metavar="FILE", help="the PNG to write")
     options = parser.parse_args()
     compile_kernels()
-    calls, _, _ = record_step(*tiny_step())
-    draw(Step(calls), options.output)
+    draw(todays_step(), options.output)
 
 
 if __name__ == "__main__":

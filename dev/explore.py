@@ -9,254 +9,33 @@ shape of the first that it wrote, and its norm afterwards, by which a vanishing 
 Names are those of the model's memory, model.acts.qkv[0] as qkv[0]; gradients of parameters begin with grads. A + before a name
 means that what the array held before counts: it was added to, or changed in place. Then follow the times by kernel, the
 norms by layer, and the same as a picture.
-
-Nothing about the model is spelled out here: its calls are watched as they happen, and what a kernel reads and writes is found
-by experiment.
 """
-import contextlib
-import functools
 import math
 import sys
-import time
 import warnings
 from collections import Counter
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from numba.core.dispatcher import Dispatcher
 
-import train_gpt2
+import kernels_cpu as kernels
 from checkpoint import load_model
 from dataloader import DataLoader
+from dev.recorder import as_batch, record_step, time_step
 from files import OneLineParser, UserError, main_memory, run_program, whole_file
 from generate_gpt2 import UNSOUND, encode, tokenizer_of
-from gpt2 import RECOMPUTED, Config, Tensors, activation_shapes, chunks, memory_needed, model_config, scratch_shapes
+from gpt2 import activation_shapes, chunks, memory_needed, model_config, scratch_shapes
 from prepare_tinyshakespeare import prepare
 from sampling import softmax
 from tokenizer import END_OF_TEXT
 from train_gpt2 import CLASSIFIER_ROWS, GPT2, NO_BIAS, compile_kernels
 from training import NEW_MODELS, TO_SAVE_MEMORY, TRAIN_TOKENS, check_memory, model_name, number
 
-LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP = 1e-3, 0.1, 1.0     # train_gpt2.py's defaults
-TIMED_STEPS = 3
-TINY = Config(max_seq_len=8, vocab_size=50, padded_vocab_size=128, num_layers=3, num_heads=2, channels=8)
 MOST_LABELS = 64          # tokens along an axis whose names can be read
 LOOKED_AT = 4             # positions listed for each position of the prompt
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Watching the kernels
-
-class Watched:
-    """Stands in for the module of kernels: every call of one becomes watch(kernel, *arguments)."""
-
-    def __init__(self, kernels, watch):
-        self.kernels, self.watch = kernels, watch
-
-    def __getattr__(self, name):
-        value = getattr(self.kernels, name)
-        return functools.partial(self.watch, value) if isinstance(value, Dispatcher) else value
-
-
-@contextlib.contextmanager
-def watching(watch):
-    """Have watch(kernel, *arguments) make every call of a kernel in train_gpt2, and return what the kernel does."""
-    kernels = train_gpt2.kernels
-    train_gpt2.kernels = Watched(kernels, watch)
-    try:
-        yield
-    finally:
-        train_gpt2.kernels = kernels
-
-
-def run_step(model, batch, begin=lambda phase: None):
-    """A training step on batch.tokens and batch.targets; begin(phase) is called before each part. Returns loss and norm."""
-    begin("forward")
-    model.forward(batch.tokens)
-    begin("backward")
-    loss = model.backward(batch.targets)
-    begin("update")
-    norm = model.gradient_norm()
-    model.update(1, LEARNING_RATE, WEIGHT_DECAY, norm, GRAD_CLIP)
-    return loss, norm
-
-
-def as_batch(tokens, targets):
-    """Tokens and targets, (B, T) each, as Tensors, so that they are found by their memory like all other arrays."""
-    return Tensors({"tokens": tokens.shape, "targets": targets.shape},
-                   lambda size: np.concatenate([tokens, targets], axis=None, dtype=np.int32))
-
-
-@functools.cache
-def effects():
-    """What every kernel of a training step does to its arguments: its name -> (positions it reads, positions it writes).
-
-    Found by experiment, in a step of a tiny model. What a kernel writes is not the same after a call. What it does not write
-    it reads, and what it writes it reads as well if a NaN that was there before is anywhere afterwards.
-    """
-    found = {}
-
-    def trial(kernel, arguments, poisoned=None):
-        arguments = [argument.copy() if isinstance(argument, np.ndarray) else argument for argument in arguments]
-        if poisoned is not None:
-            arguments[poisoned][...] = np.nan
-        kernel(*arguments)
-        return arguments
-
-    def watch(kernel, *arguments):
-        arrays = array_positions(kernel, arguments)
-
-        def spreads(poisoned):
-            return any(np.isnan(array).any() for i, array in enumerate(trial(kernel, arguments, poisoned)) if i in arrays)
-
-        after = trial(kernel, arguments)
-        writes = {i for i in arrays if not np.array_equal(after[i], arguments[i])}
-        reads = {i for i in arrays if i not in writes or spreads(i)}
-        earlier_reads, earlier_writes = found.get(kernel.__name__, (set(), set()))      # of a call without a bias, say
-        found[kernel.__name__] = earlier_reads | reads, earlier_writes | writes
-        return kernel(*arguments)
-
-    with watching(watch):
-        run_step(*tiny_step())
-    return found
-
-
-def tiny_step():
-    """A tiny model and a batch for it, that take a step in no time."""
-    model = GPT2(TINY, 2, 4, threads=1)
-    model.initialize(seed=0)
-    sequences = np.arange(2 * 5, dtype=np.int32).reshape(2, 5)
-    return model, as_batch(sequences[:, :-1], sequences[:, 1:])
-
-
-def array_positions(kernel, arguments):
-    """Where among a kernel's arguments the model's arrays are: not those that stand for none, nor a product's workspace."""
-    names = kernel.py_func.__code__.co_varnames
-    return {i for i, argument in enumerate(arguments)
-            if isinstance(argument, np.ndarray) and argument.size > 0 and names[i] != "workspace"}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Recording a step
-
-class Array(NamedTuple):
-    """One of a kernel's arrays, by its place in the model's memory."""
-    buffer: str              # params, grads, acts, scratch, adam_m, adam_v, or batch
-    name: str                # in that buffer's table of shapes; empty: the whole buffer
-    layer: int | None        # where the tensor has one for each
-    shape: tuple
-    read: bool
-    written: bool
-    norm: float              # after the call, if it was written
-
-    @property
-    def tensor(self):
-        """What it is called in all layers. The names of parameters stand for their gradients and moments, too."""
-        return f"{self.buffer}.{self.name}".rstrip(".") if self.buffer in ("grads", "adam_m", "adam_v") else self.name
-
-    def __str__(self):
-        return self.tensor if self.layer is None else f"{self.tensor}[{self.layer}]"
-
-
-class Call(NamedTuple):
-    """One call of a kernel."""
-    phase: str               # forward, backward or update
-    kernel: str
-    layer: int | None
-    arrays: list
-    result: float | None
-    seconds: float = math.nan
-
-    @property
-    def written(self):
-        return [array for array in self.arrays if array.written]
-
-    @property
-    def read(self):
-        """What is read only."""
-        return [array for array in self.arrays if not array.written]
-
-    def __str__(self):
-        writes = ", ".join(f"{'+' if array.read else ''}{array}" for array in self.written)
-        return f"{writes} = {self.kernel}({', '.join(map(str, self.read))})".removeprefix(" = ")
-
-
-class Recorder:
-    """Notes in `calls` every call of a kernel that it makes, see `watching`.
-
-    A call belongs to the layer of its parameters or their gradients. A call without any belongs to that of the call before.
-    """
-
-    def __init__(self, model, batch):
-        self.model, self.batch, self.effects = model, batch, effects()
-        self.calls = []
-        self.phase = self.layer = None
-
-    def begin(self, phase):
-        self.phase = phase
-
-    def __call__(self, kernel, *arguments):
-        result = kernel(*arguments)
-        reads, writes = self.effects[kernel.__name__]
-        positions = {}      # more than one, if a kernel is given the same array twice
-        for i in sorted(array_positions(kernel, arguments)):
-            positions.setdefault(self.place(arguments[i]), set()).add(i)
-        arrays = []
-        for place, here in positions.items():
-            array = arguments[min(here)]
-            norm = float(np.linalg.norm(array)) if here & writes else math.nan
-            arrays.append(Array(*place, array.shape, bool(here & reads), bool(here & writes), norm))
-        of_parameters = [array.layer for array in arrays if array.buffer in ("params", "grads")]
-        self.layer = of_parameters[0] if of_parameters else self.layer
-        self.calls.append(Call(self.phase, kernel.__name__, self.layer, arrays, result))
-        return result
-
-    def place(self, array):
-        """Where in the model's memory an array is: its buffer, its name there and its layer."""
-        model = self.model
-        buffers = dict(params=model.params, grads=model.grads, acts=model.acts, scratch=model.scratch, batch=self.batch,
-                       adam_m=Tensors(model.params.shapes, lambda size: model.adam_m),
-                       adam_v=Tensors(model.params.shapes, lambda size: model.adam_v))
-        buffer = next(buffer for buffer, tensors in buffers.items() if np.may_share_memory(array, tensors.flat))
-        tensors, stop = buffers[buffer], 0
-        first = (array.ctypes.data - tensors.flat.ctypes.data) // array.itemsize
-        for name, shape in tensors.shapes.items():
-            start, stop = stop, stop + prod(shape)
-            if start <= first and first + array.size <= stop:
-                of_one_layer = array.shape == shape[1:] and not (model.recompute and name in RECOMPUTED)
-                return buffer, name, (first - start) // array.size if of_one_layer else None
-        return buffer, "", None
-
-
-def record_step(model, batch):
-    """The Calls of a training step, its loss and the norm of its gradients."""
-    recorder = Recorder(model, batch)
-    with watching(recorder):
-        loss, norm = run_step(model, batch, recorder.begin)
-    return recorder.calls, loss, norm
-
-
-def time_step(model, batch):
-    """The seconds of each call in the fastest of a few training steps, and of that whole step."""
-    def watch(kernel, *arguments):
-        started = time.perf_counter()
-        result = kernel(*arguments)
-        seconds.append(time.perf_counter() - started)
-        return result
-
-    timed = []
-    for _ in range(TIMED_STEPS):
-        seconds = []
-        started = time.perf_counter()
-        with watching(watch):
-            run_step(model, batch)
-        timed.append((time.perf_counter() - started, seconds))
-    whole, seconds = min(timed)
-    return seconds, whole
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -339,7 +118,8 @@ def print_norms(norms):
 
 def draw_recorded(norms, times, title, path):
     """Write the picture of a step: norms by layer, times by kernel."""
-    figure = import_pyplot().figure(figsize=(10, 8.5), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 8.5), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=(5, 4))
     for i, (heading, tensors) in enumerate(zip(("activations", "gradients of activations", "gradients of weights"), norms)):
         axes = figure.add_subplot(grid[0, i])
@@ -350,8 +130,8 @@ def draw_recorded(norms, times, title, path):
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False, fontsize=8)
     axes = figure.add_subplot(grid[1, :])
-    kernels, calls, seconds = zip(*reversed(times))
-    bars = axes.barh(kernels, 1000 * np.array(seconds), color="tab:blue")
+    names, calls, seconds = zip(*reversed(times))
+    bars = axes.barh(names, 1000 * np.array(seconds), color="tab:blue")
     axes.bar_label(bars, [f"{1000 * time:,.2f}" + (f" in {number} calls" if number > 1 else "")
                           for number, time in zip(calls, seconds)], padding=3, fontsize=8)
     axes.set(title="milliseconds by kernel", xlim=(0, 1.15 * 1000 * max(seconds)))
@@ -363,19 +143,10 @@ def draw_recorded(norms, times, title, path):
     save(figure, path)
 
 
-def import_pyplot():
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
 def save(figure, path):
-    from matplotlib import pyplot
     with whole_file(path) as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")      # a token may hold letters that the font has not
         figure.savefig(file, dpi=120, format="png")
-    pyplot.close(figure)
     print(f"wrote {path}")
 
 
@@ -448,7 +219,7 @@ def next_tokens(model, count):
     likeliest, probabilities = np.empty((N, count), dtype=int), np.empty((N, V), dtype=np.float32)
     for rows in chunks(N, CLASSIFIER_ROWS):
         logits = model.scratch.logits[:rows.stop - rows.start]
-        train_gpt2.kernels.matmul_forward(logits, model.acts.lnf[rows], model.params.wte, NO_BIAS, model.workspace)
+        kernels.matmul_forward(logits, model.acts.lnf[rows], model.params.wte, NO_BIAS, model.workspace)
         if not np.isfinite(logits).all():
             raise UserError(f"the logits of the prompt are not finite: {UNSOUND}")
         for n, row in enumerate(logits[:, :V], rows.start):
@@ -479,14 +250,15 @@ def print_attention(tokens, weights, heading, named):
 
 def draw_attention(tokens, weights, title, named, path):
     """Write the picture of one head's attention: a row for each position, which sums to 1 over those it sees."""
-    pyplot = import_pyplot()
     from matplotlib.colors import PowerNorm     # by which small shares are told apart
+    from matplotlib.figure import Figure
 
     T = len(tokens)
     labelled = range(0, T, math.ceil(T / MOST_LABELS))
     labels = [named(tokens[t])[1:-1] for t in labelled]
     inches = 1.6 + min(max(0.18 * T, 2.5), 11)
-    figure, axes = pyplot.subplots(figsize=(inches + 0.6, inches), layout="constrained")
+    figure = Figure(figsize=(inches + 0.6, inches), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(np.where(np.tri(T, dtype=bool), weights, np.nan), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
     axes.set_facecolor("0.9")       # what a position does not see
     for axis, place in ((axes.xaxis, "top"), (axes.yaxis, "left")):
@@ -550,7 +322,7 @@ def main():
     add("--output", default=Path("out", "explore.png"), type=Path, metavar="FILE", help="the PNG to write")
     options = parser.parse_args()
 
-    threads = train_gpt2.kernels.use_threads(options.threads)
+    threads = kernels.use_threads(options.threads)
     config, params = (model_config(options.model), None) if options.model in NEW_MODELS else load_model(options.model)
     compile_kernels()
     if options.prompt is None:

@@ -1,11 +1,12 @@
-"""Draw the figures of dev/derivations, each of which is a function here: DRAWINGS.
+"""Draw the figures of dev/derivations, each of which is a function here (DRAWINGS), and dev/training_step.png (draw_step.py).
 
     python train_gpt2.py                    leaves a trained model in `out`
     python dev/figures.py                   draws them all
     python dev/figures.py --model FOLDER    with the attention of another model
 
 They have no background, and only colours that can be read on a white page as well as on a dark one. What they show is taken
-from the program: its tables of tensors, its kernels, and the costs from the pages' own cost blocks, `page_costs`.
+from the program: its tables of tensors, its kernels, and the costs from the pages' own cost blocks, `page_costs`. What is
+written in a figure stands in its file as the text `Description`, too: a test holds it against what would be written today.
 """
 import contextlib
 import doctest
@@ -21,11 +22,13 @@ import numpy as np
 
 import kernels_cpu
 from checkpoint import load_model
+from dev import draw_step
+from dev.explore import attention_weights
 from files import OneLineParser, UserError, run_program, whole_file
 from gpt2 import (CHANNELS_PER_HEAD, RESIDUAL_PROJECTIONS, Config, activation_shapes, model_config, parameter_shapes,
                   scratch_shapes)
 from tokenizer import gpt2_encoding
-from train_gpt2 import CLASSIFIER_ROWS, GPT2
+from train_gpt2 import CLASSIFIER_ROWS, GPT2, compile_kernels
 
 PAGES = Path(__file__).parent / "derivations"
 TO_SAVE_MEMORY = "choose a smaller --model"
@@ -139,8 +142,10 @@ def draw_attention_tiles(pyplot, model):
                           (1.85 * T, (T, 0.35 * T), "backward\nfrom the last")):
         axes.annotate("", (x, ends[1]), (x, ends[0]), arrowprops=dict(arrowstyle="->", color=INK, linewidth=1.2))
         axes.text(x + 12, 0.68 * T, text, verticalalignment="center")
-    axes.set(xlim=(0, 2.3 * T), ylim=(T, 0), xticks=range(0, T + 1, size), yticks=range(0, T + 1, size), aspect="equal",
-             ylabel="query i")
+    edges = range(0, T + 1, size)
+    axes.set(xlim=(0, 2.3 * T), ylim=(T, 0), aspect="equal", ylabel="query i")
+    axes.set_xticks(edges, edges)
+    axes.set_yticks(edges, edges)
     axes.set_xlabel("key j", loc="left")
     axes.spines[:].set_visible(False)
     axes.legend(loc="upper right")
@@ -150,16 +155,17 @@ def draw_attention_tiles(pyplot, model):
 def draw_attention(pyplot, model):
     config, params = load_model(str(model))
     encoding = gpt2_encoding()
-    tokens = np.array([encoding.encode(PROMPT)], dtype=np.int32)
-    weights = {}
-    for l, h, p in attention_weights(config, params, tokens):
-        rows = range(2, len(p))     # of the first two there is little to choose from
-        weights[l, h] = p, np.mean([evenness(p[i, :i + 1]) for i in rows])
-    ranking = sorted(weights, key=lambda head: weights[head][1])
-    labels = [encoding.decode([token]).replace("\n", "\\n") for token in tokens[0]]
+    tokens = encoding.encode(PROMPT)
+    model = GPT2(config, 1, len(tokens), threads=1)
+    model.set_params(params)
+    model.forward(np.array([tokens], dtype=np.int32))
+    weights = {(l, h): attention_weights(model.acts.qkv[l], model.acts.att_lse[l][0], h)
+               for l in range(config.num_layers) for h in range(config.num_heads)}
+    ranking = sorted(weights, key=lambda head: evenness(weights[head]))
+    labels = [encoding.decode([token]).replace("\n", "\\n") for token in tokens]
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 4.6), sharey=True)
     for axes, (l, h), kind in zip(panels, (ranking[-1], ranking[0]), ("most even", "most concentrated")):
-        heatmap(axes, weights[l, h][0])
+        heatmap(axes, weights[l, h])
         axes.set_title(f"layer {l}, head {h}: the {kind}")
         axes.set_xticks(range(len(labels)), labels, rotation=90, parse_math=False)
         axes.set_yticks(range(len(labels)), labels, parse_math=False)
@@ -170,23 +176,11 @@ def draw_attention(pyplot, model):
 
 
 def evenness(p):
-    """The entropy of probabilities, as a share of what it could be: 1 if all are equal, 0 if one is all there is."""
-    return -np.sum(p * np.log(np.maximum(p, 1e-30))) / np.log(p.size)
+    """The entropy of a head's weights (T, T), as a share of what it could be: 1 if all are equal, 0 if one is all there is.
 
-
-def attention_weights(config, params, tokens):
-    """Yield (layer, head, p (T, T)) of tokens (1, T): the weights, rebuilt from what a forward pass keeps, as backward does."""
-    T = tokens.shape[1]
-    model = GPT2(config, 1, T, threads=1)
-    model.set_params(params)
-    model.forward(tokens)
-    NH = config.num_heads
-    HS = config.channels // NH
-    for l in range(config.num_layers):
-        for h in range(NH):
-            q, k = (kernels_cpu.one_head(model.acts.qkv[l], 0, T, part * NH + h, HS) for part in range(2))
-            scores = q @ k.T / np.sqrt(HS)
-            yield l, h, np.tril(np.exp(np.minimum(scores - model.acts.att_lse[l][0, h][:, None], 0)))
+    It is the mean over the positions, but for the first two, which have little to choose from.
+    """
+    return np.mean([-np.sum(row * np.log(np.maximum(row, 1e-30))) / np.log(n) for n, row in enumerate(p, 1) if n > 2])
 
 
 def draw_initialisation(pyplot, model):
@@ -295,25 +289,29 @@ def draw(name, model, folder):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.text import Text
 
     with matplotlib.rc_context(STYLE):
         figure = DRAWINGS[name](pyplot, model)
+        description = "\n".join(sorted({text.get_text() for text in figure.findobj(Text)}))
         with whole_file(folder / name) as file:
-            figure.savefig(file, dpi=DPI, format="png", pil_kwargs=dict(optimize=True))
+            figure.savefig(file, dpi=DPI, format="png", metadata=dict(Description=description), pil_kwargs=dict(optimize=True))
         pyplot.close(figure)
 
 
 def main():
-    parser = OneLineParser(description="Draw the figures of dev/derivations.")
+    parser = OneLineParser(description="Draw the figures of dev/derivations, and dev/training_step.png.")
     parser.add_argument("--model", default=Path("out"), type=Path, help="folder of the trained model whose attention is drawn "
                         "(default: out)")
     options = parser.parse_args()
     if not options.model.is_dir():
         raise UserError(f"there is no folder {options.model}; let python train_gpt2.py make it, or name that of a trained "
                         "model with --model")
+    compile_kernels()
     for name in DRAWINGS:
         draw(name, options.model, PAGES)
         print(f"wrote {PAGES / name}", flush=True)
+    draw_step.draw(draw_step.todays_step(), draw_step.PICTURE)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,12 @@ resuming = tests_in("test_resume.py")
 scoring = tests_in("test_hellaswag.py")
 preparing = tests_in("test_prepare_text.py")
 erring = tests_in("test_errors.py")
+pages = tests_in("test_derivations.py")
+drawing = tests_in("test_figures.py")
+recording = tests_in("test_recorder.py")
+exploring = tests_in("test_explore.py")
 SAMPLING, PLOTTING = "dev/tests/test_sampling.py", "dev/tests/test_plot_runs.py"
-GPU = "kernels_gpu.py"
+GPU, PAGES = "kernels_gpu.py", "dev/derivations/"
 
 
 class Mutation(NamedTuple):
@@ -804,6 +808,75 @@ MUTATIONS = [Mutation(*row) for row in [
     ("plot: columns taken by place", "dev/plot_runs.py", "zip(columns, fields) if field and name in COLUMNS",
      "zip(COLUMNS, fields) if field", PLOTTING),
     ("plot: names are formulas", "dev/plot_runs.py", "text=label, parse_math=False", "text=label", PLOTTING),
+
+    # The pages of derivations
+    ("page: wrong number under an example", PAGES + "attention.md",
+     "[[4. 7.]]", "[[4. 6.]]", pages("prints_what and attention")),
+    ("page: wrong sum in an example by hand", PAGES + "layernorm.md",
+     "`0.5 * (4 - 1.5 - (-1) * (-0.5)) = 1`", "`0.5 * (4 - 1.5 - (-1) * (-0.5)) = 2`", pages("sums")),
+    ("page: quotes what the kernel no longer says", "kernels_cpu.py",
+     "r * (dout[n, c] * weight[c] - dnorm_mean - norm * dnorm_norm_mean)",
+     "r * (dout[n, c] * weight[c] - norm * dnorm_norm_mean - dnorm_mean)", pages("quotations")),
+    ("page: example that is not run", PAGES + "gelu.md",
+     "```pycon\n>>> x = np.linspace", "```\n>>> x = np.linspace", pages("every_block")),
+    ("page: wrong number of megabytes", PAGES + "layernorm.md", "would take 315 MB", "would take 351 MB", pages("numbers")),
+    ("page: names a kernel that is none", PAGES + "residual.md",
+     "`residual_forward`;", "`residual_add_forward`;", pages("gone")),
+    ("page: missing in the list", PAGES + "README.md",
+     "| [Encoder](encoder.md) | a table that is read forward and added to backward, and a trap |\n", "",
+     pages("list_of_pages")),
+    ("page: new kernel on none", "kernels_cpu.py", "@kernel\ndef residual_forward(",
+     "@kernel\ndef scale_forward(out, inp):\n    for n in prange(len(inp)):\n        out[n] = 2 * inp[n]\n\n\n"
+     "@kernel\ndef residual_forward(", pages("every_kernel_has_a_page")),
+    ("page: cost with a call too few", PAGES + "layernorm.md", "(25, 8 * N * C", "(24, 8 * N * C", pages("counted_calls")),
+    ("page: cost of other bytes than the kernel's", PAGES + "adamw.md",
+     "4 * 2 * 4 * P)", "4 * 7 * P)", pages("docstrings_are")),
+
+    # Their figures
+    ("figures: Jacobian without the mean", "dev/figures.py",
+     "-np.ones((C, C)) / C,", "np.zeros((C, C)),", drawing("test_layernorm")),
+    ("figures: GELU's derivative of another dout", "dev/figures.py", "np.ones_like(x), x)", "x, x)", drawing("test_gelu")),
+    ("figures: attention of the head beside", "dev/figures.py",
+     "model.acts.att_lse[l][0], h)", "model.acts.att_lse[l][0], h - 1)", drawing("test_attention")),
+    ("figures: one of the moments forgotten", "dev/figures.py",
+     '"AdamW\'s moments": 2 * parameters', '"AdamW\'s moments": parameters', drawing("test_memory")),
+    ("figures: points of the roofline upside down", "dev/figures.py",
+     ".append((flops / moved, calls", ".append((moved / flops, calls", drawing("test_roofline")),
+    ("figures: processor's line misplaced", "dev/figures.py",
+     "balance = flops / bandwidth\n", "balance = bandwidth / flops\n", drawing("test_roofline")),
+    ("figures: no longer those of the program", "kernels_cpu.py", "QUERY_TILE = 128", "QUERY_TILE = 64", drawing("todays")),
+
+    # The page of a step, and what is recorded of it
+    ("recorder: what is added to is overwritten", "dev/recorder.py",
+     "if i not in writes or spreads(i)}", "if i not in writes}", recording("experiment")),
+    ("recorder: times of the calls in reverse", "dev/recorder.py",
+     "    return seconds, whole", "    return seconds[::-1], whole", recording("fastest")),
+    ("recorder: call without parameters in no layer", "dev/recorder.py",
+     "of_parameters[0] if of_parameters else self.layer", "of_parameters[0] if of_parameters else None", recording("layers")),
+    ("draw step: call missing", "dev/draw_step.py",
+     "groups[LAYER], after\n", "groups[LAYER][1:], after\n", drawing("in_order")),
+    ("draw step: backward a row too low", "dev/draw_step.py",
+     "page.card(RIGHT, y, backward)", "page.card(RIGHT, y + ROW, backward)", drawing("face")),
+    ("draw step: layer before is the layer", "dev/draw_step.py",
+     "{array.tensor}[l-{call.layer - array.layer}]", "{array.tensor}[l]", drawing("cards_say")),
+    ("draw step: passes that do not mirror", "dev/draw_step.py",
+     "    if found != expected:", "    if False:", drawing("mirror")),
+    ("draw step: page no longer of the program", "train_gpt2.py",
+     "dfch, acts.ln2[l], params.fcw[l], workspace)", "dfch, acts.ln1[l], params.fcw[l], workspace)",
+     drawing("page_is_todays")),
+
+    # explore
+    ("explore: mask off by one", "dev/explore.py",
+     "np.where(np.tri(T, dtype=bool), q @", "np.where(np.tri(T, k=1, dtype=bool), q @", exploring("test_attention")),
+    ("explore: first layer whatever is asked for", "dev/explore.py",
+     "model.acts.qkv[options.layer], model.acts.att_lse[options.layer][0]", "model.acts.qkv[0], model.acts.att_lse[0][0]",
+     exploring("test_prompt")),
+    ("explore: probability of a token from its own row", "dev/explore.py",
+     "probabilities[n - 1, token]", "probabilities[n, token]", exploring("table_of_next_tokens")),
+    ("explore: times of other calls", "dev/explore.py",
+     "zip(calls, seconds, strict=True)]", "zip(calls, seconds[::-1], strict=True)]", exploring("test_step")),
+    ("explore: time of a kernel's latest call", "dev/explore.py",
+     "seconds[call.kernel] += call.seconds", "seconds[call.kernel] = call.seconds", exploring("times")),
 ]]
 
 

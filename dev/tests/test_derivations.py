@@ -22,9 +22,8 @@ import kernels_cpu
 import kernels_float64 as exact
 import kernels_gpu
 import train_gpt2
-from checkpoint import load_model, save_model
 from dev import figures
-from test_kernels import finite_differences, relative_error
+from test_kernels import finite_differences
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(figures.PAGES.glob("*.md"))
@@ -94,7 +93,7 @@ def test_quotations_stand_in_the_program(page):
         assert any(wanted == there[i:i + len(wanted)] for there in lines.values() for i in range(len(there))), body
 
 
-def value(expression, names):
+def value(expression):
     """What an arithmetic expression comes to; None for anything else."""
     functions = {name: getattr(math, name) for name in ("sqrt", "exp", "log", "pi")}
     words = set(re.findall(r"[A-Za-z_]\w*", expression))
@@ -107,9 +106,9 @@ def sums(page):
     """(span, its sides in order, decimals) of the text's `... = ...` and `... ≈ ...` that are arithmetic."""
     for span in SPAN.findall(prose(page)):
         sides = re.split(r" [=≈] ", span)
-        if len(sides) > 1 and all(value(side, {}) is not None for side in sides):
+        if len(sides) > 1 and all(value(side) is not None for side in sides):
             decimals = len(sides[-1].partition(".")[2])
-            yield span, [value(side, {}) for side in sides], decimals
+            yield span, [value(side) for side in sides], decimals
 
 
 def test_sums_in_the_text_are_right():
@@ -169,6 +168,13 @@ def test_formulas_survive_markdown(page):
     outside = re.compile(r"(?:^|[\s(])\$[^\s$][^$\n]*(?<!\s)\$(?=[\s.,;:)]|$)", re.MULTILINE)
     assert "$" not in outside.sub(" ", inline), f"{page.name}: a $ beside a letter, or without its partner"
     assert text.count("```") % 2 == 0 and "$$" not in text
+
+
+@every_page
+def test_every_block_says_what_it_is(page):
+    """Or its formulas would stand there as they are typed, and its examples would not be run."""
+    for body in blocks(page, ""):
+        assert "\\" not in body and ">>>" not in body, body
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,7 +340,7 @@ def test_pages_name_nothing_that_is_gone(page):
     for name in named(page) - {"onehot", "dx", "x"}:
         if re.search(r"_(forward|backward|update|classifier)$", name):
             assert name in kernels, f"{page.name} names `{name}`, which is no kernel"
-        assert name in words or value(name, {}) is not None or (ROOT / "dev" / "tests" / f"{name}.py").exists(), (
+        assert name in words or value(name) is not None or (ROOT / "dev" / "tests" / f"{name}.py").exists(), (
             f"{page.name} names `{name}`, which does not occur in the program")
 
 
@@ -364,67 +370,9 @@ def test_pages_are_built_alike():
         assert sorted(order) == [*order] and order[-1] == order[-2], page.name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures
-
 def test_figures_are_those_of_the_pages():
     shown = re.findall(r"!\[[^\]]+\]\(([\w.]+)\)", "".join(map(text_of, PAGES)))
     assert sorted(shown) == sorted(figures.DRAWINGS) == sorted(path.name for path in figures.PAGES.glob("*.png"))
-
-
-@pytest.fixture(scope="module")
-def new_model(tmp_path_factory):
-    config = gpt2.Config(64, 50257, 50304, num_layers=1, num_heads=2, channels=8)
-    params = gpt2.Tensors(gpt2.parameter_shapes(config))
-    gpt2.initialize(params, config, seed=0)
-    folder = tmp_path_factory.mktemp("model") / "out"
-    save_model(folder, config, params)
-    return folder
-
-
-@pytest.mark.parametrize("name", figures.DRAWINGS)
-def test_figures_are_drawn(name, new_model, tmp_path):
-    """Small, wide enough for a README, and without a background."""
-    from matplotlib import image
-    figures.draw(name, new_model, tmp_path)
-    for path in (tmp_path / name, figures.PAGES / name):
-        pixels = image.imread(path)
-        assert path.stat().st_size < 100_000 and pixels.shape[1] >= 850 and pixels.shape[2] == 4
-        assert (pixels[..., 3] == 0).mean() > 0.2 and (pixels[..., 3] == 1).any()
-
-
-def luminance(colour):
-    """Relative luminance as defined by the WCAG."""
-    channels = (int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5))
-    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b
-
-
-@pytest.mark.parametrize("colour", [figures.INK, figures.BLUE, figures.ORANGE, figures.GREEN, figures.PURPLE, figures.RED])
-@pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
-def test_colours_can_be_read(colour, page):
-    darker, lighter = sorted((luminance(colour), luminance(page)))
-    assert (lighter + 0.05) / (darker + 0.05) >= 3.9
-
-
-def test_attention_weights_are_those_of_the_kernel(new_model):
-    """p, rebuilt from what is kept, times v is out; and its rows add up to 1."""
-    config, params = load_model(str(new_model))
-    tokens = np.arange(17, dtype=np.int32).reshape(1, 17)
-    model = train_gpt2.GPT2(config, 1, 17, threads=1)
-    model.set_params(params)
-    model.forward(tokens)
-    HS = config.channels // config.num_heads
-    for l, h, p in figures.attention_weights(config, params, tokens):
-        v = kernels_cpu.one_head(model.acts.qkv[l], 0, 17, 2 * config.num_heads + h, HS)
-        np.testing.assert_allclose(p.sum(axis=1), 1, rtol=1e-5)
-        assert relative_error(p @ v, kernels_cpu.one_head(model.acts.att[l], 0, 17, h, HS)) <= 1e-5
-
-
-def test_error_without_a_model(run_main, tmp_path):
-    finished = run_main(figures, "--model", tmp_path / "nothing")
-    assert finished.status == 1 and finished.err.count("\n") == 1
-    assert str(tmp_path / "nothing") in finished.err and "train_gpt2.py" in finished.err
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,17 +1,16 @@
-"""What dev/explore.py records of a training step, what it makes of a prompt, and the page that dev/draw_step.py draws."""
-import math
+"""What dev/explore.py shows of a training step, and what it makes of a prompt."""
 import re
+from string import ascii_letters
 
 import numpy as np
 import pytest
-from numba.core.dispatcher import Dispatcher
-from PIL import Image
 
 import train_gpt2
 from checkpoint import save_model
 from dataloader import write_tokens
-from dev import draw_step, explore
-from dev.explore import TINY, attention_weights, effects, next_tokens, record_step, time_step, tiny_step
+from dev import explore
+from dev.explore import attention_weights, next_tokens
+from dev.recorder import TINY, Call, record_step, tiny_step
 from generate_gpt2 import Decoder
 from gpt2 import Config, Tensors, initialize, parameter_shapes
 from tokenizer import gpt2_encoding
@@ -30,10 +29,10 @@ def random_params(config, seed=0):
 
 
 @pytest.fixture(scope="module")
-def step():
-    """The calls of a tiny model's step, its loss, its norm, and the model afterwards."""
-    model, batch = tiny_step()
-    return *record_step(model, batch), model
+def calls():
+    """Those of a tiny model's step. The first took no time, and each a second more than that before."""
+    recorded, _, _ = record_step(*tiny_step())
+    return [call._replace(seconds=i) for i, call in enumerate(recorded)]
 
 
 @pytest.fixture(scope="module")
@@ -51,156 +50,75 @@ def tokens_file(tmp_path_factory):
     return path
 
 
-# ---- what is recorded
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved from now on."""
+    saved, save = [], explore.save
 
-# Written parameters of each kernel, with a + where what they held before counts, as the kernels' docstrings have it.
-WRITES = {
-    "encoder_forward": "out",
-    "encoder_backward": "+dwte +dwpe",
-    "layernorm_forward": "out mean rstd",
-    "layernorm_backward": "+dinp +dweight +dbias",
-    "matmul_forward": "out",
-    "matmul_backward": "dinp +dweight +dbias",
-    "attention_forward": "out lse",
-    "attention_backward": "dqkv",
-    "gelu_forward": "out",
-    "gelu_backward": "dinp",
-    "residual_forward": "out",
-    "fused_classifier": "losses +logits",
-    "global_norm": "",
-    "adamw_update": "+params +grads +m +v",
-}
+    def keep(figure, path):
+        saved.append(figure)
+        save(figure, path)
+    monkeypatch.setattr(explore, "save", keep)
+    return saved
 
 
-def test_effects_found_by_experiment():
-    found = {}
-    for name, (reads, writes) in effects().items():
-        parameters = getattr(train_gpt2.kernels, name).py_func.__code__.co_varnames
-        found[name] = " ".join("+" * (i in reads) + parameters[i] for i in sorted(writes))
-        assert name != "matmul_forward" or {parameters[i] for i in reads} == {"inp", "weight", "bias"}
-    assert found == WRITES
+# ---- a step
 
-
-def kernel_calls(monkeypatch, run):
-    """The names of the kernels that `run` calls, by other means than the recorder's."""
-    names = []
-
-    def noting(name, kernel):
-        def call(*arguments):
-            names.append(name)
-            return kernel(*arguments)
-        return call
-    with monkeypatch.context() as patch:
-        for name, value in list(vars(train_gpt2.kernels).items()):
-            if isinstance(value, Dispatcher) and value.targetoptions.get("parallel"):
-                patch.setattr(train_gpt2.kernels, name, noting(name, value))
-        run()
-    return names
-
-
-def test_every_call_is_recorded_and_timed_in_order(step, monkeypatch):
-    model, batch = tiny_step()
-    expected = kernel_calls(monkeypatch, lambda: explore.run_step(model, batch))
-    calls = step[0]
-    assert [call.kernel for call in calls] == expected and len(expected) > 18 * TINY.num_layers
-    assert [call.phase for call in calls] == sorted((call.phase for call in calls), key=["forward", "backward", "update"].index)
-    seconds, whole = time_step(model, batch)
-    assert len(seconds) == len(expected) and all(0 < time for time in seconds) and sum(seconds) <= whole
-
-
-def test_forward_mirrors_backward(step):
-    """Every kernel of the forward pass, the logits' product included, has its twin in the reverse order, which writes the
-    gradients of just the parameters that it reads, in the same layer."""
-    calls = [call for call in step[0] if call.phase != "update"]
-    turn = [call.kernel for call in calls].index("fused_classifier")
-    forward = [call for call in calls[:turn] if call.kernel != "residual_forward"]
-    backward = calls[:turn:-1]
-    assert [call.kernel for call in backward] == [call.kernel.replace("_forward", "_backward") for call in forward]
-    for call, twin in zip(forward, backward, strict=True):
-        assert twin.layer == call.layer
-        assert ({(array.name, array.layer) for array in twin.written if array.buffer == "grads"} ==
-                {(array.name, array.layer) for array in call.read if array.buffer == "params"}), (call, twin)
-
-
-def test_every_tensor_is_recognised(step):
-    """Each activation is written once in each layer, each parameter's gradient is written, and nothing else is unknown."""
-    calls, _, _, model = step
-    L = TINY.num_layers
-    written = [(array.buffer, array.name, array.layer) for call in calls if call.phase != "update" for array in call.written]
-
-    def every_layer_of(tensors):
-        return [(name, layer) for name, shape in tensors.shapes.items() for layer in (range(L) if shape[0] == L else [None])]
-    activations = [(name, layer) for buffer, name, layer in written if buffer == "acts"]
-    assert sorted(activations, key=str) == sorted(every_layer_of(model.acts), key=str)
-    assert {(name, layer) for buffer, name, layer in written if buffer == "grads"} == set(every_layer_of(model.grads))
-    assert {name for buffer, name, _ in written if buffer == "scratch"} == set(model.scratch.shapes)
-    for call in calls:
-        if call.layer is not None:
-            assert all(array.layer in (call.layer, call.layer - 1, None) for array in call.arrays), call
-    [norm] = [call for call in calls if call.kernel == "global_norm"]
-    assert str(norm) == "global_norm(grads)"
-    updates = [call for call in calls if call.kernel == "adamw_update"]
-    assert [str(call) for call in updates] == [f"+{name}, +grads.{name}, +adam_m.{name}, +adam_v.{name} = adamw_update()"
-                                               for name in model.params.shapes]
-
-
-def test_arrays_by_name():
-    calls, _, _ = record_step(*tiny_step())
-    found = [str(call) for call in calls]
-    assert found[0] == "encoded = encoder_forward(tokens, wte, wpe)"
-    for text in ("residual2[0] = residual_forward(encoded, proj)", "qkv[2] = matmul_forward(ln1[2], qkvw[2], qkvb[2])",
-                 "att[1], att_lse[1] = attention_forward(qkv[1])", "losses, +logits = fused_classifier(targets)",
-                 "dln, +grads.wte = matmul_backward(logits, lnf, wte)", "+dfch = gelu_backward(fch[0])",
-                 "+dresidual, +grads.ln1w[1], +grads.ln1b[1] = "
-                 "layernorm_backward(dln, ln1_mean[1], ln1_rstd[1], residual3[0], ln1w[1])"):
-        assert found.count(text) == 1, text
-
-
-def test_recomputed_activations_have_one_layer_only():
-    _, batch = tiny_step()
-    model = train_gpt2.GPT2(TINY, *batch.tokens.shape, threads=1, recompute=True)
-    model.initialize(0)
-    calls, loss, norm = record_step(model, batch)
-    found = [(call.phase, call.layer, str(call)) for call in calls]
-    for l in range(TINY.num_layers):
-        again = ("backward", l, "fch_gelu = gelu_forward(fch)")
-        assert found.count(again) == (l < TINY.num_layers - 1) and ("forward", *again[1:]) in found
-    assert (loss, norm) == record_step(*tiny_step())[1:]
-
-
-def test_recording_changes_nothing(step):
-    model, batch = tiny_step()
-    loss, norm = explore.run_step(model, batch)
-    _, recorded_loss, recorded_norm, recorded = step
-    assert (loss, norm) == (recorded_loss, recorded_norm)
-    assert model.params.flat.tobytes() == recorded.params.flat.tobytes()
-    assert isinstance(train_gpt2.kernels.gelu_forward, Dispatcher)
-
-
-def test_norms(step):
-    """Of activations as they are at the end, of gradients together the norm that the step reports."""
-    calls, _, norm, model = step
-    for call in calls:
-        for array in call.written:
-            if array.buffer == "acts":
-                tensor = getattr(model.acts, array.name)
-                tensor = tensor if array.layer is None else tensor[array.layer]
-                assert array.shape == tensor.shape and array.norm == pytest.approx(np.linalg.norm(tensor))
-    last = {str(array): array.norm for call in calls if call.phase == "backward" for array in call.written
-            if array.buffer == "grads"}
-    assert math.hypot(*last.values()) == pytest.approx(norm, rel=1e-5)
-
-
-def test_norms_by_layer(step):
-    calls, _, _, model = step
+def test_norms_by_layer(calls):
+    """Of each tensor in each layer as the last call left it."""
     norms = explore.norms_by_layer(calls, TINY.num_layers)
     assert set(norms.activations) == {"ln1", "qkv", "att", "proj", "residual2", "ln2", "fch", "fch_gelu", "residual3"}
     assert set(norms.activation_gradients) == {"dfch", "dln", "datt", "dqkv", "dresidual"}
     assert set(norms.weight_gradients) == {"qkvw", "attprojw", "fcw", "fcprojw"}
-    assert norms.activations["fch"] == pytest.approx([np.linalg.norm(fch) for fch in model.acts.fch])
-    backward = {call.layer: call for call in calls if call.kernel == "layernorm_backward" and call.layer is not None}
-    assert norms.activation_gradients["dresidual"] == [backward[l].written[0].norm for l in range(TINY.num_layers)]
-    assert np.isfinite([*norms.activations.values(), *norms.activation_gradients.values()]).all()
+    last = {(call.phase, array.buffer == "grads", array.name, call.layer): array.norm
+            for call in calls for array in call.written}
+    for tensors, phase, of_weights in zip(norms, ("forward", "backward", "backward"), (False, False, True)):
+        for name, values in tensors.items():
+            assert values == [last[phase, of_weights, name, l] for l in range(TINY.num_layers)] and min(values) > 0
+
+
+def test_table_of_calls(calls, capsys):
+    """Each with its time, and the shape and norm of the first that it wrote."""
+    explore.print_calls(calls)
+    _, *lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    for i, (call, line) in enumerate(zip(calls, lines, strict=True)):
+        shape = ["x".join(map(str, call.written[0].shape))] if call.written else []
+        norm = call.written[0].norm if call.written else call.result
+        writes = ["+" * array.read + str(array) for array in call.written]
+        assert line.split() == [call.kernel, f"{1000 * i}.000", *writes, *shape, f"{norm:.4g}", *map(str, call.read)]
+
+
+def test_times_by_kernel(capsys):
+    calls = [Call("forward", kernel, None, [], None, seconds) for kernel, seconds in (("few", 1), ("most", 3), ("few", 1.5))]
+    times = explore.times_by_kernel(calls, whole=6)
+    assert times == [("most", 1, 3), ("few", 2, 2.5), ("(between them)", 0, 0.5)]
+    explore.print_times(times, whole=6)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["kernel", "calls", "ms", "share"], ["most", "1", "3000.000", "50.0%"], ["few", "2", "2500.000", "41.7%"],
+        ["(between", "them)", "500.000", "8.3%"], ["a", "step", "6000.000"], []]
+
+
+def test_picture_of_a_step(figures, tmp_path):
+    norms = explore.Norms({"act": [1, 2, 3]}, {"dact": [4, 5, 6]}, {"weight": [7, 8, 9]})
+    explore.draw_recorded(norms, [("most", 1, 3), ("few", 2, 2.5)], "a step", tmp_path / "step.png")
+    *panels, times = figures[0].axes
+    for axes, heading, tensors in zip(panels, ("activations", "gradients of activations", "gradients of weights"), norms,
+                                      strict=True):
+        assert axes.get_title() == f"norms of {heading}"
+        assert {line.get_label(): [*line.get_ydata()] for line in axes.lines} == tensors
+    assert [label.get_text() for label in times.get_yticklabels()] == ["few", "most"]       # from below
+    assert [bar.get_width() for bar in times.patches] == [2500, 3000]
+    assert [text.get_text() for text in times.texts] == ["2,500.00 in 2 calls", "3,000.00"]
+
+
+def test_new_models_are_those_of_the_seed_and_others_of_their_parameters():
+    model, _ = tiny_step()
+    initial = Tensors(parameter_shapes(TINY))
+    initialize(initial, TINY, seed=5)
+    explore.fill(model, None, seed=5)
+    assert model.params.flat.tobytes() == initial.flat.tobytes()
+    explore.fill(model, random_params(TINY), seed=5)
+    assert model.params.flat.tobytes() == random_params(TINY).flat.tobytes()
 
 
 # ---- a prompt
@@ -239,26 +157,24 @@ def test_next_tokens_are_the_decoders(monkeypatch):
     np.testing.assert_array_equal(likeliest, np.argsort(-expected, axis=1)[:, :3])
 
 
+def test_table_of_next_tokens(capsys):
+    """A token was as probable as the position before it had it."""
+    probabilities = np.array([[0.4, 0.5, 0.1], [0.2, 0.1, 0.7]])
+    explore.print_next_tokens([1, 0], np.array([[1, 0], [2, 0]]), probabilities, "abc".__getitem__)
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [["0", "b", "50.0%", "b", "40.0%", "a"],
+                                                ["1", "a", "40.0%", "70.0%", "c", "20.0%", "a"], []]
+
+
 # ---- the program
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are saved from now on."""
-    saved, save = [], explore.save
-
-    def keep(figure, path):
-        saved.append(figure)
-        save(figure, path)
-    monkeypatch.setattr(explore, "save", keep)
-    return saved
-
 
 def assert_is_picture(path):
     assert path.read_bytes().startswith(PNG) and path.read_bytes().endswith(b"IEND\xaeB`\x82")
 
 
-def test_step(run_main, model_folder, tokens_file, tmp_path, figures):
-    """The table has a line for every call, and all shows on the picture."""
+def test_step(run_main, model_folder, tokens_file, tmp_path, calls, figures, monkeypatch):
+    """The table has a line for every call, with its time, and all shows on the picture."""
+    monkeypatch.setattr(explore, "time_step", lambda model, batch: ([call.seconds for call in calls], 9999))
     picture = tmp_path / "new" / "step.png"
     finished = run_main(explore, "--model", model_folder, "--input-bin", tokens_file, "--batch-size", 2,
                         "--sequence-length", 16, "--output", picture)
@@ -266,10 +182,10 @@ def test_step(run_main, model_folder, tokens_file, tmp_path, figures):
     assert_is_picture(picture)
     rows = [ROW.match(line) for line in finished.out.splitlines()]
     kernels = [row[1] for row in rows if row]
-    assert kernels == [call.kernel for call in record_step(*tiny_step())[0]]
-    assert all(float(row[2]) >= 0 for row in rows if row)
+    assert kernels == [call.kernel for call in calls]
+    assert [float(row[2]) for row in rows if row] == [1000 * call.seconds for call in calls]
     for part in ("3 layers, 2 heads", "2 x 16 tokens", "\nforward\n", "\nbackward\n", "\nupdate\n", " 32x24 ", "loss 1",
-                 "grads.qkvw"):
+                 "grads.qkvw", "9,999,000.0 ms a step"):
         assert part in finished.out, part
     assert "nan" not in finished.out
 
@@ -277,6 +193,12 @@ def test_step(run_main, model_folder, tokens_file, tmp_path, figures):
     *norms, times = figure.axes
     assert sum(len(axes.lines) for axes in norms) == 9 + 5 + 4 and all(len(line.get_xdata()) == 3 for line in norms[0].lines)
     assert {label.get_text() for label in times.get_yticklabels()} == {*kernels, "(between them)"}
+
+
+def test_step_that_recomputes(run_main, model_folder, tokens_file, tmp_path):
+    finished = run_main(explore, "--model", model_folder, "--input-bin", tokens_file, "--batch-size", 1,
+                        "--sequence-length", 8, "--recompute", "--output", tmp_path / "step.png")
+    assert finished.out.count("\n  gelu_forward ") == 3 + 2
 
 
 @pytest.mark.filterwarnings("error")
@@ -288,25 +210,36 @@ def test_prompt(run_main, model_folder, tmp_path, figures):
     assert finished.status == 0 and finished.err == "", finished.err
     assert_is_picture(picture)
 
-    tokens = gpt2_encoding().encode_ordinary(prompt)
-    _, following, attention, _ = re.split(r"\n\n", finished.out, maxsplit=3)
-    lines = following.splitlines()[1:]
-    assert len(lines) == len(tokens) and all(line.count("%") == (2 if n == 0 else 3) for n, line in enumerate(lines))
-    assert "layer 2, head 1" in attention and "'\\n'" in following and "' \ufffd'" in following
-    for n, line in enumerate(attention.splitlines()[1:]):
-        shares = [float(share) for share in re.findall(r"([\d.]+)%", line)]
-        assert len(shares) == min(n + 1, explore.LOOKED_AT) and sum(shares) <= 100.3 and shares == sorted(shares, reverse=True)
-        assert n + 1 > explore.LOOKED_AT or sum(shares) == pytest.approx(100, abs=0.3)
-    axes = figures[0].axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == [label.get_text() for label in axes.get_xticklabels()]
-    assert axes.get_yticklabels()[0].get_text() == "ROM" and len(axes.get_yticklabels()) == len(tokens)
-    weights = axes.images[0].get_array().filled(np.nan)
+    encoding = gpt2_encoding()
+    tokens = encoding.encode_ordinary(prompt)
+    names = [repr(encoding.decode_single_token_bytes(token).decode("utf-8", errors="replace")) for token in range(50257)]
     model = train_gpt2.GPT2(SMALL, 1, len(tokens), threads=1)
     model.set_params(random_params(SMALL))
     model.forward(np.array([tokens], dtype=np.int32))
-    expected = attention_weights(model.acts.qkv[2], model.acts.att_lse[2][0], 1)
-    assert np.nan_to_num(weights) == pytest.approx(expected, abs=1e-5)
-    assert np.isnan(weights[np.triu_indices(len(tokens), 1)]).all()
+
+    _, following, attention, _ = re.split(r"\n\n", finished.out, maxsplit=3)
+    assert "'\\n'" in following and "' \ufffd'" in following
+    likeliest, probabilities = next_tokens(model, 2)
+    for n, line in enumerate(following.splitlines()[1:]):
+        cells = [f"{probabilities[n - 1, tokens[n]]:.1%}"] if n > 0 else []
+        cells += [f"{probabilities[n, token]:.1%} {names[token]}" for token in likeliest[n]]
+        assert line.split() == f"{n} {names[tokens[n]]} {' '.join(cells)}".split()
+    assert n + 1 == len(tokens)
+
+    weights = attention_weights(model.acts.qkv[2], model.acts.att_lse[2][0], 1)
+    assert "attends to, in layer 2, head 1" in attention
+    for n, line in enumerate(attention.splitlines()[1:]):
+        seen = sorted(range(n + 1), key=lambda j: -weights[n, j])[:explore.LOOKED_AT]
+        cells = [f"{weights[n, j]:.1%} {j} {names[tokens[j]]}" for j in seen]
+        assert line.split() == f"{n} {names[tokens[n]]} {' '.join(cells)}".split()
+    assert n + 1 == len(tokens)
+
+    axes = figures[0].axes[0]
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == [names[token][1:-1] for token in tokens]
+    drawn = axes.images[0].get_array().filled(np.nan)
+    assert np.nan_to_num(drawn) == pytest.approx(weights, abs=1e-5)
+    assert np.isnan(drawn[np.triu_indices(len(tokens), 1)]).all()
 
 
 def test_no_prompt_is_the_beginning_of_a_text(run_main, model_folder, tmp_path):
@@ -316,8 +249,11 @@ def test_no_prompt_is_the_beginning_of_a_text(run_main, model_folder, tmp_path):
 
 def test_longest_prompt_has_labels_that_can_be_read(run_main, model_folder, tmp_path, monkeypatch, figures):
     monkeypatch.setattr(explore, "MOST_LABELS", 16)
-    assert run_main(explore, "--model", model_folder, "--prompt", 40 * " a", "--output", tmp_path / "a.png").status == 0
-    assert len(figures[0].axes[0].get_xticklabels()) == 14
+    words = [f" {letter}" for letter in ascii_letters[:40]]
+    assert run_main(explore, "--model", model_folder, "--prompt", "".join(words), "--output", tmp_path / "a.png").status == 0
+    axes = figures[0].axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == words[::3]
+    assert [*axes.get_xticks()] == [*range(0, 40, 3)]
 
 
 # ---- mistakes
@@ -384,80 +320,3 @@ def test_model_with_nan(run_main, tmp_path, tokens_file):
     assert_is_picture(tmp_path / "a.png")
     finished = run_main(explore, *flags, "--prompt", "a b")
     assert finished.status == 1 and "not finite" in finished.err and finished.err.count("\n") == 1
-
-
-# ---- the page
-
-def test_page_is_todays():
-    """If this fails, train_gpt2.py calls its kernels in another way than when the page was drawn: python dev/draw_step.py."""
-    calls, _, _ = record_step(*tiny_step())
-    assert Image.open(draw_step.PICTURE).text["Description"] == draw_step.Step(calls).description
-
-
-def test_page(run_main, tmp_path, monkeypatch):
-    """It is small and transparent, every kernel of the step has its card, and every name lies within it."""
-    ends, cards = [], []
-    chip, card = draw_step.Page.chip, draw_step.Page.card
-
-    def noting_chip(page, x, y, text, colours):
-        ends.append(chip(page, x, y, text, colours))
-        return ends[-1]
-
-    def noting_card(page, column, y, call, times=1):
-        ends.clear()
-        card(page, column, y, call, times)
-        cards.append(call.kernel)
-        assert max(ends) <= draw_step.edge(column) - 0.02, call
-    monkeypatch.setattr(draw_step.Page, "chip", noting_chip)
-    monkeypatch.setattr(draw_step.Page, "card", noting_card)
-    finished = run_main(draw_step, "--output", tmp_path / "step.png")
-    assert finished.status == 0 and finished.err == "", finished.err
-    assert set(cards) == set(WRITES) and len(cards) == 2 + 2 + (10 + 8) + 4 + 1
-    assert_is_picture(tmp_path / "step.png")
-    for path in (tmp_path / "step.png", draw_step.PICTURE):
-        assert path.stat().st_size < 200_000
-        image = Image.open(path).convert("RGBA")
-        assert image.width == 1600 and image.getpixel((0, 0))[3] == 0 and image.getextrema()[3] == (0, 255)
-
-
-def luminance(colour):
-    """WCAG's relative luminance of #rrggbb."""
-    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
-              for value in (int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5))]
-    return np.dot(linear, [0.2126, 0.7152, 0.0722])
-
-
-def contrast(*colours):
-    low, high = sorted(map(luminance, colours))
-    return (high + 0.05) / (low + 0.05)
-
-
-def test_page_reads_on_light_and_on_dark():
-    for ground, letters in [*draw_step.COLOURS.values(), (draw_step.CARD_GROUND, draw_step.CARD_TEXT),
-                            (draw_step.CARD_GROUND, draw_step.CARD_LABEL)]:
-        assert contrast(ground, letters) >= 4.5
-    for page in ("#ffffff", "#0d1117"):
-        assert contrast(page, draw_step.GREY) >= 4
-
-
-def without(calls, kernel):
-    """The calls but for the first of a kernel."""
-    first = [call.kernel for call in calls].index(kernel)
-    return calls[:first] + calls[first + 1:]
-
-
-@pytest.mark.parametrize("broken", [
-    lambda calls: without(calls, "gelu_backward"),
-    lambda calls: without(calls, "gelu_forward"),
-    lambda calls: without(calls, "residual_forward"),
-    lambda calls: without(calls, "encoder_backward"),
-    lambda calls: [call for call in calls if call.layer != 0],
-    lambda calls: [call._replace(kernel="gelu_backward") if call.kernel == "attention_backward" else call for call in calls],
-    lambda calls: [call._replace(arrays=call.arrays[:-1] + [call.arrays[-1]._replace(name="fch_gelu")])
-                   if str(call) == "fch_gelu[2] = gelu_forward(fch[2])" else call for call in calls],
-], ids=["backward missing", "forward missing", "residual missing", "encoder missing", "layer missing", "another kernel",
-        "another array"])
-def test_page_is_not_drawn_of_passes_that_do_not_mirror(step, broken):
-    draw_step.Step(step[0])
-    with pytest.raises(ValueError):
-        draw_step.Step(broken(step[0]))
