@@ -53,7 +53,8 @@ from typing import Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from files import OneLineParser, UserError, run_program, whole_file
+from dev import style
+from files import OneLineParser, UserError, run_program
 
 SEED = 1337
 LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP = 1e-4, 0.1, 1.0
@@ -716,29 +717,28 @@ class Bar(NamedTuple):
 
 def draw(groups, title, path):
     """Bars, one for each program, in groups: heading -> [Bar]. Each group has its own scale."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    style.draw(lambda pyplot: bar_chart(pyplot, groups, title), path)
 
+
+def bar_chart(pyplot, groups, title):
     sizes = [len(bars) for bars in groups.values()]
-    figure, all_axes = pyplot.subplots(len(sizes), figsize=(8, 0.8 + 0.6 * len(sizes) + 0.32 * sum(sizes)), squeeze=False,
-                                       layout="constrained", gridspec_kw={"height_ratios": sizes})
+    height = 0.5 + 0.4 * len(sizes) + 0.28 * sum(sizes)
+    figure, all_axes = pyplot.subplots(len(sizes), figsize=(style.WIDTH, height), squeeze=False,
+                                       gridspec_kw={"height_ratios": sizes})
     for axes, (heading, bars) in zip(all_axes[:, 0], groups.items()):
         programs, values, texts = zip(*bars)
-        drawn = axes.barh(programs, values, color=["tab:orange" if is_ours(name) else "lightsteelblue" for name in programs])
-        axes.bar_label(drawn, texts, padding=4, fontsize=9)
+        drawn = axes.barh(programs, values, color=[style.ORANGE if is_ours(name) else style.BLUE for name in programs])
+        axes.bar_label(drawn, texts, padding=4)
         for name, tick in zip(programs, axes.get_yticklabels()):
             tick.set_fontweight("bold" if is_ours(name) else "normal")
-        axes.set_title(heading, loc="left", fontsize=10)
-        axes.set_xlim(0, 1.3 * max(values))  # room for the labels
+        axes.set_title(heading, loc="left")
+        axes.set_xlim(0, 1.4 * max(values))  # room for the labels
         axes.invert_yaxis()
         axes.xaxis.set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.suptitle(title, fontsize=11)
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=120, format="png")
-    print(f"wrote {path}")
+    figure.suptitle(title, fontsize=12)
+    return figure
 
 
 def draw_steps(summaries, options, hardware):

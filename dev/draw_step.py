@@ -14,11 +14,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[1]))
 
-import numpy as np
-
 import kernels_cpu as kernels
+from dev import style
 from dev.recorder import TINY, record_step, tiny_step
-from files import OneLineParser, run_program, whole_file
+from dev.style import WIDTH
+from files import OneLineParser, run_program
 from gpt2 import activation_shapes, memory_needed, model_config, parameter_shapes, scratch_shapes
 from train_gpt2 import CLASSIFIER_ROWS, compile_kernels
 
@@ -31,12 +31,11 @@ TURN = "fused_classifier"                       # where forward becomes backward
 LAYER = 1                                       # the one that stands for all: the first is a little different
 
 # Inches, from the top left. At README width an inch has some 105 pixels.
-WIDTH = 8.0
 LEFT, MIDDLE, RIGHT = (0.2, 2.2), (2.6, 1.8), (4.5, 3.3)      # columns: x and width
 DOWN, UP = 0.36, 7.64                           # where the step flows
 LINE = 0.148                                   # from one line of a card to the next
 CARD, ROW = 0.19 + 2 * LINE, 0.56               # heights of a call and of its row
-CORNER, DPI = 0.04, 200
+CORNER = 0.04
 FONT = "DejaVu Sans Mono"
 LETTER = 0.602 / 72                             # width of one of its letters, for each point of its size
 SMALL, MEDIUM, LARGE = 7.2, 8.2, 9.2
@@ -160,7 +159,7 @@ class Page:
 
     def __init__(self, width, height):
         from matplotlib.figure import Figure
-        self.figure = Figure(figsize=(width, height), dpi=DPI)
+        self.figure = Figure(figsize=(width, height))
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, width), ylim=(height, 0))
         self.axes.axis("off")
@@ -201,7 +200,9 @@ class Page:
         x, width = column
         lines = [(verb, arrays) for verb, arrays in (("writes", call.written), ("reads", call.read)) if arrays]
         self.box(x, y, width, CARD - (2 - len(lines)) * LINE, CARD_GROUND, CARD_EDGE)
-        self.text(x + 0.08, y + 0.1, call.kernel + (f"  x {times}" if times > 1 else ""), CARD_TEXT, MEDIUM, weight="bold")
+        self.text(x + 0.08, y + 0.1, call.kernel, CARD_TEXT, MEDIUM, weight="bold")
+        if times > 1:
+            self.text(x + width - 0.08, y + 0.1, f"for each of {times} tensors", CARD_LABEL, ha="right")
         for i, (verb, arrays) in enumerate(lines):
             line = y + 0.1 + (i + 1) * LINE
             self.text(x + 0.08, line, verb, CARD_LABEL, SMALL - 1)
@@ -240,14 +241,14 @@ def draw(step, path):
     for i, (buffer, meaning) in enumerate(MEANINGS.items()):
         at, y = x + (i % 3) * 2.6, 0.7 + i // 3 * 0.19
         page.text(page.chip(at, y, buffer, COLOURS[buffer]) + 0.02, y, meaning)
-    page.text(x, 1.08, "+ before a name: what it held before counts, it is added to or changed in place")
+    page.text(x, 1.08, "dx is the gradient of x. A + before a name: what it held before counts, it is added to or changed in place.")
 
     # The columns, and the flow through them: down, around, up, and back to the beginning.
     loop, turn = update_top + (CARD - LINE) / 2, turn_top + CARD / 2
     page.flow((RIGHT[0], loop), (DOWN, loop), (DOWN, top - 0.05))
     page.flow((DOWN, top), (DOWN, turn), (UP, turn), (UP, update_top + CARD + ROW - 2 * LINE + 0.05))
     page.text(DOWN + 0.1, loop + 0.12, "the next step, with the new parameters")
-    for x, y, heading in ((DOWN + 0.1, top, "forward"), (MIDDLE[0], top, "what it leaves"), (RIGHT[0], top, "backward"),
+    for x, y, heading in ((DOWN + 0.1, top, "forward"), (MIDDLE[0], top, "what it leaves"), (RIGHT[0], top, "backward: read upwards"),
                           (RIGHT[0], update_top, "update")):
         page.text(x, y - 0.12, heading, size=LARGE, weight="bold")
     for i, call in enumerate(reversed(step.update)):
@@ -256,12 +257,12 @@ def draw(step, path):
     # The calls, forward beside backward, and between them what the one leaves for the other.
     exceptions = "".join(f"; where l = 0, {name} is {instead}" for name, instead in step.first_layer)
     page.loop(layers_top, len(layer), "for l in range(L):", f"L = {CONFIG.num_layers}{exceptions}", "reversed(range(L)):")
-    page.loop(chunks_top, len(of_chunks) + 1, f"for {CLASSIFIER_ROWS} of the N = B*T rows at a time:")
+    page.loop(chunks_top, len(of_chunks) + 1, f"for {CLASSIFIER_ROWS} of the N = B*T rows at a time, by backward():")
     for first, pairs in ((top, before), (layers_top, layer), (after_top, of_all_rows), (chunks_top, of_chunks)):
         for i, (forward, backward) in enumerate(pairs):
             y = first + i * ROW
             page.card(LEFT, y, forward)
-            draw_written(page, y + CARD / 2, forward)
+            draw_kept(page, y + CARD / 2, forward)
             if backward:
                 page.card(RIGHT, y, backward)
             else:
@@ -269,16 +270,17 @@ def draw(step, path):
                 page.text(UP - 0.1, y + CARD / 2 + 0.07, "the gradient of their sum", ha="right")
     page.card((center(MIDDLE) - 1.2, 2.4), turn_top, step.turn)
     draw_memory(page, memory_top)
-    save(page, path, step.description)
+    style.save(page.figure, path, step.description)
 
 
-def draw_written(page, y, call):
-    """What a forward call writes, as bars to scale, around height y."""
+def draw_kept(page, y, call):
+    """What a forward call leaves for the backward pass, as bars to scale, around height y."""
     x, _ = MIDDLE
-    shapes, largest = ACTS | SCRATCH, max(map(prod, ACTS.values()))
-    for i, array in enumerate(call.written):
-        line = y + (i - (len(call.written) - 1) / 2) * LINE
-        size = prod(shapes[array.name])
+    largest = max(map(prod, ACTS.values()))
+    kept = [array for array in call.written if array.buffer == "acts"]
+    for i, array in enumerate(kept):
+        line = y + (i - (len(kept) - 1) / 2) * LINE
+        size = prod(ACTS[array.name])
         page.text(x + 0.55, line, array.name, ha="right")
         bar = max(0.7 * size / largest, 0.01)
         page.box(x + 0.61, line - 0.055, bar, 0.11, COLOURS[array.buffer][0], corner=0, linewidth=0)
@@ -296,27 +298,12 @@ def draw_memory(page, y):
         ground, letters = COLOURS[buffer.split("_")[0]]
         page.box(x, y + 0.12, scale * size - 0.02, 0.38, ground, corner=0, linewidth=0)
         for line, text in ((0.24, buffer), (0.38, megabytes(size))):
-            page.text(x + scale * size / 2 - 0.01, y + line, text, letters, SMALL - 0.7, ha="center")
+            letter_size = min(SMALL - 0.7, (scale * size - 0.08) / (LETTER * len(text)))
+            page.text(x + scale * size / 2 - 0.01, y + line, text, letters, letter_size, ha="center")
         x += scale * size
     at = LEFT[0]
     for name, shape in SCRATCH.items():
         at = page.chip(at, y + 0.66, f"{name} {megabytes(4 * prod(shape))}", COLOURS["scratch"]) + 0.03
-
-
-def save(page, path, description):
-    """Write the page with a transparent ground. Of 256 colours it takes a third of the room, and looks the same."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image, PngImagePlugin      # which Matplotlib itself writes with
-    page.figure.patch.set_alpha(0)
-    canvas = FigureCanvasAgg(page.figure)
-    canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).quantize(
-        256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    information = PngImagePlugin.PngInfo()
-    information.add_text("Description", description, zip=True)
-    with whole_file(path) as file:
-        image.save(file, "png", optimize=True, pnginfo=information)
-    print(f"wrote {path}")
 
 
 def main():

@@ -4,9 +4,8 @@
     python dev/figures.py                   draws them all
     python dev/figures.py --model FOLDER    with the attention of another model
 
-They have no background, and only colours that can be read on a white page as well as on a dark one. What they show is taken
-from the program: its tables of tensors, its kernels, and the costs from the pages' own cost blocks, `page_costs`. What is
-written in a figure stands in its file as the text `Description`, too: a test holds it against what would be written today.
+What they show is taken from the program: its tables of tensors, its kernels, and the costs from the pages' own cost blocks,
+`page_costs`. How they look is in style.py.
 """
 import contextlib
 import doctest
@@ -22,9 +21,10 @@ import numpy as np
 
 import kernels_cpu
 from checkpoint import load_model
-from dev import draw_step
+from dev import draw_step, style
 from dev.explore import attention_weights
-from files import OneLineParser, UserError, run_program, whole_file
+from dev.style import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, RED, WIDTH
+from files import OneLineParser, UserError, run_program
 from gpt2 import (CHANNELS_PER_HEAD, RESIDUAL_PROJECTIONS, Config, activation_shapes, model_config, parameter_shapes,
                   scratch_shapes)
 from tokenizer import gpt2_encoding
@@ -33,16 +33,6 @@ from train_gpt2 import CLASSIFIER_ROWS, GPT2, compile_kernels
 PAGES = Path(__file__).parent / "derivations"
 TO_SAVE_MEMORY = "choose a smaller --model"
 
-# Each has a contrast of about 4 with white and with GitHub's dark page, #0d1117.
-INK, FAINT = "#7a7f87", "#7a7f8755"     # the second is part transparent, for grids and areas that matter less
-BLUE, ORANGE, GREEN, PURPLE, RED = "#2b7de0", "#be6700", "#238a4b", "#a35bd0", "#d6504b"
-STYLE = {
-    "font.size": 11, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.titlecolor": INK,
-    "xtick.color": INK, "ytick.color": INK, "legend.labelcolor": INK, "legend.frameon": False, "axes.titlesize": 11,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "lines.linewidth": 2, "grid.color": FAINT,
-    "savefig.transparent": True, "figure.constrained_layout.use": True,
-}
-DPI = 125
 CENTRED = dict(horizontalalignment="center", verticalalignment="center")
 
 # The processors of the roofline: FLOPs and bytes a second. Two cores of README's Xeon; NVIDIA's data sheet of the H100 SXM.
@@ -87,13 +77,13 @@ def draw_gelu(pyplot, model):
     out, slope = np.empty_like(x), np.empty_like(x)
     kernels_cpu.gelu_forward(out, x)
     kernels_cpu.gelu_backward(slope, np.ones_like(x), x)
-    figure, axes = pyplot.subplots(figsize=(7, 3.4))
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 3.4))
     axes.axhline(0, color=FAINT, linewidth=1)
     axes.axvline(0, color=FAINT, linewidth=1)
     axes.plot(x[0], np.maximum(x[0], 0), color=INK, linewidth=1, linestyle="dotted", label="max(x, 0)")
     axes.plot(x[0], out[0], color=BLUE, label="gelu(x)")
     axes.plot(x[0], slope[0], color=ORANGE, label="gelu'(x)")
-    axes.set(xlabel="x", ylim=(-0.5, 3))
+    axes.set(xlabel="x", ylim=(-0.4, 4.1))
     axes.legend(loc="upper left")
     return figure
 
@@ -105,8 +95,8 @@ def draw_layernorm(pyplot, model):
     norm = (inp - inp.mean()) * rstd
     terms = [np.eye(C), -np.ones((C, C)) / C, -np.outer(norm, norm) / C]
     titles = ["1: the element\nitself", "−1/C: through\nthe row's mean", "−norm[i] norm[j] / C:\nthrough its rstd",
-              "dnorm[i] / dinp[j],\nin units of rstd"]
-    figure, panels = pyplot.subplots(1, 4, figsize=(9, 2.7))
+              "∂norm[i] / ∂inp[j],\nin units of rstd"]
+    figure, panels = pyplot.subplots(1, 4, figsize=(WIDTH, 2.7))
     for axes, matrix, title, sign in zip(panels, [*terms, sum(terms)], titles, ["+", "+", "=", ""]):
         heatmap(axes, matrix)
         axes.set(xticks=[], yticks=[], title=title)
@@ -129,7 +119,7 @@ def draw_attention_tiles(pyplot, model):
     from matplotlib.patches import Polygon, Rectangle
     size, tiles = kernels_cpu.QUERY_TILE, 4
     T = tiles * size
-    figure, axes = pyplot.subplots(figsize=(7, 3.8))
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 3.8))
     for tile in range(tiles):
         start, stop = tile * size, (tile + 1) * size
         axes.add_patch(Rectangle((0, start), stop, size, facecolor=FAINT, edgecolor="none",
@@ -163,7 +153,7 @@ def draw_attention(pyplot, model):
                for l in range(config.num_layers) for h in range(config.num_heads)}
     ranking = sorted(weights, key=lambda head: evenness(weights[head]))
     labels = [encoding.decode([token]).replace("\n", "\\n") for token in tokens]
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 4.6), sharey=True)
+    figure, panels = pyplot.subplots(1, 2, figsize=(WIDTH, 4.6), sharey=True)
     for axes, (l, h), kind in zip(panels, (ranking[-1], ranking[0]), ("most even", "most concentrated")):
         heatmap(axes, weights[l, h])
         axes.set_title(f"layer {l}, head {h}: the {kind}")
@@ -185,7 +175,7 @@ def evenness(p):
 
 def draw_initialisation(pyplot, model):
     depths = (1, 2, 4, 6, 12, 24, 36, 48)
-    figure, axes = pyplot.subplots(figsize=(7, 3.4))
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 3.4))
     for scaled, colour, label in ((False, ORANGE, "all weights from N(0, 0.02)"),
                                   (True, BLUE, "projections smaller by 1/sqrt(2L)")):
         axes.plot(depths, [stream_deviation(depth, scaled) for depth in depths], color=colour, marker="o", label=label)
@@ -209,28 +199,31 @@ def stream_deviation(depth, scaled):
 def draw_memory(pyplot, model):
     config = model_config("d12")
     parameters = gigabytes(parameter_shapes(config))
-    figure, axes = pyplot.subplots(figsize=(9, 3.4))
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 3.4))
     batches = {"4 x 64": (4, 64, False), "1 x 1024": (1, 1024, False), "4 x 1024, --recompute": (4, 1024, True),
                "4 x 1024": (4, 1024, False)}
     for y, (B, T, recompute) in enumerate(batches.values()):
+        scratch = scratch_shapes(config, B, T, CLASSIFIER_ROWS)
         sizes = {
             "parameters": parameters,
             "gradients": parameters,
             "AdamW's moments": 2 * parameters,
             "activations": gigabytes(activation_shapes(config, B, T, recompute)),
-            "scratch": gigabytes(scratch_shapes(config, B, T, CLASSIFIER_ROWS)),
+            "scratch": gigabytes(scratch),
         }
+        rows, _ = scratch["logits"]
         spared = gigabytes({"weights of attention": (1 if recompute else config.num_layers, B, config.num_heads, T, T),
-                            "logits": (B * T, config.padded_vocab_size)})
+                            "logits": (B * T - rows, config.padded_vocab_size)})
         bars, total = [], 0
         for size, colour in zip(sizes.values(), (BLUE, ORANGE, PURPLE, GREEN, RED)):
             bars.append(axes.barh(y, size, left=total, height=0.6, color=colour))
             total += size
         bars.append(axes.barh(y, spared, left=total, height=0.6, facecolor="none", edgecolor=INK, linestyle="dashed"))
-        axes.text(total + spared + 0.05, y, f"{total:.1f}, not {total + spared:.1f}", verticalalignment="center")
+        instead = f", not {total + spared:.1f}" if spared > 0.1 else ""
+        axes.text(total + spared + 0.05, y, f"{total:.1f}{instead}", verticalalignment="center")
     axes.set_yticks(range(len(batches)), batches)
     axes.set(xlabel="GB of memory for a step of GPT-2 124M", xlim=(0, 9))
-    axes.legend(bars, [*sizes, "spared: weights of attention, logits"], loc="upper center", bbox_to_anchor=(0.45, 1.32),
+    axes.legend(bars, [*sizes, "spared: attention's weights, logits"], loc="upper center", bbox_to_anchor=(0.45, 1.32),
                 ncols=3)
     return figure
 
@@ -245,10 +238,10 @@ def draw_roofline(pyplot, model):
     for call, (calls, flops, moved) in page_costs().items():
         kernels.setdefault(call.partition(",")[0], []).append((flops / moved, calls * least_seconds(flops, moved)))
     names = sorted(kernels, key=lambda name: np.mean(kernels[name], axis=0)[0])
-    figure, (axes, columns) = pyplot.subplots(1, 2, figsize=(8, 4.8), sharey=True, width_ratios=(3, 1))
-    for (processor, (flops, bandwidth)), style in zip(PROCESSORS.items(), ("solid", "dashed", "dotted")):
+    figure, (axes, columns) = pyplot.subplots(1, 2, figsize=(WIDTH, 4.8), sharey=True, width_ratios=(2.7, 1))
+    for (processor, (flops, bandwidth)), dashes in zip(PROCESSORS.items(), ("solid", "dashed", "dotted")):
         balance = flops / bandwidth
-        axes.axvline(balance, color=INK, linewidth=1.2, linestyle=style, label=f"{processor}: {balance:.0f}")
+        axes.axvline(balance, color=INK, linewidth=1.2, linestyle=dashes, label=f"{processor}: {balance:.0f}")
     flops, bandwidth = PROCESSORS[CPU]
     for y, name in enumerate(names):
         intensities, seconds = np.array(kernels[name]).T
@@ -286,17 +279,7 @@ DRAWINGS = {
 
 def draw(name, model, folder):
     """Write one figure into a folder. Raises UserError if there is no such model or the folder cannot be written."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.text import Text
-
-    with matplotlib.rc_context(STYLE):
-        figure = DRAWINGS[name](pyplot, model)
-        description = "\n".join(sorted({text.get_text() for text in figure.findobj(Text)}))
-        with whole_file(folder / name) as file:
-            figure.savefig(file, dpi=DPI, format="png", metadata=dict(Description=description), pil_kwargs=dict(optimize=True))
-        pyplot.close(figure)
+    style.draw(lambda pyplot: DRAWINGS[name](pyplot, model), folder / name)
 
 
 def main():
@@ -310,7 +293,6 @@ def main():
     compile_kernels()
     for name in DRAWINGS:
         draw(name, options.model, PAGES)
-        print(f"wrote {PAGES / name}", flush=True)
     draw_step.draw(draw_step.todays_step(), draw_step.PICTURE)
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from matplotlib import image, pyplot
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from PIL import Image
 
 import gpt2
@@ -15,7 +14,7 @@ import kernels_cpu
 import kernels_float64 as exact
 import train_gpt2
 from checkpoint import save_model
-from dev import draw_step, figures
+from dev import draw_step, figures, style
 from dev.recorder import Call, record_step, tiny_step
 from test_kernels import finite_differences
 
@@ -36,16 +35,16 @@ def drawn(model, tmp_path_factory):
     """drawn(name) draws a figure, once. Returns it and its file."""
     folder, saved = tmp_path_factory.mktemp("figures"), []
     save_model(folder / "model", model.config, model.params)
-    savefig = Figure.savefig
+    write = style.save
 
-    def save(figure, *arguments, **settings):
+    def save(figure, *arguments):
         saved.append(figure)
-        savefig(figure, *arguments, **settings)
+        write(figure, *arguments)
 
     @cache
     def draw(name):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Figure, "savefig", save)
+            patch.setattr(style, "save", save)
             patch.setattr(pyplot, "close", lambda figure: None)
             figures.draw(name, folder / "model", folder)
         return saved[-1], folder / name
@@ -61,7 +60,7 @@ def test_figures_are_small_wide_enough_for_a_readme_and_without_background(name,
     for path in (drawn(name)[1], figures.PAGES / name):
         pixels = image.imread(path)
         assert path.stat().st_size < 100_000 and pixels.shape[1] >= 850 and pixels.shape[2] == 4
-        assert (pixels[..., 3] == 0).mean() > 0.2 and (pixels[..., 3] == 1).any()
+        assert (pixels[..., 3] == 0).mean() > 0.2 and (pixels[..., 3] > 0.98).any()
 
 
 @pytest.mark.parametrize("name", [name for name in figures.DRAWINGS if name != "attention.png"])    # of a trained model
@@ -100,7 +99,7 @@ def contrast(*colours):
 
 @pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
 def test_colours_can_be_read_on_a_light_and_on_a_dark_page(page):
-    for colour in (figures.INK, figures.BLUE, figures.ORANGE, figures.GREEN, figures.PURPLE, figures.RED, draw_step.GREY):
+    for colour in (style.INK, style.BLUE, style.ORANGE, style.GREEN, style.PURPLE, style.RED, draw_step.GREY):
         assert contrast(colour, page) >= 3.9, colour
 
 
@@ -120,7 +119,7 @@ def curves(axes):
 def matrix_of(axes):
     """The numbers that a heatmap shows: their sign by the colour, their size by how little of the page is seen through it."""
     pixels = axes.images[0].get_array()
-    blue, orange = (np.isclose(pixels[..., :3], to_rgb(colour)).all(axis=-1) for colour in (figures.BLUE, figures.ORANGE))
+    blue, orange = (np.isclose(pixels[..., :3], to_rgb(colour)).all(axis=-1) for colour in (style.BLUE, style.ORANGE))
     assert (blue != orange).all()
     return np.where(blue, 1, -1) * pixels[..., 3] ** 2
 
@@ -213,7 +212,7 @@ def test_memory(drawn):
     L, NH, Vp = 12, 12, 50304
     kinds = [text.get_text() for text in axes.get_legend().get_texts()]
     assert kinds == ["parameters", "gradients", "AdamW's moments", "activations", "scratch",
-                     "spared: weights of attention, logits"]
+                     "spared: attention's weights, logits"]
     bars = [[patch for patch in axes.patches if patch.get_y() < y < patch.get_y() + patch.get_height()] for y in range(4)]
     labels = [label.get_text() for label in axes.get_yticklabels()]
     for row, label, text in zip(bars, labels, axes.texts, strict=True):
@@ -222,13 +221,13 @@ def test_memory(drawn):
         shapes = (gpt2.activation_shapes(config, B, T, recompute),
                   gpt2.scratch_shapes(config, B, T, train_gpt2.CLASSIFIER_ROWS))
         needed = gpt2.memory_needed(config, *shapes) / 1e9
-        spared = 4 * (B * T * Vp + B * NH * T * T * (1 if recompute else L)) / 1e9
+        spared = 4 * ((B * T - min(B * T, 512)) * Vp + B * NH * T * T * (1 if recompute else L)) / 1e9
         sizes = [bar.get_width() for bar in row]
         assert sizes[:3] == pytest.approx([4e-9 * parameters, 4e-9 * parameters, 8e-9 * parameters])
         assert sizes[3] == pytest.approx(gpt2.Tensors(shapes[0], lambda size: np.empty(size, np.int8)).size * 4e-9)
         assert sum(sizes[:5]) == pytest.approx(needed) and sizes[5] == pytest.approx(spared)
         assert [bar.get_x() for bar in row] == pytest.approx([sum(sizes[:i]) for i in range(6)])
-        assert text.get_text() == f"{needed:.1f}, not {needed + spared:.1f}"
+        assert text.get_text() == (f"{needed:.1f}" if (B, T) == (4, 64) else f"{needed:.1f}, not {needed + spared:.1f}")
     assert len(labels) == 4 and axes.get_xlim()[1] > 8
 
 
@@ -247,7 +246,7 @@ def test_roofline(drawn):
         intensities = [flops / moved for _, flops, moved in mine]
         assert [*line.get_xdata()] == pytest.approx(intensities) and {*line.get_ydata()} == {y}
         bound_by_memory = min(intensities) < balance
-        assert line.get_color() == (figures.BLUE if bound_by_memory else figures.ORANGE)
+        assert line.get_color() == (style.BLUE if bound_by_memory else style.ORANGE)
         share = intensities[0] / balance if bound_by_memory else 1
         seconds = sum(calls * max(flops / flops_a_second, moved / bytes_a_second) for calls, flops, moved in mine)
         assert (texts[0, y], texts[1, y]) == (f"{share:.1%}", f"{1000 * seconds:,.0f}" if seconds > 0 else "–")
@@ -362,7 +361,7 @@ CARDS = [
     "layernorm_forward writes lnf lnf_mean lnf_rstd reads residual3[L-1] lnfw lnfb",
     "fused_classifier writes losses +logits reads targets",
     "global_norm reads grads",
-    "adamw_update  x 16 writes +params +grads +adam_m +adam_v",
+    "adamw_update for each of 16 tensors writes +params +grads +adam_m +adam_v",
 ]
 
 
@@ -379,7 +378,7 @@ def test_names_lie_within_their_cards_in_the_colours_of_their_buffers(page):
 
 
 def test_sizes_on_the_page_are_those_of_the_124m_model(page):
-    for name, size in (("qkv", "453 MB"), ("att_lse", "2.4 MB"), ("fch", "604 MB"), ("lnf_rstd", "16 KB"), ("logits", "103 MB"),
+    for name, size in (("qkv", "453 MB"), ("att_lse", "2.4 MB"), ("fch", "604 MB"), ("lnf_rstd", "16 KB"), 
                        ("params", "498 MB"), ("grads", "498 MB"), ("acts", "2.44 GB"), ("scratch", "241 MB")):
         assert (name, size) in zip(page.texts, page.texts[1:]), name
     assert "memory: 4.68 GB" in page.texts and "L = 12; where l = 0, residual3[l-1] is encoded" in " ".join(page.texts)

@@ -1,0 +1,53 @@
+"""How the pictures on this project's pages look: without a background, in colours that a white page and a dark one both show.
+
+What is written in a picture stands in its file as the text `Description`, too, so that a test can read it.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from files import whole_file
+
+# Each has a contrast of about 4 with white and with GitHub's dark page, #0d1117.
+INK, FAINT = "#7a7f87", "#7a7f8755"     # the second is part transparent, for grids and areas that matter less
+BLUE, ORANGE, GREEN, PURPLE, RED = "#2b7de0", "#be6700", "#238a4b", "#a35bd0", "#d6504b"
+STYLE = {
+    "font.size": 11, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.titlecolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "legend.labelcolor": INK, "legend.frameon": False, "axes.titlesize": 11,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "lines.linewidth": 2, "grid.color": FAINT,
+    "figure.constrained_layout.use": True,
+}
+WIDTH, DPI = 8, 200     # inches; a README shows about 900 pixels, on many screens in twice that resolution
+
+
+def draw(make_figure, path):
+    """Write the figure that make_figure(pyplot) returns. Raises UserError if the file cannot be written."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.text import Text
+
+    with matplotlib.rc_context(STYLE):
+        figure = make_figure(pyplot)
+        save(figure, path, "\n".join(sorted({text.get_text() for text in figure.findobj(Text)})))
+        pyplot.close(figure)
+
+
+def save(figure, path, description):
+    """Write a Matplotlib figure and say so. In 256 colours it takes a third of the room, and looks the same."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image, PngImagePlugin       # which Matplotlib itself writes with
+    figure.set_dpi(DPI)
+    figure.patch.set_alpha(0)
+    for axes in figure.axes:
+        axes.patch.set_alpha(0)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+    image = image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    information = PngImagePlugin.PngInfo()
+    information.add_text("Description", description, zip=True)
+    with whole_file(path) as file:
+        image.save(file, "png", optimize=True, pnginfo=information)
+    print(f"wrote {path}", flush=True)
