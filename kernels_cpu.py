@@ -567,6 +567,57 @@ def fused_classifier(losses, logits, targets, dloss, vocab_size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The optimiser
+
+@kernel
+def global_norm(grads):
+    """The Euclidean norm of grads (P), one flat array: a float64, summed block by block so that no thread count changes it.
+
+    Cost: 2*P FLOPs, 4*P bytes: memory-bound. Derived in dev/derivations/clipping.md.
+    """
+    size = 65536
+    blocks = (grads.size + size - 1) // size
+    partial = np.empty(blocks)
+    for block in prange(blocks):
+        squares = 0.0
+        part = grads[block * size:(block + 1) * size]
+        for i in range(part.size):
+            squares += np.float64(part[i]) * np.float64(part[i])
+        partial[block] = squares
+    total = 0.0
+    for block in range(blocks):  # in order; np.sum would be shared among the threads
+        total += partial[block]
+    return np.sqrt(total)
+
+
+@kernel
+def adamw_update(params, grads, m, v, learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step):
+    """One step of AdamW (Loshchilov and Hutter 2019) on flat arrays (P); step counts from 1. The gradients are cleared.
+
+        g = grads * grad_scale                       grad_scale < 1 where the gradient was too long: clipping by norm
+        m = beta1 * m + (1 - beta1) * g              v = beta2 * v + (1 - beta2) * g**2
+        params -= learning_rate * (m_hat / (sqrt(v_hat) + eps) + weight_decay * params)
+
+    m and v start at zero and so are too small at first, by exactly the factors that m_hat = m / (1 - beta1**step) and
+    v_hat = v / (1 - beta2**step) undo. Setting grads to zero here, while they are in cache, spares another pass over them.
+
+    Cost: 16*P FLOPs, 32*P bytes: memory-bound. Derived in dev/derivations/adamw.md.
+    """
+    keep_m, take_m = np.float32(beta1), np.float32(1 - beta1)
+    keep_v, take_v = np.float32(beta2), np.float32(1 - beta2)
+    rate = np.float32(learning_rate / (1 - beta1 ** step))
+    unbias_v = np.float32(1 / (1 - beta2 ** step))
+    decay = np.float32(learning_rate * weight_decay)
+    scale, epsilon = np.float32(grad_scale), np.float32(eps)
+    for i in prange(params.size):
+        g = grads[i] * scale
+        m[i] = keep_m * m[i] + take_m * g
+        v[i] = keep_v * v[i] + take_v * g * g
+        params[i] -= rate * m[i] / (np.sqrt(v[i] * unbias_v) + epsilon) + decay * params[i]
+        grads[i] = 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # For a token at a time
 
 def on_one_thread(kernel):
@@ -673,57 +724,6 @@ def matmul_int8_forward(out, inp, numbers, scales, bias, workspace):
                 for n in range(N):
                     out[n, first:last] = bias[first:last]
             sgemm(out[:, first:last], 1.0, inp, weight.T, 1.0 if bias.size > 0 else 0.0, workspace[thread])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The optimiser
-
-@kernel
-def global_norm(grads):
-    """The Euclidean norm of grads (P), one flat array: a float64, summed block by block so that no thread count changes it.
-
-    Cost: 2*P FLOPs, 4*P bytes: memory-bound. Derived in dev/derivations/clipping.md.
-    """
-    size = 65536
-    blocks = (grads.size + size - 1) // size
-    partial = np.empty(blocks)
-    for block in prange(blocks):
-        squares = 0.0
-        part = grads[block * size:(block + 1) * size]
-        for i in range(part.size):
-            squares += np.float64(part[i]) * np.float64(part[i])
-        partial[block] = squares
-    total = 0.0
-    for block in range(blocks):  # in order; np.sum would be shared among the threads
-        total += partial[block]
-    return np.sqrt(total)
-
-
-@kernel
-def adamw_update(params, grads, m, v, learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step):
-    """One step of AdamW (Loshchilov and Hutter 2019) on flat arrays (P); step counts from 1. The gradients are cleared.
-
-        g = grads * grad_scale                       grad_scale < 1 where the gradient was too long: clipping by norm
-        m = beta1 * m + (1 - beta1) * g              v = beta2 * v + (1 - beta2) * g**2
-        params -= learning_rate * (m_hat / (sqrt(v_hat) + eps) + weight_decay * params)
-
-    m and v start at zero and so are too small at first, by exactly the factors that m_hat = m / (1 - beta1**step) and
-    v_hat = v / (1 - beta2**step) undo. Setting grads to zero here, while they are in cache, spares another pass over them.
-
-    Cost: 16*P FLOPs, 32*P bytes: memory-bound. Derived in dev/derivations/adamw.md.
-    """
-    keep_m, take_m = np.float32(beta1), np.float32(1 - beta1)
-    keep_v, take_v = np.float32(beta2), np.float32(1 - beta2)
-    rate = np.float32(learning_rate / (1 - beta1 ** step))
-    unbias_v = np.float32(1 / (1 - beta2 ** step))
-    decay = np.float32(learning_rate * weight_decay)
-    scale, epsilon = np.float32(grad_scale), np.float32(eps)
-    for i in prange(params.size):
-        g = grads[i] * scale
-        m[i] = keep_m * m[i] + take_m * g
-        v[i] = keep_v * v[i] + take_v * g * g
-        params[i] -= rate * m[i] / (np.sqrt(v[i] * unbias_v) + epsilon) + decay * params[i]
-        grads[i] = 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ def draw(step, path):
     """Write the picture of a Step."""
     before, layer, after = step.pairs       # of the last, what makes logits and takes their gradient is part of `backward`
     of_all_rows, of_chunks = ([pair for pair in after if pair[0].phase == phase] for phase in ("forward", "backward"))
-    update_top = 1.5
+    update_top = 1.64
     top = update_top + len(step.update) * (ROW - LINE) + 0.28
     layers_top = top + len(before) * ROW + 0.24
     after_top = layers_top + len(layer) * ROW + 0.08
@@ -241,15 +241,17 @@ def draw(step, path):
     for i, (buffer, meaning) in enumerate(MEANINGS.items()):
         at, y = x + (i % 3) * 2.6, 0.7 + i // 3 * 0.19
         page.text(page.chip(at, y, buffer, COLOURS[buffer]) + 0.02, y, meaning)
-    page.text(x, 1.08, "dx is the gradient of x. A + before a name: what it held before counts, it is added to or changed in place.")
+    page.text(x, 1.08, "+ before a name: what it held before counts, it is added to or changed in place")
+    page.text(x, 1.24, "dln is the gradient of lnf, ln2 or ln1; dfch that of fch_gelu, then of fch; "
+              "dresidual that of the stream, at first 0")
 
     # The columns, and the flow through them: down, around, up, and back to the beginning.
     loop, turn = update_top + (CARD - LINE) / 2, turn_top + CARD / 2
     page.flow((RIGHT[0], loop), (DOWN, loop), (DOWN, top - 0.05))
     page.flow((DOWN, top), (DOWN, turn), (UP, turn), (UP, update_top + CARD + ROW - 2 * LINE + 0.05))
     page.text(DOWN + 0.1, loop + 0.12, "the next step, with the new parameters")
-    for x, y, heading in ((DOWN + 0.1, top, "forward"), (MIDDLE[0], top, "what it leaves"), (RIGHT[0], top, "backward: read upwards"),
-                          (RIGHT[0], update_top, "update")):
+    for x, y, heading in ((DOWN + 0.1, top, "forward"), (MIDDLE[0], top, "what it leaves"),
+                          (RIGHT[0], top, "backward: read upwards"), (RIGHT[0], update_top, "update")):
         page.text(x, y - 0.12, heading, size=LARGE, weight="bold")
     for i, call in enumerate(reversed(step.update)):
         page.card(RIGHT, update_top + i * (ROW - LINE), call, step.updates[call.kernel])
@@ -257,7 +259,7 @@ def draw(step, path):
     # The calls, forward beside backward, and between them what the one leaves for the other.
     exceptions = "".join(f"; where l = 0, {name} is {instead}" for name, instead in step.first_layer)
     page.loop(layers_top, len(layer), "for l in range(L):", f"L = {CONFIG.num_layers}{exceptions}", "reversed(range(L)):")
-    page.loop(chunks_top, len(of_chunks) + 1, f"for {CLASSIFIER_ROWS} of the N = B*T rows at a time, by backward():")
+    page.loop(chunks_top, len(of_chunks) + 1, f"for {CLASSIFIER_ROWS} of the N = B*T rows at a time, in backward():")
     for first, pairs in ((top, before), (layers_top, layer), (after_top, of_all_rows), (chunks_top, of_chunks)):
         for i, (forward, backward) in enumerate(pairs):
             y = first + i * ROW
@@ -266,8 +268,8 @@ def draw(step, path):
             if backward:
                 page.card(RIGHT, y, backward)
             else:
-                page.text(UP - 0.1, y + CARD / 2 - 0.07, "no kernel: both terms have", ha="right")
-                page.text(UP - 0.1, y + CARD / 2 + 0.07, "the gradient of their sum", ha="right")
+                page.text(UP - 0.1, y + CARD / 2 - 0.07, "no kernel: dresidual is", ha="right")
+                page.text(UP - 0.1, y + CARD / 2 + 0.07, "the gradient of both terms", ha="right")
     page.card((center(MIDDLE) - 1.2, 2.4), turn_top, step.turn)
     draw_memory(page, memory_top)
     style.save(page.figure, path, step.description)
