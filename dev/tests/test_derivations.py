@@ -351,10 +351,20 @@ def test_flags_exist(page):
     assert all(f'"{flag}"' in program for flag in flags), flags
 
 
-@every_page
+def anchors(page):
+    """What GitHub makes of the headings of a page: # and this leads to one."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", text_of(page)), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "dev" / "cuda_on_cpu" / "README.md"],
+                         ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for alternative, target in re.findall(r"!?\[([^\]]*)\]\(([^)]*)\)", text_of(page)):
-        assert alternative and (page.parent / target).is_file(), f"{page.name}: {target}"
+    for text, target in re.findall(r"!?\[([^\]]*)\]\(([^)]*)\)", FENCED.sub("", text_of(page))):
+        name, _, anchor = target.partition("#")
+        if not name.startswith("https://"):
+            path = page.parent / name if name else page
+            assert text and path.exists() and (not anchor or anchor in anchors(path)), f"{page.name}: {target}"
 
 
 def test_the_list_of_pages_is_complete():
