@@ -167,10 +167,17 @@ def count_layers(tensors):
 # Hugging Face: reading
 
 class Stored(NamedTuple):
-    """A tensor in a file: its dtype and shape as the header has them, unchecked, and its bytes, mapped from the disk."""
+    """A tensor in a file: its dtype and shape as the header has them, unchecked, and where its bytes are."""
     dtype: str
     shape: tuple
-    data: np.ndarray
+    path: Path
+    start: int
+    size: int
+
+    @property
+    def data(self):
+        """The bytes, mapped from the disk for as long as somebody holds them: then a model is never in memory twice."""
+        return np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.start, shape=(self.size,)))
 
 
 def stored_tensors(config):
@@ -258,9 +265,10 @@ def read_safetensors(path):
     if start > min(size, 8 + JSON_BYTES):
         raise UserError(f"{path} has {size:,} bytes and says that {start - 8:,} of them are its header, expected fewer, and at "
                         f"most {JSON_BYTES:,}; {HOW_TO_MEND}")
-    contents = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    with open(path, "rb") as file:
+        header = file.read(start)[8:]
     entries = []
-    for name, entry in parse_json(contents[8:start].tobytes(), f"the header of {path}").items():
+    for name, entry in parse_json(header, f"the header of {path}").items():
         match entry:
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if begin <= end < 2**63:
                 entries.append((begin, end, name, dtype, tuple(shape)))
@@ -273,7 +281,7 @@ def read_safetensors(path):
         if begin != position:
             raise UserError(f"the header of {path} places {shown(name)} at byte {begin:,} of the data, expected "
                             f"{position:,}, where the tensor before it ends; {HOW_TO_MEND}")
-        tensors[name] = Stored(dtype, shape, contents[start + begin:start + end])
+        tensors[name] = Stored(dtype, shape, path, start + begin, end - begin)
         position = end
     if start + position != size:
         raise UserError(f"{path} has {size:,} bytes, expected {start + position:,} for the tensors of its header; {HOW_TO_MEND}")
@@ -301,10 +309,11 @@ def check_tensors(source, config, tensors):
                         f"{' ...' if len(wrong) > NAMES_LISTED else ''}; {HOW_TO_MEND}")
     for name, shape in shapes.items():
         expected = np.dtype(DTYPES[tensors[name].dtype]).itemsize * prod(shape)
-        if tensors[name].data.size != expected:
-            raise UserError(f"the header of {source} gives {name} {tensors[name].data.size:,} bytes, expected {expected:,} for "
-                            f"its shape; {HOW_TO_MEND}")
-    if head and not (head.dtype == tensors["wte.weight"].dtype and np.array_equal(head.data, tensors["wte.weight"].data)):
+        if tensors[name].size != expected:
+            raise UserError(f"the header of {source} gives {name} {tensors[name].size:,} bytes, expected {expected:,} for its "
+                            f"shape; {HOW_TO_MEND}")
+    wte = tensors["wte.weight"]
+    if head and not ((head.dtype, head.size) == (wte.dtype, wte.size) and np.array_equal(head.data, wte.data)):
         raise UserError(f"{source} holds an {TIED_HEAD} that differs from wte.weight, expected one matrix for both; choose a "
                         "model whose classifier is tied to its embedding, as GPT-2's is")
 
@@ -444,13 +453,12 @@ def load_llmc(path):
     if size != expected:
         raise UserError(f"{path} has {size:,} bytes, expected {expected:,} for the {elements:,} parameters of its header; "
                         f"{HOW_TO_MEND}")
-    # A change to the mapped file stays in memory.
-    data = np.asarray(np.memmap(path, dtype=np.uint8, mode="c", offset=HEADER_BYTES))
     if version == 3:
-        params = Tensors(shapes, allocate=lambda _: data.view("<f4"))
+        mapped = np.memmap(path, dtype="<f4", mode="c", offset=HEADER_BYTES)    # a change to it stays in memory
+        params = Tensors(shapes, allocate=lambda _: np.asarray(mapped))
     else:
         params = Tensors(shapes)
-        fill(params.flat, Stored("BF16", (elements,), data))
+        fill(params.flat, Stored("BF16", (elements,), path, HEADER_BYTES, 2 * elements))
     params.wte[config.vocab_size:] = 0
     return config, params
 

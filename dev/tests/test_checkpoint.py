@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import struct
+import subprocess
 import sys
 import tracemalloc
 import types
@@ -118,6 +119,19 @@ def write_folder(folder, config=SMALL, tensors=None, **config_changes):
     (folder / "config.json").write_bytes(config_json(config, **config_changes))
     (folder / "model.safetensors").write_bytes(safetensors(hugging_face_tensors(params, config) if tensors is None else tensors))
     return params
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the memory in /proc")
+def test_model_is_not_in_memory_twice(tmp_path):
+    config = Config(max_seq_len=64, vocab_size=128, padded_vocab_size=128, num_layers=8, num_heads=8, channels=512)
+    params = Tensors(parameter_shapes(config))
+    params.flat[...] = 1
+    save_model(tmp_path / "model", config, params)
+    program = (f"import sys; sys.path.insert(0, {str(Path(checkpoint.__file__).parent)!r}); import checkpoint\n"
+               f"checkpoint.load_model({str(tmp_path / 'model')!r})\n"
+               "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])")
+    peak = 1024 * int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    assert params.flat.nbytes > 100e6 and peak < 1.6 * params.flat.nbytes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
