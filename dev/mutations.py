@@ -826,6 +826,8 @@ MUTATIONS = [Mutation(*row) for row in [
     ("page: wrong number of megabytes", PAGES + "layernorm.md", "would take 315 MB", "would take 351 MB", pages("numbers")),
     ("page: names a kernel that is none", PAGES + "residual.md",
      "`residual_forward`;", "`residual_add_forward`;", pages("gone")),
+    ("page: another model in fifteen lines", PAGES + "README.md",
+     "residual3 = residual2 + linear(fch_gelu)", "residual3 = residual + linear(fch_gelu)", pages("fifteen")),
     ("page: missing in the list", PAGES + "README.md",
      "| [Encoder](encoder.md) | a table that is read forward and added to backward, and a trap |\n", "",
      pages("list_of_pages")),

@@ -23,7 +23,7 @@ import kernels_float64 as exact
 import kernels_gpu
 import train_gpt2
 from dev import figures
-from test_kernels import finite_differences
+from test_kernels import finite_differences, relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(figures.PAGES.glob("*.md"))
@@ -175,6 +175,41 @@ def test_every_block_says_what_it_is(page):
     """Or its formulas would stand there as they are typed, and its examples would not be run."""
     for body in blocks(page, ""):
         assert "\\" not in body and ">>>" not in body, body
+
+
+def test_model_in_fifteen_lines():
+    """Run as they stand there, but for the remarks, they compute what train_gpt2.py computes, under the same names."""
+    [lines] = [body for body in blocks(figures.PAGES / "README.md", "") if "in each of L blocks:" in body]
+    lines = re.sub(r"(?<=\S) {3,}\w.*$", "", lines, flags=re.MULTILINE).replace("in each of L blocks:", "for l in range(L):")
+    assert len([line for line in lines.split("\n") if line.strip()]) == 15
+
+    B, T, config = 2, 5, gpt2.Config(8, 50, 128, num_layers=3, num_heads=2, channels=8)
+    model = train_gpt2.GPT2(config, B, T, threads=1)
+    model.params.flat[...] = np.random.default_rng(0).normal(0, 0.3, model.params.size)
+    model.params.wte[50:] = 0
+    tokens, targets = np.random.default_rng(1).integers(50, size=(2, B, T), dtype=np.int32)
+    model.forward(tokens)
+    model.loss(targets)
+
+    p, L = model.params, config.num_layers
+    weights = iter([(matrix[l], bias[l]) for l in range(L) for matrix, bias in (
+        (p.qkvw, p.qkvb), (p.attprojw, p.attprojb), (p.fcw, p.fcb), (p.fcprojw, p.fcprojb))])
+    scales = iter([*((scale[l], shift[l]) for l in range(L) for scale, shift in ((p.ln1w, p.ln1b), (p.ln2w, p.ln2b))),
+                   (p.lnfw, p.lnfb)])
+    names = dict(
+        wte=p.wte[:50].astype(np.float64), wpe=p.wpe.astype(np.float64), L=L, range=range, log=np.log, gelu=exact.gelu_forward,
+        token=tokens.reshape(-1), position=np.tile(np.arange(T), B), target=(np.arange(B * T), targets.reshape(-1)),
+        linear=lambda inp: exact.matmul_forward(inp, *next(weights)),
+        layernorm=lambda inp: exact.layernorm_forward(inp, *next(scales))[0],
+        attention=lambda qkv: exact.attention_forward(qkv, B, T, config.num_heads)[0],
+        softmax=lambda logits: np.array([exact.softmax(row) for row in logits]))
+    exec(lines, names)
+    assert next(weights, None) is next(scales, None) is None
+    for name in ("ln1", "qkv", "att", "residual2", "ln2", "fch", "fch_gelu", "residual3"):
+        assert relative_error(getattr(model.acts, name)[-1], names[name]) <= 1e-5, name
+    for name in ("encoded", "lnf"):
+        assert relative_error(getattr(model.acts, name), names[name]) <= 1e-5, name
+    assert relative_error(model.acts.losses, names["loss"]) <= 1e-5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
