@@ -175,8 +175,10 @@ def cannot_write(path, error):
 def check_writable(flag, folder):
     """Raise UserError if no file can be made in a folder, which need not be there yet. Nothing is left behind."""
     there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
+    probe = there / f"{os.getpid()}.tmp"    # tempfile would try thousands of names on Windows
     try:
-        tempfile.TemporaryFile(dir=there).close()
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {flag} {folder}: {error.strerror}; choose a folder that can be written") from error
 

@@ -640,7 +640,7 @@ residual_forward_on_one_thread = on_one_thread(residual_forward)
 
 @kernel
 def quantize(numbers, scales, weight):
-    """numbers (OC, C), int8, and scales (OC, groups) from weight (OC, C). Once, when a model is loaded.
+    """numbers (OC, C), int8, and scales (OC, groups) from weight (OC, C). It runs once, when a model is loaded.
 
     See dev/derivations/matmul.md.
     """

@@ -19,8 +19,8 @@ import math
 import os
 import re
 import reprlib
+import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -327,23 +327,27 @@ def write_token_files(runs, train_paths, val_path, val_tokens=None, shard_tokens
     if val_tokens is None:
         val_tokens = min(VALIDATION_TOKENS, num_tokens // 10)
 
-    sizes = {}
+    sizes, folder = {}, val_path.with_name(f"{val_path.stem}.{os.getpid()}.tmp")
     try:
         val_path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{val_path.stem}.", suffix=".tmp", dir=val_path.parent) as folder:
-            shares = divide(itertools.chain(beginning, runs), val_tokens, shard_tokens)
-            for _, share in itertools.groupby(shares, key=itemgetter(0)):
-                path = next(train_paths) if sizes else val_path
-                sizes[path] = write_runs(Path(folder, path.name), (tokens for _, tokens in share))
-            if len(sizes) == 1:
-                raise UserError(f"--val-tokens is {val_tokens:,}, expected fewer than the {sizes[val_path]:,} tokens of the "
-                                "text; lower it", status=2)
-            for path in (val_path, *earlier):
-                path.unlink(missing_ok=True)
-            for path in reversed(sizes):
-                os.replace(Path(folder, path.name), path)
+        for unfinished in val_path.parent.glob(f"{glob.escape(val_path.stem)}.*.tmp"):      # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
+        folder.mkdir()
+        shares = divide(itertools.chain(beginning, runs), val_tokens, shard_tokens)
+        for _, share in itertools.groupby(shares, key=itemgetter(0)):
+            path = next(train_paths) if sizes else val_path
+            sizes[path] = write_runs(folder / path.name, (tokens for _, tokens in share))
+        if len(sizes) == 1:
+            raise UserError(f"--val-tokens is {val_tokens:,}, expected fewer than the {sizes[val_path]:,} tokens of the text; "
+                            "lower it", status=2)
+        for path in (val_path, *earlier):
+            path.unlink(missing_ok=True)
+        for path in reversed(sizes):
+            os.replace(folder / path.name, path)
     except OSError as error:
         raise cannot_write(val_path, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return sizes
 
 

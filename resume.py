@@ -57,9 +57,12 @@ def save_checkpoint(output_dir, config, params, moments, state, keep):
 
 
 def delete(checkpoint):
-    """Delete a checkpoint, which first loses its name: one that has it is whole."""
+    """Delete a checkpoint, which first loses its name: one that has it is whole. Raises UserError if that cannot be done."""
     unnamed = checkpoint.with_name(f"{checkpoint.name}.{os.getpid()}.tmp")
-    os.rename(checkpoint, unnamed)
+    try:
+        os.rename(checkpoint, unnamed)
+    except OSError as error:
+        raise UserError(f"cannot delete {checkpoint}: {error.strerror}; delete it by hand, then go on with --resume") from error
     shutil.rmtree(unnamed, ignore_errors=True)
 
 

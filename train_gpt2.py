@@ -139,7 +139,7 @@ class GPT2:
             kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, workspace)                       # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
                                      1 / (N * accumulation_steps * self.world.size), self.config.vocab_size)     # (rows, Vp)
-            # wte's gradient as the classifier's weight; that as the encoder's table is added last.
+            # wte's gradient as the classifier's weight; its gradient as the encoder's table is added last.
             kernels.matmul_backward(dln[rows], grads.wte, NO_BIAS,
                                     logits, acts.lnf[rows], params.wte, workspace)                               # (rows, C)
         dresidual[...] = 0
@@ -306,20 +306,24 @@ class Saver:
             save_model(folder, self.model.config, self.model.get_params())
 
 
-def train_and_save(model, params, moments, options, train_loader, val_loader, ideal_seconds=None, **device_rows):
-    """All that follows once a model is there: fill it with params (None: random ones), train it, and keep what it has learned.
+def fill(model, params, moments, seed):
+    """Give a model its first parameters (None: random ones) and moments (None: zeros). It copies them."""
+    if params is not None:
+        model.set_params(params)
+    else:
+        model.initialize(seed)
+    if moments is not None:
+        model.set_moments(*moments)
+
+
+def train_and_save(model, options, train_loader, val_loader, ideal_seconds=None, **device_rows):
+    """All that follows once a model is there: train it, and keep what it has learned.
 
     ideal_seconds is TrainingLog's, device_rows are print_configuration's.
     """
     examples = read_examples(options.hellaswag, model.config.vocab_size) if options.hellaswag else []
     progress = first_progress(options, train_loader)
     train_loader.state = progress.data
-    if params is not None:
-        model.set_params(params)
-    else:
-        model.initialize(options.seed)
-    if moments is not None:
-        model.set_moments(*moments)
     print_configuration(options, model, train_loader, val_loader, examples, **device_rows)
     save = Saver(model, options)
     first = model.world.rank == 0
@@ -380,8 +384,10 @@ def main():
                                scratch_shapes(config, B, T, CLASSIFIER_ROWS), world.size)
         memory = check_memory(options, needed * world.local_size, main_memory(), "this machine")
         model = GPT2(config, B, T, threads, world, options.recompute)
+        fill(model, params, moments, options.seed)
+        del params, moments     # or they would stay in memory all along, and their files could not be deleted on Windows
         processes = f"{world.size} processes of {threads}" if world.size > 1 else threads
-        train_and_save(model, params, moments, options, train_loader, val_loader, threads=processes, memory=memory)
+        train_and_save(model, options, train_loader, val_loader, threads=processes, memory=memory)
 
 
 if __name__ == "__main__":

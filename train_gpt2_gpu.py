@@ -13,7 +13,7 @@ from distributed import ALONE
 from files import run_program
 from gpt2 import (WEIGHT_DECAYED, Tensors, activation_shapes, activations, chunks, initialize, memory_needed, parameter_shapes,
                   scratch_shapes, training_flops)
-from train_gpt2 import BETA1, BETA2, EPSILON, train_and_save
+from train_gpt2 import BETA1, BETA2, EPSILON, fill, train_and_save
 from training import TO_SAVE_MEMORY, check_memory, data_loaders, first_model, parse_options, prepare_data
 
 CLASSIFIER_ROWS = 2048    # tokens whose logits exist at any one time: 2048 * 50304 * 4 bytes = 412 MB
@@ -145,7 +145,7 @@ class GPT2:
             kernels.matmul_forward(logits, acts.lnf[rows], params.wte, self.no_bias)                             # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
                                      1 / (N * accumulation_steps), self.config.vocab_size)                       # (rows, Vp)
-            # wte's gradient as the classifier's weight; that as the encoder's table is added last.
+            # wte's gradient as the classifier's weight; its gradient as the encoder's table is added last.
             kernels.matmul_backward(dln[rows], grads.wte, self.no_bias, logits, acts.lnf[rows], params.wte)      # (rows, C)
         dresidual[...] = 0
         kernels.layernorm_backward(dresidual, grads.lnfw, grads.lnfb,
@@ -267,8 +267,11 @@ def main():
     needed = memory_needed(config, activation_shapes(config, B, T, options.recompute), gpu_scratch_shapes(config, B, T))
     memory = check_memory(options, needed, device.memory(), device.name)
     train_loader, val_loader = (loader and Prefetch(loader, device) for loader in data_loaders(options, config))
+    model = GPT2(config, B, T, device, options.recompute)
+    fill(model, params, moments, options.seed)
+    del params, moments     # or they would stay in memory all along, and their files could not be deleted on Windows
     peak = device.peak_flops()
-    train_and_save(GPT2(config, B, T, device, options.recompute), params, moments, options, train_loader, val_loader,
+    train_and_save(model, options, train_loader, val_loader,
                    ideal_seconds=options.accumulation_steps * sum(training_flops(config, B, T)) / peak if peak else None,
                    device=f"{device.name}, {options.dtype}", memory=memory)
 

@@ -25,14 +25,14 @@ import kernels_cpu as kernels
 from checkpoint import load_model
 from dataloader import DataLoader
 from dev.recorder import as_batch, record_step, time_step
-from files import OneLineParser, UserError, main_memory, run_program, whole_file
+from files import OneLineParser, UserError, main_memory, number, run_program, whole_file
 from generate_gpt2 import UNSOUND, encode, tokenizer_of
 from gpt2 import activation_shapes, chunks, memory_needed, model_config, scratch_shapes
 from prepare_tinyshakespeare import prepare
 from sampling import softmax
 from tokenizer import END_OF_TEXT
-from train_gpt2 import CLASSIFIER_ROWS, GPT2, NO_BIAS, compile_kernels
-from training import NEW_MODELS, TO_SAVE_MEMORY, TRAIN_TOKENS, check_memory, model_name, number
+from train_gpt2 import CLASSIFIER_ROWS, GPT2, NO_BIAS, compile_kernels, fill
+from training import NEW_MODELS, TO_SAVE_MEMORY, TRAIN_TOKENS, check_memory, model_name
 
 MOST_LABELS = 64          # tokens along an axis whose names can be read
 LOOKED_AT = 4             # positions listed for each position of the prompt
@@ -162,7 +162,7 @@ def explore_step(config, params, threads, options):
     shapes = activation_shapes(config, B, T, options.recompute), scratch_shapes(config, B, T, CLASSIFIER_ROWS)
     check_memory(options, memory_needed(config, *shapes), main_memory(), "this machine")
     model = GPT2(config, B, T, threads, recompute=options.recompute)
-    fill(model, params, options.seed)
+    fill(model, params, None, options.seed)
     batch = as_batch(*loader.next_batch())
 
     print_model(model, options, f"a step on {B} x {T} tokens")
@@ -181,14 +181,6 @@ def print_model(model, options, task):
     config = model.config
     print(f"{options.model}: {config.num_layers} layers, {config.num_heads} heads, {config.channels} channels, "
           f"{model.params.size / 1e6:.1f} M parameters; {task}\n")
-
-
-def fill(model, params, seed):
-    """Give a GPT2 its parameters; None: random ones."""
-    if params is None:
-        model.initialize(seed)
-    else:
-        model.set_params(params)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,7 +275,7 @@ def explore_prompt(config, params, threads, options):
     encoding = tokenizer_of(config, options.model)
     tokens = encode(encoding, options.prompt, config.max_seq_len) or [END_OF_TEXT]
     model = GPT2(config, 1, len(tokens), threads)
-    fill(model, params, options.seed)
+    fill(model, params, None, options.seed)
     print_model(model, options, f"a prompt of {len(tokens):,} tokens")
     model.forward(np.array([tokens], dtype=np.int32))
 

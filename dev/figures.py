@@ -25,6 +25,7 @@ from dev import draw_step, style
 from dev.explore import attention_weights
 from dev.style import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, RED, WIDTH
 from files import OneLineParser, UserError, run_program
+from generate_gpt2 import encode, tokenizer_of
 from gpt2 import (CHANNELS_PER_HEAD, RESIDUAL_PROJECTIONS, Config, activation_shapes, model_config, parameter_shapes,
                   scratch_shapes)
 from tokenizer import gpt2_encoding
@@ -70,7 +71,7 @@ def print_costs(cost):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One function for each figure: (pyplot, model folder) -> the figure
+# One function for each figure: (pyplot, the Config and parameters of a trained model) -> the figure
 
 def draw_gelu(pyplot, model):
     x = np.linspace(-4, 4, 801, dtype=np.float32).reshape(1, -1)
@@ -143,9 +144,9 @@ def draw_attention_tiles(pyplot, model):
 
 
 def draw_attention(pyplot, model):
-    config, params = load_model(str(model))
+    config, params = model
     encoding = gpt2_encoding()
-    tokens = encoding.encode(PROMPT)
+    tokens = encode(encoding, PROMPT, config.max_seq_len)
     model = GPT2(config, 1, len(tokens), threads=1)
     model.set_params(params)
     model.forward(np.array([tokens], dtype=np.int32))
@@ -278,21 +279,22 @@ DRAWINGS = {
 
 
 def draw(name, model, folder):
-    """Write one figure into a folder. Raises UserError if there is no such model or the folder cannot be written."""
+    """Write one figure into a folder. Raises UserError if that cannot be written, or the model's context is too short."""
     style.draw(lambda pyplot: DRAWINGS[name](pyplot, model), folder / name)
 
 
 def main():
     parser = OneLineParser(description="Draw the figures of dev/derivations, and dev/training_step.png.")
-    parser.add_argument("--model", default=Path("out"), type=Path, help="folder of the trained model whose attention is drawn "
-                        "(default: out)")
+    parser.add_flag("--model", default=Path("out"), type=Path, help="folder of the trained model whose attention is drawn")
     options = parser.parse_args()
     if not options.model.is_dir():
         raise UserError(f"there is no folder {options.model}; let python train_gpt2.py make it, or name that of a trained "
                         "model with --model")
+    config, params = load_model(options.model)
+    encode(tokenizer_of(config, options.model), PROMPT, config.max_seq_len)     # if only to complain before anything is drawn
     compile_kernels()
     for name in DRAWINGS:
-        draw(name, options.model, PAGES)
+        draw(name, (config, params), PAGES)
     draw_step.draw(draw_step.todays_step(), draw_step.PICTURE)
 
 

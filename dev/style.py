@@ -1,12 +1,7 @@
-"""How the pictures on this project's pages look: without a background, in colours that a white page and a dark one both show.
+"""How what dev/ draws for this project's pages looks: without a background, in colours for a white page and for a dark one.
 
 What is written in a picture stands in its file as the text `Description`, too, so that a test can read it.
 """
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from files import whole_file
 
 # Each has a contrast of about 4 with white and with GitHub's dark page, #0d1117.

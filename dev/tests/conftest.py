@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dev.cuda_on_cpu import CpuDevice
 from device import open_device
 from files import UserError, run_program
+from gpt2 import Tensors, initialize, parameter_shapes
 from tokenizer import gpt2_encoding
 
 REFERENCE_SCRIPT = Path(__file__).resolve().parents[1] / "reference_transformers.py"
@@ -62,6 +63,14 @@ def transformers():
         finished = subprocess.run([python, REFERENCE_SCRIPT, *map(str, arguments)], capture_output=True, text=True)
         assert finished.returncode == 0, finished.stderr
     return run
+
+
+def random_params(config):
+    """GPT-2's initialisation, its weights some times larger: attention is then not the same everywhere."""
+    params = Tensors(parameter_shapes(config))
+    initialize(params, config, seed=0)
+    params.flat *= 8
+    return params
 
 
 class Finished(NamedTuple):

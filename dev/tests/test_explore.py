@@ -7,6 +7,7 @@ import pytest
 
 import train_gpt2
 from checkpoint import save_model
+from conftest import random_params
 from dataloader import write_tokens
 from dev import explore
 from dev.explore import attention_weights, next_tokens
@@ -18,14 +19,6 @@ from tokenizer import gpt2_encoding
 SMALL = Config(max_seq_len=40, vocab_size=50257, padded_vocab_size=50304, num_layers=3, num_heads=2, channels=8)
 PNG = b"\x89PNG\r\n\x1a\n"
 ROW = re.compile(r"  (\w+) +([\d.]+)  ")            # a call in the table: its kernel and its milliseconds
-
-
-def random_params(config, seed=0):
-    """GPT-2's initialisation, its weights some times larger: attention is then not the same everywhere."""
-    params = Tensors(parameter_shapes(config))
-    initialize(params, config, seed)
-    params.flat *= 8
-    return params
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +108,9 @@ def test_new_models_are_those_of_the_seed_and_others_of_their_parameters():
     model, _ = tiny_step()
     initial = Tensors(parameter_shapes(TINY))
     initialize(initial, TINY, seed=5)
-    explore.fill(model, None, seed=5)
+    explore.fill(model, None, None, seed=5)
     assert model.params.flat.tobytes() == initial.flat.tobytes()
-    explore.fill(model, random_params(TINY), seed=5)
+    explore.fill(model, random_params(TINY), None, seed=5)
     assert model.params.flat.tobytes() == random_params(TINY).flat.tobytes()
 
 

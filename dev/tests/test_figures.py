@@ -1,4 +1,5 @@
 """What dev/figures.py draws, and the page that dev/draw_step.py draws."""
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import kernels_cpu
 import kernels_float64 as exact
 import train_gpt2
 from checkpoint import save_model
+from conftest import random_params
 from dev import draw_step, figures, style
 from dev.recorder import Call, record_step, tiny_step
 from test_kernels import finite_differences
@@ -23,18 +25,13 @@ MODEL = gpt2.Config(64, 50257, 50304, num_layers=2, num_heads=2, channels=8)
 
 @pytest.fixture(scope="module")
 def model():
-    """Of random weights some times larger than at the start of a training, so that attention is not the same everywhere."""
-    params = gpt2.Tensors(gpt2.parameter_shapes(MODEL))
-    gpt2.initialize(params, MODEL, seed=0)
-    params.flat *= 8
-    return SimpleNamespace(config=MODEL, params=params)
+    return SimpleNamespace(config=MODEL, params=random_params(MODEL))
 
 
 @pytest.fixture(scope="module")
 def drawn(model, tmp_path_factory):
     """drawn(name) draws a figure, once. Returns it and its file."""
     folder, saved = tmp_path_factory.mktemp("figures"), []
-    save_model(folder / "model", model.config, model.params)
     write = style.save
 
     def save(figure, *arguments):
@@ -46,7 +43,7 @@ def drawn(model, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(style, "save", save)
             patch.setattr(pyplot, "close", lambda figure: None)
-            figures.draw(name, folder / "model", folder)
+            figures.draw(name, (model.config, model.params), folder)
         return saved[-1], folder / name
     yield draw
     for figure in saved:
@@ -54,6 +51,12 @@ def drawn(model, tmp_path_factory):
 
 
 # ---- files
+
+def texts_of(path):
+    """The texts in a PNG, by their keywords."""
+    with Image.open(path) as picture:
+        return picture.text
+
 
 @pytest.mark.parametrize("name", figures.DRAWINGS)
 def test_figures_are_small_wide_enough_for_a_readme_and_without_background(name, drawn):
@@ -66,16 +69,16 @@ def test_figures_are_small_wide_enough_for_a_readme_and_without_background(name,
 @pytest.mark.parametrize("name", [name for name in figures.DRAWINGS if name != "attention.png"])    # of a trained model
 def test_figures_are_todays(name, drawn):
     """If this fails, the program has other numbers than when the figure was drawn: python dev/figures.py."""
-    now, then = (Image.open(path).text["Description"] for path in (drawn(name)[1], figures.PAGES / name))
-    assert now == then
+    assert texts_of(drawn(name)[1])["Description"] == texts_of(figures.PAGES / name)["Description"]
 
 
-def test_everything_is_drawn(run_main, tmp_path, monkeypatch):
+def test_everything_is_drawn(run_main, model, tmp_path, monkeypatch):
     wanted = []
-    monkeypatch.setattr(figures, "draw", lambda name, model, folder: wanted.append((model, folder / name)))
+    monkeypatch.setattr(figures, "draw", lambda name, model, folder: wanted.append((model[0], folder / name)))
     monkeypatch.setattr(draw_step, "draw", lambda step, path: wanted.append((step.turn.kernel, path)))
-    assert run_main(figures, "--model", tmp_path).status == 0
-    assert wanted == [*((tmp_path, figures.PAGES / name) for name in figures.DRAWINGS),
+    save_model(tmp_path / "model", model.config, model.params)
+    assert run_main(figures, "--model", tmp_path / "model").status == 0
+    assert wanted == [*((model.config, figures.PAGES / name) for name in figures.DRAWINGS),
                       ("fused_classifier", draw_step.PICTURE)]
 
 
@@ -83,6 +86,18 @@ def test_error_without_a_model(run_main, tmp_path):
     finished = run_main(figures, "--model", tmp_path / "nothing")
     assert finished.status == 1 and finished.err.count("\n") == 1
     assert str(tmp_path / "nothing") in finished.err and "train_gpt2.py" in finished.err
+
+
+@pytest.mark.parametrize("changes, problem", [
+    (dict(vocab_size=50, padded_vocab_size=128), "has a vocabulary of 50 tokens"),
+    (dict(max_seq_len=8), "expected at most 8, the model's context"),
+])
+def test_error_of_a_model_that_cannot_read_the_prompt(run_main, tmp_path, monkeypatch, changes, problem):
+    config = replace(MODEL, **changes)
+    save_model(tmp_path / "model", config, gpt2.Tensors(gpt2.parameter_shapes(config)))
+    monkeypatch.setattr(figures, "draw", None)
+    finished = run_main(figures, "--model", tmp_path / "model")
+    assert finished.status == 1 and finished.err.count("\n") == 1 and problem in finished.err
 
 
 def luminance(colour):
@@ -309,19 +324,20 @@ def page(calls, tmp_path_factory):
 
 def test_page_is_todays():
     """If this fails, train_gpt2.py calls its kernels in another way than when the page was drawn: python dev/draw_step.py."""
-    assert Image.open(draw_step.PICTURE).text["Description"] == draw_step.todays_step().description
+    assert texts_of(draw_step.PICTURE)["Description"] == draw_step.todays_step().description
 
 
 def test_page_is_written_where_it_is_wanted(run_main, tmp_path):
     finished = run_main(draw_step, "--output", tmp_path / "step.png")
     assert finished.status == 0 and finished.out.endswith(f"wrote {tmp_path / 'step.png'}\n")
-    assert Image.open(tmp_path / "step.png").text == Image.open(draw_step.PICTURE).text
+    assert texts_of(tmp_path / "step.png") == texts_of(draw_step.PICTURE)
 
 
 def test_page_is_small_and_transparent(page):
     for path in (page.path, draw_step.PICTURE):
         assert path.stat().st_size < 200_000
-        picture = Image.open(path).convert("RGBA")
+        with Image.open(path) as file:
+            picture = file.convert("RGBA")
         assert picture.width == 1600 and picture.getpixel((0, 0))[3] == 0 and picture.getextrema()[3] == (0, 255)
 
 
@@ -378,7 +394,7 @@ def test_names_lie_within_their_cards_in_the_colours_of_their_buffers(page):
 
 
 def test_sizes_on_the_page_are_those_of_the_124m_model(page):
-    for name, size in (("qkv", "453 MB"), ("att_lse", "2.4 MB"), ("fch", "604 MB"), ("lnf_rstd", "16 KB"), 
+    for name, size in (("qkv", "453 MB"), ("att_lse", "2.4 MB"), ("fch", "604 MB"), ("lnf_rstd", "16 KB"),
                        ("params", "498 MB"), ("grads", "498 MB"), ("acts", "2.44 GB"), ("scratch", "241 MB")):
         assert (name, size) in zip(page.texts, page.texts[1:]), name
     assert "memory: 4.68 GB" in page.texts and "L = 12; where l = 0, residual3[l-1] is encoded" in " ".join(page.texts)

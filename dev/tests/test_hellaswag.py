@@ -399,7 +399,7 @@ def test_download(run_main, byte_encoding, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("answer, parts", [
-    (io.BytesIO(b"<html>please log in</html>"), ("sent 26 bytes", "expected 12,246,618", "0aa3b888")),
+    (b"<html>please log in</html>", ("sent 26 bytes", "expected 12,246,618", "0aa3b888")),
     (urllib.error.URLError("Name or service not known"), ("(Name or service not known)",)),
     (TimeoutError("timed out"), ("(timed out)",)),
 ])
@@ -407,7 +407,7 @@ def test_download_that_fails(run_main, tmp_path, monkeypatch, answer, parts):
     def urlopen(url, timeout):
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return io.BytesIO(answer)
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     finished = run_main(prepare_hellaswag, "--output", tmp_path / "some.bin")
     assert finished.status == 1 and finished.err.count("\n") == 1

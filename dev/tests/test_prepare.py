@@ -110,7 +110,7 @@ def test_canonical_text_comes_first(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("answer, problem", [
-    (io.BytesIO(b"<html>please log in</html>"), "SHA-256 is"),
+    (b"<html>please log in</html>", "SHA-256 is"),
     (urllib.error.URLError("Name or service not known"), "downloaded: Name or service not known"),
     (TimeoutError("timed out"), "downloaded: timed out"),
 ])
@@ -118,7 +118,7 @@ def test_other_answers_lead_to_the_rebuilt_text(monkeypatch, capsys, rebuilt, an
     def urlopen(url, timeout):
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return io.BytesIO(answer)
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     assert prepare_tinyshakespeare.tiny_shakespeare() == rebuilt
     output = capsys.readouterr().out

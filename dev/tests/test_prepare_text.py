@@ -316,6 +316,16 @@ def test_shards_of_an_earlier_text_go(run, tmp_path):
     assert np.concatenate(shards).tolist() == tokens_of(contents)
 
 
+def test_what_a_killed_process_has_left_goes(run, tmp_path):
+    (tmp_path / "text.txt").write_bytes(some_text(20_000))
+    for name in ("out_val.99999.tmp", "other_val.99999.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "out_val.bin").write_bytes(b"half")
+    assert run(tmp_path / "text.txt", "--output", tmp_path / "out").status == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "other_val.99999.tmp", "out_train_000000.bin", "out_val.bin", "text.txt"]
+
+
 def test_failure_leaves_what_was_there(run, tmp_path):
     (tmp_path / "long.txt").write_bytes(some_text(20_000))
     (tmp_path / "bad.txt").write_bytes(some_text(400_000) + b"\xff")

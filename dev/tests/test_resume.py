@@ -1,5 +1,6 @@
 """Checkpoints: a run that stops and goes on is the run that never stopped, whatever stops it, and no mistake loses one."""
 import csv
+import gc
 import json
 import os
 import pickle
@@ -18,7 +19,8 @@ import train_gpt2
 import train_gpt2_gpu
 import training
 from dataloader import write_tokens
-from gpt2 import Config
+from files import UserError
+from gpt2 import Config, Tensors
 from resume import checkpoints, load_state
 from training import Progress
 
@@ -153,6 +155,34 @@ def test_gpu_program_resumes_too(run, tmp_path):
     assert run("crossed", *cpu, "--resume", program=train_gpt2_gpu, new=False).status == 0
     losses = [[float(row[1]) for row in left_behind(tmp_path / folder)[0] if row[1]] for folder in ("crossed", "whole")]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("program, flags", [(train_gpt2, ()), (train_gpt2_gpu, ("--device", "cpu"))], ids=["cpu", "gpu"])
+def test_what_was_loaded_does_not_stay_in_memory(run, tmp_path, monkeypatch, program, flags):
+    """While a resumed run trains: neither a second copy of the parameters, nor the mapped files of the moments."""
+    def loaded():
+        gc.collect()
+        arrays = [array for array in gc.get_objects() if isinstance(array, Tensors) and "wte" in array.shapes]
+        return len(arrays), sum(type(array.base) is np.memmap for array in gc.get_objects() if isinstance(array, np.ndarray))
+
+    def train(*arguments, original=train_gpt2.train):
+        during.append(loaded())
+        return original(*arguments)
+
+    during = []
+    monkeypatch.setattr(train_gpt2, "train", train)
+    assert run("new", *flags, stop=2, program=program).status == 128 + signal.SIGTERM
+    shutil.copytree(tmp_path / "new", tmp_path / "resumed")
+    assert run("resumed", *flags, "--resume", new=False, program=program).status == 0
+    assert during[0] == during[1] and during[0][0] >= 2
+
+
+def test_checkpoint_that_cannot_be_deleted(tmp_path, monkeypatch):
+    def rename(*names):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("os.rename", rename)
+    with pytest.raises(UserError, match="cannot delete .*step-00000001: Permission denied; delete it by hand"):
+        resume.delete(tmp_path / "step-00000001")
 
 
 def test_best_model_is_not_the_last(run, tmp_path):
