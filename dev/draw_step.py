@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import kernels_cpu as kernels
 from dev import style
 from dev.recorder import TINY, record_step, tiny_step
-from dev.style import WIDTH
+from dev.style import INK, WIDTH
 from files import OneLineParser, run_program
 from gpt2 import activation_shapes, memory_needed, model_config, parameter_shapes, scratch_shapes
 from train_gpt2 import CLASSIFIER_ROWS, compile_kernels
@@ -40,8 +40,7 @@ FONT = "DejaVu Sans Mono"
 LETTER = 0.602 / 72                             # width of one of its letters, for each point of its size
 SMALL, MEDIUM, LARGE = 7.2, 8.2, 9.2
 
-# Every colour reads on a white page and on a black one: letters stand on grounds of their own, or are of a middle grey.
-GREY = "#74808b"
+# Every colour reads on a white page and on a black one: letters stand on grounds of their own, or are INK.
 CARD_GROUND, CARD_EDGE, CARD_TEXT, CARD_LABEL = "#3b4858", "#5d6c7d", "#ffffff", "#b4c0cc"
 COLOURS = {                                     # buffer -> its ground and its letters
     "params": ("#a8c7fa", "#0a2351"),
@@ -164,7 +163,7 @@ class Page:
         self.axes.set(xlim=(0, width), ylim=(height, 0))
         self.axes.axis("off")
 
-    def text(self, x, y, text, colour=GREY, size=SMALL, **settings):
+    def text(self, x, y, text, colour=INK, size=SMALL, **settings):
         self.axes.text(x, y, text, **{"color": colour, "fontsize": size, "family": FONT, "va": "center", "parse_math": False}
                        | settings)
 
@@ -177,12 +176,12 @@ class Page:
     def flow(self, *points):
         """A line through points (x, y), behind all else, with a head at the last, up or down."""
         *_, (_, before), (x, y) = points
-        self.axes.plot(*zip(*points), color=GREY, linewidth=1.2, solid_joinstyle="round", zorder=-1)
-        self.axes.plot(x, y, "v" if y > before else "^", color=GREY, markersize=5, zorder=-1)
+        self.axes.plot(*zip(*points), color=INK, linewidth=1.2, solid_joinstyle="round", zorder=-1)
+        self.axes.plot(x, y, "v" if y > before else "^", color=INK, markersize=5, zorder=-1)
 
     def loop(self, y, rows, heading, middle="", right=""):
         """A frame around so many rows, the first of which is at height y."""
-        self.box(0.07, y - 0.2, WIDTH - 0.14, rows * ROW + 0.2, edge=GREY, corner=0.08, linewidth=0.8, zorder=-2)
+        self.box(0.07, y - 0.2, WIDTH - 0.14, rows * ROW + 0.2, edge=INK, corner=0.08, linewidth=0.8, zorder=-2)
         self.text(DOWN + 0.1, y - 0.1, heading)
         self.text(center(MIDDLE), y - 0.1, middle, ha="center")
         self.text(UP - 0.1, y - 0.1, right, ha="right")

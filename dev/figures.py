@@ -146,7 +146,7 @@ def draw_attention_tiles(pyplot, model):
 def draw_attention(pyplot, model):
     config, params = model
     encoding = gpt2_encoding()
-    tokens = encode(encoding, PROMPT, config.max_seq_len)
+    tokens = encoding.encode(PROMPT)
     model = GPT2(config, 1, len(tokens), threads=1)
     model.set_params(params)
     model.forward(np.array([tokens], dtype=np.int32))
@@ -279,7 +279,7 @@ DRAWINGS = {
 
 
 def draw(name, model, folder):
-    """Write one figure into a folder. Raises UserError if that cannot be written, or the model's context is too short."""
+    """Write one figure into a folder. Raises UserError if that cannot be written."""
     style.draw(lambda pyplot: DRAWINGS[name](pyplot, model), folder / name)
 
 

@@ -114,7 +114,7 @@ def contrast(*colours):
 
 @pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
 def test_colours_can_be_read_on_a_light_and_on_a_dark_page(page):
-    for colour in (style.INK, style.BLUE, style.ORANGE, style.GREEN, style.PURPLE, style.RED, draw_step.GREY):
+    for colour in (style.INK, style.BLUE, style.ORANGE, style.GREEN, style.PURPLE, style.RED, draw_step.INK):
         assert contrast(colour, page) >= 3.9, colour
 
 
