@@ -151,21 +151,29 @@ def whole_file(path):
 
 
 @contextlib.contextmanager
+def unfinished_folder(path):
+    """Make a folder beside path for what is to stand there once it is complete. At the end nothing is left of it."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def whole_folder(path):
     """Make a folder that takes its name only once it is complete. The name must be free.
 
     Raises UserError if that cannot be done; then nothing is left of it.
     """
     path = Path(path)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        os.rename(unfinished, path)
+        with unfinished_folder(path) as unfinished:
+            yield unfinished
+            os.rename(unfinished, path)
     except OSError as error:
         raise cannot_write(path, error) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def cannot_write(path, error):

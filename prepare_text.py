@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from dataloader import write_runs
-from files import OneLineParser, ProgressBar, UserError, cannot_write, number, run_program
+from files import OneLineParser, ProgressBar, UserError, cannot_write, number, run_program, unfinished_folder
 from tokenizer import END_OF_TEXT, gpt2_encoding
 
 TO_SAVE_MEMORY = "choose fewer --threads"
@@ -327,27 +327,24 @@ def write_token_files(runs, train_paths, val_path, val_tokens=None, shard_tokens
     if val_tokens is None:
         val_tokens = min(VALIDATION_TOKENS, num_tokens // 10)
 
-    sizes, folder = {}, val_path.with_name(f"{val_path.stem}.{os.getpid()}.tmp")
+    sizes = {}
     try:
-        val_path.parent.mkdir(parents=True, exist_ok=True)
         for unfinished in val_path.parent.glob(f"{glob.escape(val_path.stem)}.*.tmp"):      # of a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
-        folder.mkdir()
-        shares = divide(itertools.chain(beginning, runs), val_tokens, shard_tokens)
-        for _, share in itertools.groupby(shares, key=itemgetter(0)):
-            path = next(train_paths) if sizes else val_path
-            sizes[path] = write_runs(folder / path.name, (tokens for _, tokens in share))
-        if len(sizes) == 1:
-            raise UserError(f"--val-tokens is {val_tokens:,}, expected fewer than the {sizes[val_path]:,} tokens of the text; "
-                            "lower it", status=2)
-        for path in (val_path, *earlier):
-            path.unlink(missing_ok=True)
-        for path in reversed(sizes):
-            os.replace(folder / path.name, path)
+        with unfinished_folder(val_path.with_name(val_path.stem)) as folder:
+            shares = divide(itertools.chain(beginning, runs), val_tokens, shard_tokens)
+            for _, share in itertools.groupby(shares, key=itemgetter(0)):
+                path = next(train_paths) if sizes else val_path
+                sizes[path] = write_runs(folder / path.name, (tokens for _, tokens in share))
+            if len(sizes) == 1:
+                raise UserError(f"--val-tokens is {val_tokens:,}, expected fewer than the {sizes[val_path]:,} tokens of the "
+                                "text; lower it", status=2)
+            for path in (val_path, *earlier):
+                path.unlink(missing_ok=True)
+            for path in reversed(sizes):
+                os.replace(folder / path.name, path)
     except OSError as error:
         raise cannot_write(val_path, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return sizes
 
 

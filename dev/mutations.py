@@ -246,7 +246,7 @@ MUTATIONS = [Mutation(*row) for row in [
     ("resume: state written under its name before it is whole", "resume.py", "with whole_folder(path) as folder:",
      "path.mkdir(parents=True)\n    for folder in [path]:", resuming("full_disk or killed")),
     ("resume: half-written folder left behind", "files.py",
-     "        shutil.rmtree(unfinished, ignore_errors=True)\n\n\ndef cannot_write", "        pass\n\n\ndef cannot_write",
+     "        shutil.rmtree(unfinished, ignore_errors=True)\n\n\n@contextlib", "        pass\n\n\n@contextlib",
      resuming("full_disk")),
     ("resume: moments unpickled", "resume.py", "allow_pickle=False", "allow_pickle=True", resuming("damaged")),
     ("resume: moments of another model", "resume.py", "moment.shape != (params.size,) or ", "", resuming("damaged")),
