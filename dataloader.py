@@ -11,13 +11,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from files import HEADER_BYTES, UserError, header_of, read_header, whole_file
+from cli import UserError
+from files import HEADER_BYTES, atomic_file, make_header, read_header
 
 MAGIC = 20240520
 VERSION = 1
 TOKEN_BYTES = 2
 FINGERPRINT = 65536     # tokens at either end of a file
-HOW_TO_MEND = "write it again with prepare_text.py or prepare_tinyshakespeare.py"
+REPAIR_HINT = "write it again with prepare_text.py or prepare_tinyshakespeare.py"
 
 
 def write_tokens(path, tokens):
@@ -31,7 +32,7 @@ def write_runs(path, runs):
     Raises UserError if it cannot be written.
     """
     num_tokens = 0
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.seek(HEADER_BYTES)
         for tokens in runs:
             tokens = np.asarray(tokens)
@@ -40,7 +41,7 @@ def write_runs(path, runs):
             file.write(tokens.astype("<u2").tobytes())
             num_tokens += len(tokens)
         file.seek(0)
-        file.write(header_of(MAGIC, VERSION, num_tokens))
+        file.write(make_header(MAGIC, VERSION, num_tokens))
     return num_tokens
 
 
@@ -49,13 +50,13 @@ def open_tokens(path, vocab_size):
 
     Raises UserError if it is no token file of this version, is cut short, or holds a token that is not below `vocab_size`.
     """
-    size, _, (num_tokens, *_) = read_header(path, "a token file", MAGIC, {VERSION: "uint16"}, HOW_TO_MEND)
+    size, _, (num_tokens, *_) = read_header(path, "a token file", MAGIC, {VERSION: "uint16"}, REPAIR_HINT)
     expected_size = HEADER_BYTES + TOKEN_BYTES * num_tokens
     if size != expected_size:
         raise UserError(f"{path} has {size:,} bytes, expected {expected_size:,} for the {num_tokens:,} tokens of its header; "
-                        f"{HOW_TO_MEND}")
+                        f"{REPAIR_HINT}")
     if num_tokens == 0:
-        raise UserError(f"{path} holds no tokens; {HOW_TO_MEND}")
+        raise UserError(f"{path} holds no tokens; {REPAIR_HINT}")
 
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
     # An id outside the vocabulary would make the embedding kernel read past its table. One pass over the file, reading only.

@@ -1,7 +1,7 @@
 """Several processes that train one model together, over MPI: `mpiexec -n 4 python train_gpt2.py ...`.
 
 Every process computes the gradients of its own part of the batch (data parallel), adds up with the others one share of them,
-updates that share of the parameters and hands it to the others. So each keeps the optimiser's moments of its share only: ZeRO
+updates that share of the parameters and hands it to the others. So each keeps the optimizer's moments of its share only: ZeRO
 stage 1 (Rajbhandari et al. 2020). Without mpiexec a process is alone, and mpi4py is not needed.
 """
 import atexit
@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from files import UserError
+from cli import UserError
 
 SIZES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"      # one of which the mpiexec of Open MPI, or of MPICH or Intel, sets
 CHUNK = 2 ** 16     # numbers in a message: so many are still in cache when they are added
@@ -48,7 +48,7 @@ class World:
             atexit.register(self.communicator.Abort, getattr(error, "status", 1))     # once the error is on the screen
 
     @contextlib.contextmanager
-    def first_of_machine_first(self):
+    def local_rank_zero_first(self):
         """What stands inside is run by one process of each machine, and then by the others."""
         if self.size > 1 and self.local_rank > 0:
             self.machine.Barrier()

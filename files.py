@@ -1,10 +1,8 @@
 """What the programs share: errors fit for a user, a progress bar, whole files or none, their headers, pinned downloads."""
 
-import argparse
 import contextlib
 import hashlib
 import io
-import math
 import os
 import re
 import shutil
@@ -12,109 +10,15 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
+from cli import UserError
+
 DATA_DIR = Path(__file__).resolve().parent / "data"
 PIP_SECONDS = 120  # enough for two megabytes over a slow line
-DRAW_SECONDS = 0.1
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
-
-
-class UserError(Exception):
-    """Something the user can mend. The message is one line: what failed, what was expected and what to do.
-
-    A program prints it without a traceback and exits with `status`: 1 for a failure, 2 for a mistake on the command line.
-    """
-
-    def __init__(self, message, status=1):
-        super().__init__(message)
-        self.status = status
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line like every other error's."""
-
-    def add_flag(self, flag, default=None, help="", **rest):
-        """A flag; its default is stated in the help unless the help says it in words."""
-        self.add_argument(flag, default=default, help=help + (" (default: %(default)s)" if default is not None else ""), **rest)
-
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the flags", status=2)
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite int or float from low to high."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or value == math.inf:
-            wanted = f"of at least {low}" + (f" and at most {high}" if high < math.inf else "")
-            sort = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected {sort} {wanted}")
-        return value
-    return parse
-
-
-def run_program(main, to_save_memory="close other programs"):
-    """Call `main()`; end the process with one line on standard error for a UserError, too little memory or an interruption.
-
-    to_save_memory: what to do about too little memory
-    """
-    sys.stdout.reconfigure(errors="replace")  # a terminal, or a file on Windows, may lack a letter that a model makes up
-    program = Path(sys.argv[0]).name
-    try:
-        main()
-    except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except MemoryError as error:
-        print(f"{program}: error: not enough memory{f' ({error})' if str(error) else ''}; {to_save_memory}", file=sys.stderr)
-        sys.exit(1)
-    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it exits
-        sys.exit(141)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-class ProgressBar:
-    """How much of some work is done, shown on standard error while this is entered, if somebody watches a terminal there.
-
-    done, total: parts of the work, in any unit; a total of math.inf is one that nobody knows
-    """
-
-    def __init__(self, label, total):
-        self.label, self.total, self.done = label, total, 0
-        self.started = self.drawn = time.perf_counter()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if sys.stderr.isatty():
-            self.draw()
-            print(file=sys.stderr)      # an error begins on a line of its own
-
-    def advance(self, parts=1):
-        self.done += parts
-        if time.perf_counter() - self.drawn > DRAW_SECONDS and sys.stderr.isatty():
-            self.draw()
-
-    def draw(self, width=40):
-        self.drawn = time.perf_counter()
-        share = min(self.done / max(self.total, 1), 1)      # a file may grow
-        bar = f"[{'#' * int(width * share):<{width}}] {int(100 * share):3d} %" if self.total < math.inf else ""
-        print(f"\r{self.label}", ", ".join(filter(None, [bar, self.summary()])), end=" ", file=sys.stderr, flush=True)
-
-    def summary(self):
-        """What is said behind the bar."""
-        return ""
 
 
 def main_memory():
@@ -129,7 +33,7 @@ def main_memory():
 
 
 @contextlib.contextmanager
-def whole_file(path):
+def atomic_file(path):
     """Open a binary file for writing that takes its name only once it is complete.
 
     Raises UserError if the folder cannot be made or the file cannot be written; whatever stood at `path` is then untouched.
@@ -151,7 +55,7 @@ def whole_file(path):
 
 
 @contextlib.contextmanager
-def unfinished_folder(path):
+def temporary_folder(path):
     """Make a folder beside path for what is to stand there once it is complete. At the end nothing is left of it."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -162,14 +66,14 @@ def unfinished_folder(path):
 
 
 @contextlib.contextmanager
-def whole_folder(path):
+def atomic_folder(path):
     """Make a folder that takes its name only once it is complete. The name must be free.
 
     Raises UserError if that cannot be done; then nothing is left of it.
     """
     path = Path(path)
     try:
-        with unfinished_folder(path) as unfinished:
+        with temporary_folder(path) as unfinished:
             yield unfinished
             os.rename(unfinished, path)
     except OSError as error:
@@ -191,15 +95,15 @@ def check_writable(flag, folder):
         raise UserError(f"cannot write to {flag} {folder}: {error.strerror}; choose a folder that can be written") from error
 
 
-def header_of(*fields):
+def make_header(*fields):
     """The header of a file like those of llm.c: 256 little-endian int32, a magic number, a version, more, then zeros."""
     return struct.pack(f"<{HEADER_INTS}i", *fields, *[0] * (HEADER_INTS - len(fields)))
 
 
-def read_header(path, kind, magic, versions, how_to_mend):
-    """The size of a file in bytes, its version and the other fields of its header, which header_of has made.
+def read_header(path, kind, magic, versions, repair_hint):
+    """The size of a file in bytes, its version and the other fields of its header, which make_header has made.
 
-    Raises UserError, which calls the file `kind` and ends with how_to_mend, if it cannot be read, or begins with another magic
+    Raises UserError, which calls the file `kind` and ends with repair_hint, if it cannot be read, or begins with another magic
     number, or with none of `versions`, a dict from their numbers to the dtype that follows.
     """
     try:
@@ -207,15 +111,15 @@ def read_header(path, kind, magic, versions, how_to_mend):
             header = file.read(HEADER_BYTES)
             size = file.seek(0, os.SEEK_END)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {how_to_mend}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; {repair_hint}") from error
     if len(header) < HEADER_BYTES:
-        raise UserError(f"{path} has {size:,} bytes, expected a header of {HEADER_BYTES:,}, as {kind} has it; {how_to_mend}")
+        raise UserError(f"{path} has {size:,} bytes, expected a header of {HEADER_BYTES:,}, as {kind} has it; {repair_hint}")
     found, version, *fields = struct.unpack(f"<{HEADER_INTS}i", header)
     if found != magic:
-        raise UserError(f"{path} begins with {found}, expected the magic number {magic} of {kind}; {how_to_mend}")
+        raise UserError(f"{path} begins with {found}, expected the magic number {magic} of {kind}; {repair_hint}")
     if version not in versions:
         expected = " or ".join(f"{number} ({dtype})" for number, dtype in versions.items())
-        raise UserError(f"{path} is {kind} of version {version}, expected version {expected}; {how_to_mend}")
+        raise UserError(f"{path} is {kind} of version {version}, expected version {expected}; {repair_hint}")
     return size, version, fields
 
 

@@ -15,18 +15,18 @@ from typing import NamedTuple
 import numpy as np
 
 import kernels_cpu as kernels
-from checkpoint import load_model
+from model_files import load_model
 from dataloader import MAGIC, open_tokens
-from files import OneLineParser, UserError, number, run_program
+from cli import OneLineParser, UserError, bounded, run_program
 from gpt2 import VOCABULARY, Config, Tensors, parameter_shapes
 from sampling import sample
 from tokenizer import END_OF_TEXT, gpt2_encoding
 
-FEW_ROWS = 24             # up to so many, a product waits for its weight to be read
+MEMORY_BOUND_ROWS = 24             # up to so many, a product waits for its weight to be read
 CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time when a text is scored
 NO_BIAS = np.empty(0, dtype=np.float32)
-TO_SAVE_MEMORY = "choose a smaller --model, fewer --num-samples or --quantize int8"
-UNSOUND = "the model's weights are damaged, or it diverged in training; take another --model"
+OUT_OF_MEMORY_HINT = "choose a smaller --model, fewer --num-samples or --quantize int8"
+DAMAGED_WEIGHTS_HINT = "the model's weights are damaged, or it diverged in training; take another --model"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def quantize(config, params):
     """
     weights = {name: getattr(params, name) for name in LINEAR_WEIGHTS} | {"wte": params.wte[None, :config.vocab_size]}
     shapes = {name: tensor.shape for name, tensor in weights.items()}
-    groups = {name: (L, OC, math.ceil(C / kernels.GROUP)) for name, (L, OC, C) in shapes.items()}
+    groups = {name: (L, OC, math.ceil(C / kernels.QUANT_GROUP)) for name, (L, OC, C) in shapes.items()}
     numbers, scales = Tensors(shapes, partial(kernels.in_large_pages, dtype=np.int8)), Tensors(groups, kernels.in_large_pages)
     rounded = {name: [Int8Weight(*parts) for parts in zip(getattr(numbers, name), getattr(scales, name))] for name in weights}
     for name, tensor in weights.items():
@@ -69,10 +69,10 @@ def encoder_forward(out, tokens, wte, wpe):
 def linear_forward(out, inp, weight, bias, workspace):
     """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), by the kernel that suits N and the weight."""
     if isinstance(weight, Int8Weight):
-        product = kernels.matvec_int8_forward if len(inp) <= FEW_ROWS else kernels.matmul_int8_forward
+        product = kernels.matvec_int8_forward if len(inp) <= MEMORY_BOUND_ROWS else kernels.matmul_int8_forward
         product(out, inp, *weight, bias, workspace)
     else:
-        product = kernels.matvec_forward if len(inp) <= FEW_ROWS else kernels.matmul_forward
+        product = kernels.matvec_forward if len(inp) <= MEMORY_BOUND_ROWS else kernels.matmul_forward
         product(out, inp, weight, bias, workspace)
 
 
@@ -101,7 +101,7 @@ class Decoder:
         self.acts = Tensors({"residual": (0, 0)})
 
     def forward(self, tokens):
-        """From tokens (B, T), which follow those it remembers, to the normalised output of the last block (N, C), N = B*T.
+        """From tokens (B, T), which follow those it remembers, to the normalized output of the last block (N, C), N = B*T.
 
         B may be less than there are texts: the first B are then read. ValueError if the context is exceeded.
         """
@@ -115,7 +115,7 @@ class Decoder:
                                  "att": (N, C), "proj": (N, C), "fch": (N, 4 * C), "fch_gelu": (N, 4 * C)})
         params, acts, residual = self.params, self.acts, self.acts.residual
         attention_forward = kernels.attention_cached_forward
-        layernorm_forward, gelu_forward, residual_forward = ROW_BY_ROW[N <= FEW_ROWS]
+        layernorm_forward, gelu_forward, residual_forward = ROW_BY_ROW[N <= MEMORY_BOUND_ROWS]
 
         encoder_forward(residual, tokens, params.wte, params.wpe[position:end])                                  # (N, C)
         for l in range(self.config.num_layers):
@@ -142,7 +142,7 @@ class Decoder:
         return logits
 
     def losses(self, rows, targets):
-        """The cross entropies (n,), in nats, of targets (n,) given rows (n, C) of what `forward` returned."""
+        """The cross-entropies (n,), in nats, of targets (n,) given rows (n, C) of what `forward` returned."""
         losses, logits = np.empty(len(rows), dtype=np.float32), self.logits(rows)
         kernels.fused_classifier(losses, logits, targets, 0.0, self.config.vocab_size)
         return losses
@@ -171,14 +171,14 @@ class Decoder:
 def generate(decoder, texts, generators, max_new_tokens, **sampling):
     """Yield the next token of each of the texts and append it, max_new_tokens times.
 
-    Each text has its own generator, and up to FEW_ROWS texts the same bits of logits, however many others there are. Beyond,
+    Each text has its own generator, and up to MEMORY_BOUND_ROWS texts the same bits of logits, however many others there are. Beyond,
     and where half a context of all texts is so short, logits differ by 1e-6, which may be enough for another token.
     Raises UserError if the model's logits are not finite.
     """
     for _ in range(max_new_tokens):
         logits = decoder.next_logits(texts)
         if not np.isfinite(logits).all():
-            raise UserError(f"the logits after {len(texts[0]):,} tokens are not finite: {UNSOUND}")
+            raise UserError(f"the logits after {len(texts[0]):,} tokens are not finite: {DAMAGED_WEIGHTS_HINT}")
         tokens = [sample(row, text, generator, **sampling) for row, text, generator in zip(logits, texts, generators)]
         for text, token in zip(texts, tokens):
             text.append(token)
@@ -186,7 +186,7 @@ def generate(decoder, texts, generators, max_new_tokens, **sampling):
 
 
 def mean_loss(decoder, tokens):
-    """The mean cross entropy, in nats a token, of all but the first of `tokens`, each given those before it.
+    """The mean cross-entropy, in nats a token, of all but the first of `tokens`, each given those before it.
 
     The model sees a context's worth at a time. Windows overlap by half, so that every token but those of the first half
     has at least half a context before it.
@@ -318,18 +318,18 @@ def parse_options(description, arguments=None, **own_flags):
     """
     parser = OneLineParser(description=description)
     add = parser.add_flag
-    positive, count = number(int, 1), number(int, 0)
+    positive, count = bounded(int, 1), bounded(int, 0)
     add("--model", required=True, help="a folder as Hugging Face's or as train_gpt2.py leaves it, a .safetensors file, llm.c's "
         ".bin, or a name on the Hugging Face hub: gpt2, gpt2-medium, distilgpt2, ...")
     add("--prompt", help="the text to go on with; <|endoftext|>, the beginning of a text, if it is empty (default: standard "
         "input without its last newline, if it is a file or a pipe)")
     add("--max-new-tokens", default=256, type=positive, help="tokens to generate")
-    add("--temperature", default=0.8, type=number(float, 0),
+    add("--temperature", default=0.8, type=bounded(float, 0),
         help="above 1 more surprising, below less; 0: always the most probable token")
     add("--top-k", default=0, type=count, help="choose among so many most probable tokens; 0: all")
-    add("--top-p", default=0.95, type=number(float, 0, 1),
+    add("--top-p", default=0.95, type=bounded(float, 0, 1),
         help="choose among the most probable tokens of this probability together")
-    add("--repetition-penalty", default=1.0, type=number(float, 1),
+    add("--repetition-penalty", default=1.0, type=bounded(float, 1),
         help="makes tokens that occurred before less probable; 1: does not")
     add("--seed", default=1337, type=count, help="seed of the choices: the same one gives the same text")
     add("--num-samples", default=1, type=positive, help="texts to generate, side by side")
@@ -360,11 +360,11 @@ def compile_kernels():
 
 def run_every_kernel(int8):
     """Reads and scores a text with the smallest model, which makes Numba compile all it has not yet."""
-    config = Config(max_seq_len=2 * FEW_ROWS, vocab_size=2, padded_vocab_size=2, num_layers=1, num_heads=1, channels=1)
+    config = Config(max_seq_len=2 * MEMORY_BOUND_ROWS, vocab_size=2, padded_vocab_size=2, num_layers=1, num_heads=1, channels=1)
     params = Tensors(parameter_shapes(config))
     decoder = Decoder(config, quantize(config, params) if int8 else params, num_texts=1, threads=1)
     decoder.next_logits([[0]])
-    mean_loss(decoder, [0] * (2 * FEW_ROWS + 1))
+    mean_loss(decoder, [0] * (2 * MEMORY_BOUND_ROWS + 1))
 
 
 def read_bytes(path, size=-1):
@@ -394,7 +394,7 @@ def encode(encoding, text, context):
     return tokens
 
 
-def tokenizer_of(config, name):
+def tokenizer_for(config, name):
     """GPT-2's encoding, the only one there is here. Raises UserError if the model has another vocabulary."""
     if config.vocab_size != VOCABULARY:
         raise UserError(f"--model {name} has a vocabulary of {config.vocab_size:,} tokens, expected GPT-2's {VOCABULARY:,}: "
@@ -408,14 +408,14 @@ def score(decoder, options):
     if read_bytes(path, 4) == np.array(MAGIC, dtype="<i4").tobytes():
         tokens = open_tokens(path, config.vocab_size)
     else:
-        tokens = [END_OF_TEXT, *tokenizer_of(config, options.model).encode_ordinary(as_text(path, read_bytes(path)))]
+        tokens = [END_OF_TEXT, *tokenizer_for(config, options.model).encode_ordinary(as_text(path, read_bytes(path)))]
     if len(tokens) < 2:
         raise UserError(f"{path} holds {len(tokens)} token, expected at least 2: the first is not scored")
     started = time.perf_counter()
     loss = mean_loss(decoder, tokens)
     seconds = time.perf_counter() - started
     if not math.isfinite(loss):
-        raise UserError(f"the loss on {path} is {loss}: {UNSOUND}")
+        raise UserError(f"the loss on {path} is {loss}: {DAMAGED_WEIGHTS_HINT}")
     print(f"perplexity {np.exp(np.float64(loss)):,.3f} | loss {loss:.5f} nats a token | {len(tokens) - 1:,} tokens of {path}")
     note(f"{(len(tokens) - 1) / seconds:,.1f} tok/s")
 
@@ -481,11 +481,11 @@ def main():
     options = parse_options(
         "Generate text with GPT-2 on the CPU.",
         quantize=dict(choices=["int8"], help="round the weights to 8 bits: a quarter of the memory, faster"),
-        threads=dict(type=number(int, 1), help="CPU threads (default: one for each core)"))
+        threads=dict(type=bounded(int, 1), help="CPU threads (default: one for each core)"))
     threads = kernels.use_threads(options.threads)
     prompt = read_prompt(options)
     config, params = load_model(options.model)
-    encoding = None if options.perplexity else tokenizer_of(config, options.model)
+    encoding = None if options.perplexity else tokenizer_for(config, options.model)
     compile_kernels()
     if options.quantize:
         params = quantize(config, params)
@@ -493,4 +493,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main, TO_SAVE_MEMORY)
+    run_program(main, OUT_OF_MEMORY_HINT)

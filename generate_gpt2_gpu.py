@@ -1,23 +1,23 @@
 """Generate text with GPT-2 on the GPU: `python generate_gpt2_gpu.py --model MODEL --prompt TEXT`, or --help for the rest.
 
 The twin of generate_gpt2.py, from which it has all but the decoder: the same memory of keys and values, the same flat forward
-pass, with the kernels of kernels_gpu.py. `--device cpu` runs them without a GPU (dev/cuda_on_cpu).
+pass, with the kernels of kernels_gpu.py. `--device cpu` runs them without a GPU (cuda_on_cpu).
 """
 import generate_gpt2
 import kernels_gpu as kernels
-from checkpoint import load_model
+from model_files import load_model
 from device import open_device
-from files import run_program
-from generate_gpt2 import parse_options, read_prompt, run, tokenizer_of
+from cli import run_program
+from generate_gpt2 import parse_options, read_prompt, run, tokenizer_for
 from gpt2 import Tensors, parameter_shapes
 
-FEW_ROWS = 12             # up to so many, a product waits for its weight to be read
-TO_SAVE_MEMORY = "choose a smaller --model or fewer --num-samples"
+MEMORY_BOUND_ROWS = 12             # up to so many, a product waits for its weight to be read
+OUT_OF_MEMORY_HINT = "choose a smaller --model or fewer --num-samples"
 
 
 def linear_forward(out, inp, weight, bias):
     """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), by the kernel that suits N."""
-    product = kernels.matvec_forward if len(inp) <= FEW_ROWS else kernels.matmul_forward
+    product = kernels.matvec_forward if len(inp) <= MEMORY_BOUND_ROWS else kernels.matmul_forward
     product(out, inp, weight, bias)
 
 
@@ -40,7 +40,7 @@ class Decoder(generate_gpt2.Decoder):
         self.no_bias = device.empty(0)
 
     def forward(self, tokens):
-        """From tokens (B, T), a NumPy array, to the normalised output of the last block (N, C), N = B*T."""
+        """From tokens (B, T), a NumPy array, to the normalized output of the last block (N, C), N = B*T."""
         B, T = tokens.shape
         N, C, L = B * T, self.config.channels, self.config.num_layers
         position, end = self.length, self.length + T
@@ -81,7 +81,7 @@ class Decoder(generate_gpt2.Decoder):
         return self.device.to_host(self.logits_on_device(rows))
 
     def losses(self, rows, targets):
-        """The cross entropies (n,), in nats, of targets (n,), a NumPy array, given rows (n, C) of what `forward` returned."""
+        """The cross-entropies (n,), in nats, of targets (n,), a NumPy array, given rows (n, C) of what `forward` returned."""
         losses, logits = self.device.empty(len(rows)), self.logits_on_device(rows)
         kernels.fused_classifier(losses, logits, self.device.to_device(targets), 0.0, self.config.vocab_size)
         return self.device.to_host(losses)
@@ -94,9 +94,9 @@ def main():
     prompt = read_prompt(options)
     device = open_device(options.device, "float32")
     config, params = load_model(options.model)
-    encoding = None if options.perplexity else tokenizer_of(config, options.model)
+    encoding = None if options.perplexity else tokenizer_for(config, options.model)
     run(Decoder(config, params, options.num_samples, device), encoding, prompt, options)
 
 
 if __name__ == "__main__":
-    run_program(main, TO_SAVE_MEMORY)
+    run_program(main, OUT_OF_MEMORY_HINT)

@@ -60,7 +60,7 @@ def parameter_shapes(config):
 
 MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
 RESIDUAL_PROJECTIONS = ("attprojw", "fcprojw")
-WEIGHT_DECAYED = MATRICES         # biases and the scales of layernorm are not pulled towards zero
+WEIGHT_DECAYED = MATRICES         # biases and the scales of layernorm are not pulled toward zero
 
 
 def activation_shapes(config, B, T, recompute=False):
@@ -181,7 +181,7 @@ def initialize(params, config, seed):
 
     Each block adds to the residual stream twice. So that its variance does not grow with depth, the 2L projections that
     end there start smaller by 1/sqrt(2L). The padding rows of wte are zero and stay zero. Derived in
-    dev/derivations/initialisation.md.
+    dev/derivations/initialization.md.
     """
     generator = np.random.default_rng(seed)
     for name, tensor in params.items():

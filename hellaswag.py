@@ -7,7 +7,7 @@ a run of little-endian uint16:
     65535, the bytes of this example, its index, the label, 4 (completions),
     n and the n tokens of the context, then n and the n tokens of each completion
 
-The score is llm.c's, too: the model chooses the completion whose tokens have the least mean cross entropy after the context.
+The score is llm.c's, too: the model chooses the completion whose tokens have the least mean cross-entropy after the context.
 To divide by a completion's length is what is called acc_norm; lm-evaluation-harness divides by its bytes, and words the
 contexts differently, so its scores are others (llm.c's notes on GPT-2 124M: 0.2955, and 0.3114 by the harness).
 """
@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import HEADER_BYTES, ProgressBar, UserError, header_of, read_header, whole_file
+from cli import ProgressBar, UserError
+from files import HEADER_BYTES, atomic_file, make_header, read_header
 from gpt2 import chunks
 
 MAGIC = 20240522
@@ -24,7 +25,7 @@ START = 65535
 COMPLETIONS = 4
 EXAMPLE_WORDS = 5         # before the context
 LARGEST = 65535           # bytes of an example, and examples in a file
-HOW_TO_MEND = "write it with dev/prepare_hellaswag.py"
+REPAIR_HINT = "write it with dev/prepare_hellaswag.py"
 
 
 class Example(NamedTuple):
@@ -48,8 +49,8 @@ def write_examples(path, examples):
         if max(size, len(examples)) > LARGEST:
             raise ValueError(f"{len(examples):,} examples, one of {size:,} bytes, expected at most {LARGEST:,} of both")
         contents.append(np.array([START, size, index, label, COMPLETIONS, *texts], dtype="<u2").tobytes())
-    with whole_file(path) as file:
-        file.write(header_of(MAGIC, VERSION, len(examples), max(map(len, contents), default=0)))
+    with atomic_file(path) as file:
+        file.write(make_header(MAGIC, VERSION, len(examples), max(map(len, contents), default=0)))
         file.writelines(contents)
 
 
@@ -59,9 +60,9 @@ def read_examples(path, vocab_size):
     Raises UserError if it is no file of examples of this version, is cut short or damaged, or holds a token that is not below
     `vocab_size`.
     """
-    size, _, (num_examples, *_) = read_header(path, "a file of HellaSwag examples", MAGIC, {VERSION: "uint16"}, HOW_TO_MEND)
+    size, _, (num_examples, *_) = read_header(path, "a file of HellaSwag examples", MAGIC, {VERSION: "uint16"}, REPAIR_HINT)
     if not 1 <= num_examples <= LARGEST:
-        raise UserError(f"{path} holds {num_examples:,} examples by its header, expected 1 to {LARGEST:,}; {HOW_TO_MEND}")
+        raise UserError(f"{path} holds {num_examples:,} examples by its header, expected 1 to {LARGEST:,}; {REPAIR_HINT}")
 
     words = np.fromfile(path, dtype="<u2", offset=HEADER_BYTES)
     examples, position = [], 0
@@ -69,7 +70,7 @@ def read_examples(path, vocab_size):
         try:
             example, length = parse_example(words[position:], index)
         except ValueError as error:
-            raise UserError(f"{path}, example {index:,} of {num_examples:,}: {error}; {HOW_TO_MEND}") from error
+            raise UserError(f"{path}, example {index:,} of {num_examples:,}: {error}; {REPAIR_HINT}") from error
         largest = max(int(text.max()) for text in (example.context, *example.completions))
         if largest >= vocab_size:   # would make the embedding kernel read past its table
             raise UserError(f"{path}, example {index:,} holds token {largest:,}, expected tokens below the model's vocabulary "
@@ -78,7 +79,7 @@ def read_examples(path, vocab_size):
         position += length
     rest = size - HEADER_BYTES - 2 * position
     if rest > 0:
-        raise UserError(f"{path} goes on for {rest:,} bytes after the {num_examples:,} examples of its header; {HOW_TO_MEND}")
+        raise UserError(f"{path} goes on for {rest:,} bytes after the {num_examples:,} examples of its header; {REPAIR_HINT}")
     return examples
 
 
@@ -108,10 +109,10 @@ def parse_example(words, index):
 
 
 def completion_losses(token_losses, examples, batch_size, sequence_length):
-    """The mean cross entropy of every completion, in nats a token, each given its context: (examples, 4) float64.
+    """The mean cross-entropy of every completion, in nats a token, each given its context: (examples, 4) float64.
 
     token_losses(tokens, targets) is the model: from int32 arrays (B, T), with B up to batch_size and T up to sequence_length,
-    to the cross entropy of each target given the tokens before it, float32 (B*T,).
+    to the cross-entropy of each target given the tokens before it, float32 (B*T,).
 
     Of a context and completion that are too long for the model, the latest tokens remain. Raises UserError if a loss is not
     a finite number.

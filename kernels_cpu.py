@@ -24,7 +24,7 @@ Costs
 
 Threads
     There is one thread pool, Numba's. Every thread computes its own block of a matrix product with `sgemm`, which runs on one
-    thread and stands towards the end of this file. No two threads ever add into the same number, and every sum runs in a fixed
+    thread and stands toward the end of this file. No two threads ever add into the same number, and every sum runs in a fixed
     order that does not depend on how many threads there are, so the same input gives the same bits.
 """
 import os
@@ -44,7 +44,7 @@ from numba import config, njit, prange, set_num_threads, types
 from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
 
-from files import UserError
+from cli import UserError
 
 # Sums may be reordered and products fused into sums, which is what lets a loop run on vector registers. Unlike
 # `fastmath=True`, this set does not assume the absence of NaN, which must come out wherever it went in.
@@ -57,16 +57,16 @@ LAYERNORM_EPSILON = np.float32(1e-5)
 GELU_SCALE = np.float32(np.sqrt(2 / np.pi))
 GELU_CUBIC = np.float32(0.044715)
 QUERY_TILE = 128    # rows of the attention matrix that exist at any one time, per thread
-MAXIMA = 64         # running maxima side by side
+MAX_LANES = 64         # running maxima side by side
 COLUMN_BLOCK = 64   # channels a thread sums over tokens at a time, when a sum over tokens is shared among threads
-GROUP = 64          # numbers of an int8 weight that share a scale
+QUANT_GROUP = 64          # numbers of an int8 weight that share a scale
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Building blocks
 
 @helper
-def share(part, parts, length):
+def partition(part, parts, length):
     """The [start, stop) of one of `parts` equal shares of a row, cut at multiples of 16 numbers, a cache line's worth."""
     lines = (length + 15) // 16
     return min(lines * part // parts * 16, length), min(lines * (part + 1) // parts * 16, length)
@@ -81,7 +81,7 @@ def add_to(total, term):
 
 @njit(inline="always", fastmath=FASTMATH)
 def exp(x):
-    """e**x to 3e-7 relative, in arithmetic that vectorises (Numba would call the C library once per element).
+    """e**x to 3e-7 relative, in arithmetic that vectorizes (Numba would call the C library once per element).
 
     x = n*ln(2) + r with |r| <= ln(2)/2, so e**x = 2**n * e**r: a polynomial (coefficients of Cephes' expf; ln(2) in two
     parts, to keep r exact) times a power of two made by writing n into a float's exponent bits. Below -87 the answer is 0
@@ -106,16 +106,16 @@ def row_max(row):
     """The largest element. It only shifts a softmax, so a NaN may be passed over here: it comes out in the sum.
 
     A loop with a single maximum would go one element at a time, since floating-point maxima may not be reordered when a
-    NaN is possible. MAXIMA running maxima side by side fill a vector register without any reordering.
+    NaN is possible. MAX_LANES running maxima side by side fill a vector register without any reordering.
     """
     largest = row[0]
-    lanes = np.full(MAXIMA, largest)
-    whole = row.size // MAXIMA * MAXIMA
-    for start in range(0, whole, MAXIMA):
-        part = row[start:start + MAXIMA]
-        for i in range(MAXIMA):
+    lanes = np.full(MAX_LANES, largest)
+    whole = row.size // MAX_LANES * MAX_LANES
+    for start in range(0, whole, MAX_LANES):
+        part = row[start:start + MAX_LANES]
+        for i in range(MAX_LANES):
             lanes[i] = part[i] if part[i] > lanes[i] else lanes[i]
-    for i in range(MAXIMA):
+    for i in range(MAX_LANES):
         largest = lanes[i] if lanes[i] > largest else largest
     for i in range(whole, row.size):
         largest = row[i] if row[i] > largest else largest
@@ -173,7 +173,7 @@ def encoder_backward(dwte, dwpe, dout, tokens):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Layer normalisation (Ba, Kiros and Hinton 2016)
+# Layer normalization (Ba, Kiros and Hinton 2016)
 
 @kernel
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
@@ -203,7 +203,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
 @kernel
 def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
-    """dinp (N, C) += the gradient through the normalisation; dweight (C) and dbias (C) += sums over the rows.
+    """dinp (N, C) += the gradient through the normalization; dweight (C) and dbias (C) += sums over the rows.
 
         dweight = sum_n(dout * norm)        dbias = sum_n(dout)        norm = (inp - mean) * rstd
 
@@ -214,7 +214,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
         dinp = rstd * (dnorm - mean_c(dnorm) - norm * mean_c(dnorm * norm))
 
     where mean_c is the mean over a row's channels. That is dnorm without its components along the two directions the
-    normalisation took away: the constant and norm.
+    normalization took away: the constant and norm.
 
     Cost: 19*N*C FLOPs, 16*N*C bytes: memory-bound. Derived in dev/derivations/layernorm.md.
     """
@@ -260,7 +260,7 @@ def matmul_forward(out, inp, weight, bias, workspace):
     N, OC = out.shape
     threads = len(workspace)
     for thread in prange(threads):
-        start, stop = share(thread, threads, OC)
+        start, stop = partition(thread, threads, OC)
         if start < stop:
             if bias.size > 0:
                 for n in range(N):
@@ -282,10 +282,10 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, workspace):
     C = inp.shape[1]
     threads = len(workspace)
     for thread in prange(threads):
-        start, stop = share(thread, threads, C)
+        start, stop = partition(thread, threads, C)
         if start < stop:
             sgemm(dinp[:, start:stop], 1.0, dout, weight[:, start:stop], 0.0, workspace[thread])
-        start, stop = share(thread, threads, OC)
+        start, stop = partition(thread, threads, OC)
         if start < stop:
             sgemm(dweight[start:stop], 1.0, dout[:, start:stop].T, inp, 1.0, workspace[thread])
             if dbias.size > 0:
@@ -305,7 +305,7 @@ def matvec_forward(out, inp, weight, bias, workspace):
     no_scales = np.empty((0, 0), dtype=np.float32)
     threads = len(workspace)
     for thread in prange(threads):
-        start, stop = share(thread, threads, len(weight))
+        start, stop = partition(thread, threads, len(weight))
         multiply_few_rows(out[:, start:stop], inp, weight[start:stop], no_scales, bias[start:stop])
 
 
@@ -323,8 +323,8 @@ def multiply_few_rows(out, inp, weight, scales, bias):
             for r in range(tile.shape[0]):
                 for i in range(tile.shape[1]):
                     rest = bias[o + i] if bias.size > 0 else np.float32(0)
-                    for c in range(C // GROUP * GROUP, C):
-                        scale = scales[o + i, c // GROUP] if scales.size > 0 else np.float32(1)
+                    for c in range(C // QUANT_GROUP * QUANT_GROUP, C):
+                        scale = scales[o + i, c // QUANT_GROUP] if scales.size > 0 else np.float32(1)
                         rest += rows[r, c] * np.float32(weight[o + i, c]) * scale
                     tile[r, i] += rest
 
@@ -532,7 +532,7 @@ def residual_forward(out, inp1, inp2):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Softmax and cross entropy, forward and backward at once
+# Softmax and cross-entropy, forward and backward at once
 
 @kernel
 def fused_classifier(losses, logits, targets, dloss, vocab_size):
@@ -567,7 +567,7 @@ def fused_classifier(losses, logits, targets, dloss, vocab_size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The optimiser
+# The optimizer
 
 @kernel
 def global_norm(grads):
@@ -635,7 +635,7 @@ residual_forward_on_one_thread = on_one_thread(residual_forward)
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights in int8, for decoding, which is as fast as the weights can be read
 #
-# Every GROUP numbers along a row of a weight share a scale: weight[o, c] is about numbers[o, c] * scales[o, c // GROUP], with
+# Every QUANT_GROUP numbers along a row of a weight share a scale: weight[o, c] is about numbers[o, c] * scales[o, c // QUANT_GROUP], with
 # numbers from -127 to 127, and one scale more for the numbers left over. Activations stay float32.
 
 @kernel
@@ -646,13 +646,13 @@ def quantize(numbers, scales, weight):
     """
     for o in prange(weight.shape[0]):
         for g in range(scales.shape[1]):
-            group = slice(g * GROUP, (g + 1) * GROUP)
+            group = slice(g * QUANT_GROUP, (g + 1) * QUANT_GROUP)
             scales[o, g] = quantize_group(numbers[o, group], weight[o, group])
 
 
 @helper
 def quantize_group(numbers, weight):
-    """numbers from weight, up to GROUP of both: the largest becomes 127 or -127. Returns their scale.
+    """numbers from weight, up to QUANT_GROUP of both: the largest becomes 127 or -127. Returns their scale.
 
     The largest is found among the bits: without their sign, floats are in the order of the integers that have the same
     bits, and integers can be compared a whole vector at a time. Infinity and NaN stand above all numbers there. They make
@@ -676,7 +676,7 @@ def quantize_group(numbers, weight):
 def dequantize_row(out, numbers, scales):
     """out (C) = numbers * scales, one row of a weight."""
     for g in range(scales.size):
-        part, whole = out[g * GROUP:(g + 1) * GROUP], numbers[g * GROUP:(g + 1) * GROUP]
+        part, whole = out[g * QUANT_GROUP:(g + 1) * QUANT_GROUP], numbers[g * QUANT_GROUP:(g + 1) * QUANT_GROUP]
         for i in range(part.size):
             part[i] = scales[g] * np.float32(whole[i])
 
@@ -699,7 +699,7 @@ def matvec_int8_forward(out, inp, numbers, scales, bias, workspace):
     """
     threads = len(workspace)
     for thread in prange(threads):
-        start, stop = share(thread, threads, len(numbers))
+        start, stop = partition(thread, threads, len(numbers))
         multiply_few_rows(out[:, start:stop], inp, numbers[start:stop], scales[start:stop], bias[start:stop])
 
 
@@ -713,7 +713,7 @@ def matmul_int8_forward(out, inp, numbers, scales, bias, workspace):
     C = inp.shape[1]
     threads = len(workspace)
     for thread in prange(threads):
-        start, stop = share(thread, threads, OC)
+        start, stop = partition(thread, threads, OC)
         buffer = np.empty((min(BLOCK_COLUMNS, stop - start), C), dtype=np.float32)
         for first in range(start, stop, BLOCK_COLUMNS):
             last = min(first + BLOCK_COLUMNS, stop)
@@ -772,13 +772,13 @@ def shuffle(build, first, second, lanes):
     return build.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT32, LANES), list(lanes)))
 
 
-def spread(build, number):
+def splat(build, number):
     """The vector with number in every lane."""
     nothing = VECTOR(ir.Undefined)
     return shuffle(build, build.insert_element(nothing, number, INT32(0)), nothing, [0] * LANES)
 
 
-def row_numbers(build, rows, count):
+def clamped_row_indices(build, rows, count):
     """The numbers of the first `count` rows; where there are fewer, the last stands in for those that are missing."""
     last = build.sub(rows, INT64(1))
     return [build.select(build.icmp_signed("<", last, INT64(r)), last, INT64(r)) for r in range(count)]
@@ -821,7 +821,7 @@ def emit_tile(build, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
     places = {(r, v): pointer(build, c, r, c_row, INT64(v * LANES)) for r, v in tile}
     for place in places.values():
         prefetch(build, place)
-    a_rows = [build.add(a, build.mul(r, a_row)) for r in row_numbers(build, rows, TILE_ROWS)]
+    a_rows = [build.add(a, build.mul(r, a_row)) for r in clamped_row_indices(build, rows, TILE_ROWS)]
 
     before, loop, after = build.block, build.append_basic_block(), build.append_basic_block()
     build.branch(loop)
@@ -833,7 +833,7 @@ def emit_tile(build, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
     prefetch(build, pointer(build, b, number=build.add(b_row, INT64(PREFETCH_AHEAD // 4))))
     fused, sums_after = ("contract",), {}
     for r in range(TILE_ROWS):
-        number = spread(build, build.load(pointer(build, a_rows[r], number=k)))
+        number = splat(build, build.load(pointer(build, a_rows[r], number=k)))
         for v in range(vectors):
             sums_after[r, v] = build.fadd(build.fmul(number, b_vectors[v], flags=fused), sums[r, v], flags=fused)
     k_after = build.add(k, INT64(1))
@@ -843,7 +843,7 @@ def emit_tile(build, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
     build.cbranch(build.icmp_signed("<", k_after, depth), loop, after)
 
     build.position_at_end(after)
-    alphas, betas = spread(build, alpha), spread(build, beta)
+    alphas, betas = splat(build, alpha), splat(build, beta)
     with build.if_else(build.fcmp_ordered("==", beta, FLOAT(0))) as (overwrite, add):
         with overwrite:
             for rv in tile:
@@ -1023,7 +1023,7 @@ def dot_products(typing, out, inp, weight, scales):
 def emit_dot_products(build, out, inp, weight, scales, in_int8):
     """The loop over groups, once for each number of rows of inp."""
     N, C = build.extract_value(inp.shape, 0), build.extract_value(inp.shape, 1)
-    columns = row_numbers(build, build.extract_value(weight.shape, 0), INT8_ROWS if in_int8 else WEIGHT_ROWS)
+    columns = clamped_row_indices(build, build.extract_value(weight.shape, 0), INT8_ROWS if in_int8 else WEIGHT_ROWS)
     weight_rows = [row_address(build, weight, o) for o in columns]
     scale_rows = [row_address(build, scales, o) for o in columns] if in_int8 else None
     end = build.append_basic_block()
@@ -1033,7 +1033,7 @@ def emit_dot_products(build, out, inp, weight, scales, in_int8):
         choice.add_case(INT64(count), block)
         build.position_at_end(block)
         input_rows = [row_address(build, inp, INT64(n)) for n in range(count)]
-        sums = emit_loop_over_groups(build, input_rows, weight_rows, scale_rows, build.sdiv(C, INT64(GROUP)))
+        sums = emit_loop_over_groups(build, input_rows, weight_rows, scale_rows, build.sdiv(C, INT64(QUANT_GROUP)))
         for (n, i), total in sums.items():
             distance = LANES // 2
             while distance > 0:    # halve the vector until its sum stands in its first lane
@@ -1062,9 +1062,9 @@ def emit_loop_over_groups(build, input_rows, weight_rows, scale_rows, groups):
     build.cbranch(build.icmp_signed("<", g, groups), body, after)
 
     build.position_at_end(body)
-    first = build.mul(g, INT64(GROUP))
+    first = build.mul(g, INT64(QUANT_GROUP))
     sums = dict.fromkeys(totals, VECTOR(None)) if scale_rows else dict(totals)
-    for v in range(0, GROUP, LANES):
+    for v in range(0, QUANT_GROUP, LANES):
         number = build.add(first, INT64(v))
         if scale_rows:
             places = [build.inttoptr(build.add(row, number), BYTES.as_pointer()) for row in weight_rows]
@@ -1076,7 +1076,7 @@ def emit_loop_over_groups(build, input_rows, weight_rows, scale_rows, groups):
             for i in range(len(weights)):
                 sums[n, i] = build.fadd(build.fmul(inputs, weights[i], flags=fused), sums[n, i], flags=fused)
     if scale_rows:
-        scales = [spread(build, build.load(pointer(build, row, number=g))) for row in scale_rows]
+        scales = [splat(build, build.load(pointer(build, row, number=g))) for row in scale_rows]
         for n, i in sums:
             sums[n, i] = build.fadd(build.fmul(sums[n, i], scales[i], flags=fused), totals[n, i], flags=fused)
         for row in weight_rows:

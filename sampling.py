@@ -22,7 +22,7 @@ def keep_top_k(logits, k):
 
 def softmax(logits, temperature):
     """Probabilities, proportional to exp(logits / temperature)."""
-    with np.errstate(over="ignore"):    # towards -infinity, of a temperature near 0
+    with np.errstate(over="ignore"):    # toward -infinity, of a temperature near 0
         shifted = (logits - logits.max()) / np.float32(max(temperature, 1e-30))
     exponentials = np.exp(shifted)
     return exponentials / exponentials.sum(dtype=np.float64).astype(np.float32)

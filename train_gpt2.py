@@ -14,15 +14,16 @@ from dataclasses import asdict
 import numpy as np
 
 import kernels_cpu as kernels
-from checkpoint import save_model
+from model_files import save_model
 from distributed import ALONE, start
-from files import main_memory, number, run_program
+from cli import bounded, run_program
+from files import main_memory
 from gpt2 import (WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize, memory_needed, new_array,
                   parameter_shapes, scratch_shapes)
 from hellaswag import count_correct, read_examples
-from resume import checkpoints, delete, save_checkpoint
-from training import (TO_SAVE_MEMORY, StopRequest, TrainingLog, Unheard, check_finite, check_memory, data_loaders, due,
-                      first_model, first_progress, learning_rate, outlier, parse_options, prepare_data,
+from checkpoint import checkpoints, delete, save_checkpoint
+from training import (OUT_OF_MEMORY_HINT, StopRequest, TrainingLog, NullLog, check_finite, check_memory, data_loaders, is_due,
+                      load_or_create_model, initial_progress, learning_rate, outlier, parse_options, prepare_data,
                       print_configuration, sample_text)
 
 CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time: 512 * 50304 * 4 bytes = 103 MB
@@ -53,7 +54,7 @@ class GPT2:
         self.tokens = None
 
     def initialize(self, seed):
-        """GPT-2's random initialisation."""
+        """GPT-2's random initialization."""
         initialize(self.params, self.config, seed)
 
     def set_params(self, params):
@@ -65,15 +66,15 @@ class GPT2:
         return self.params
 
     def set_moments(self, m, v):
-        """Copy the optimiser's moments from two flat arrays, in the order of the parameters."""
+        """Copy the optimizer's moments from two flat arrays, in the order of the parameters."""
         self.adam_m[...], self.adam_v[...] = m[self.share], v[self.share]
 
     def get_moments(self):
-        """The optimiser's two moments, flat NumPy arrays in the order of the parameters; None but for process 0."""
+        """The optimizer's two moments, flat NumPy arrays in the order of the parameters; None but for process 0."""
         return [self.world.gather(moment, self.params.size) for moment in (self.adam_m, self.adam_v)]
 
     def forward(self, tokens):
-        """From tokens (B, T) to the normalised output of the last block, `acts.lnf` (N, C).
+        """From tokens (B, T) to the normalized output of the last block, `acts.lnf` (N, C).
 
         T may be up to the context, B*T up to the model's; ValueError if not. `loss` and `backward` belong to the latest
         forward pass: the next one lays its activations out anew, for its own B and T, in the same memory.
@@ -113,7 +114,7 @@ class GPT2:
         kernels.gelu_forward(acts.fch_gelu[l], acts.fch[l])                                                      # (N, 4C)
 
     def loss(self, targets):
-        """Mean cross entropy of the last forward pass against targets (B, T), without a backward pass."""
+        """Mean cross-entropy of the last forward pass against targets (B, T), without a backward pass."""
         params, acts, workspace = self.params, self.acts, self.workspace
         targets = targets.reshape(self.tokens.size)
         for rows in chunks(self.tokens.size, CLASSIFIER_ROWS):
@@ -199,7 +200,7 @@ class GPT2:
         return self.world.sum(loss) / self.world.size, norm, time.perf_counter() - started
 
     def token_losses(self, tokens, targets):
-        """The cross entropies (N,) of targets (B, T) after tokens (B, T), by a forward pass."""
+        """The cross-entropies (N,) of targets (B, T) after tokens (B, T), by a forward pass."""
         self.forward(tokens)
         self.loss(targets)
         return self.acts.losses
@@ -265,21 +266,21 @@ def train(model, options, train_loader, val_loader, log, progress, stop, save, e
             log.note(step, f"update skipped: {reason}")
         progress.step, progress.data = step, train_loader.state
 
-        if due(options.val_loss_every, step, n):
+        if is_due(options.val_loss_every, step, n):
             val_loss = evaluate(model, val_loader, options.val_max_steps)
             check_finite(step, model, val_loss=val_loss)
             log.validation(step, val_loss)
             if val_loss < progress.best_val_loss:
                 progress.best_val_loss = val_loss
                 save.model_to(options.output_dir / "best")
-        if examples and due(options.hellaswag_every or n, step, n):
+        if examples and is_due(options.hellaswag_every or n, step, n):
             mine = examples[model.world.rank::model.world.size]
             correct = count_correct(model.token_losses, mine, options.batch_size, options.sequence_length)
             log.hellaswag(step, model.world.sum(correct), len(examples))
-        if due(options.sample_every, step, n):
+        if is_due(options.sample_every, step, n):
             log.sample(sample_text(step, model, options))
         stopped = model.world.largest(stop.signal)      # the others did not get it, or in another step
-        if due(options.checkpoint_every, step, n) or stopped:
+        if is_due(options.checkpoint_every, step, n) or stopped:
             save.checkpoint(progress)
         if stopped:
             return stopped
@@ -293,7 +294,7 @@ class Saver:
         self.model, self.options = model, options
 
     def checkpoint(self, progress):
-        """Write a checkpoint, from which --resume goes on (resume.py)."""
+        """Write a checkpoint, from which --resume goes on (checkpoint.py)."""
         model, options = self.model, self.options
         moments = model.get_moments()
         if model.world.rank == 0:
@@ -322,12 +323,12 @@ def train_and_save(model, options, train_loader, val_loader, ideal_seconds=None,
     ideal_seconds is TrainingLog's, device_rows are print_configuration's.
     """
     examples = read_examples(options.hellaswag, model.config.vocab_size) if options.hellaswag else []
-    progress = first_progress(options, train_loader)
+    progress = initial_progress(options, train_loader)
     train_loader.state = progress.data
     print_configuration(options, model, train_loader, val_loader, examples, **device_rows)
     save = Saver(model, options)
     first = model.world.rank == 0
-    with TrainingLog(options, ideal_seconds, progress.step) if first else contextlib.nullcontext(Unheard()) as log:
+    with TrainingLog(options, ideal_seconds, progress.step) if first else contextlib.nullcontext(NullLog()) as log:
         if first and progress.step == 0:
             for finished in checkpoints(options.output_dir):    # of an earlier run
                 delete(finished)
@@ -372,10 +373,10 @@ def main():
         if world.rank > 0:
             sys.stdout = open(os.devnull, "w")
         options = parse_options("Train GPT-2 on the CPU.", world=world, threads=dict(
-            type=number(int, 1), help="CPU threads of a process (default: its part of the cores)"))
+            type=bounded(int, 1), help="CPU threads of a process (default: its part of the cores)"))
         threads = kernels.use_threads(options.threads, world.local_size)
-        config, params, moments = first_model(options)
-        with world.first_of_machine_first():
+        config, params, moments = load_or_create_model(options)
+        with world.local_rank_zero_first():
             prepare_data(options)
             compile_kernels()
         train_loader, val_loader = data_loaders(options, config, world)
@@ -391,4 +392,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main, TO_SAVE_MEMORY)
+    run_program(main, OUT_OF_MEMORY_HINT)

@@ -1,4 +1,4 @@
-"""Train GPT-2 on the GPU: `python train_gpt2_gpu.py`, or the same kernels without a GPU: `--device cpu` (dev/cuda_on_cpu).
+"""Train GPT-2 on the GPU: `python train_gpt2_gpu.py`, or the same kernels without a GPU: `--device cpu` (cuda_on_cpu).
 
 The twin of train_gpt2.py, from which it has the training loop: the same memory, the same two flat passes, call for call,
 with the kernels of kernels_gpu.py. Where those do in one launch what takes several on the CPU, the passes differ: a
@@ -10,11 +10,11 @@ import numpy as np
 import kernels_gpu as kernels
 from device import open_device
 from distributed import ALONE
-from files import run_program
+from cli import run_program
 from gpt2 import (WEIGHT_DECAYED, Tensors, activation_shapes, activations, chunks, initialize, memory_needed, parameter_shapes,
                   scratch_shapes, training_flops)
 from train_gpt2 import BETA1, BETA2, EPSILON, fill, train_and_save
-from training import TO_SAVE_MEMORY, check_memory, data_loaders, first_model, parse_options, prepare_data
+from training import OUT_OF_MEMORY_HINT, check_memory, data_loaders, load_or_create_model, parse_options, prepare_data
 
 CLASSIFIER_ROWS = 2048    # tokens whose logits exist at any one time: 2048 * 50304 * 4 bytes = 412 MB
 
@@ -49,7 +49,7 @@ class GPT2:
         self.tokens = None
 
     def initialize(self, seed):
-        """GPT-2's random initialisation."""
+        """GPT-2's random initialization."""
         params = Tensors(parameter_shapes(self.config))
         initialize(params, self.config, seed)
         self.set_params(params)
@@ -63,16 +63,16 @@ class GPT2:
         return Tensors(self.params.shapes, allocate=lambda size: self.device.to_host(self.params.flat))
 
     def set_moments(self, m, v):
-        """Copy the optimiser's moments from two flat NumPy arrays, in the order of the parameters."""
+        """Copy the optimizer's moments from two flat NumPy arrays, in the order of the parameters."""
         self.device.fill(self.adam_m, m)
         self.device.fill(self.adam_v, v)
 
     def get_moments(self):
-        """Copies of the optimiser's two moments, flat NumPy arrays in the order of the parameters."""
+        """Copies of the optimizer's two moments, flat NumPy arrays in the order of the parameters."""
         return self.device.to_host(self.adam_m), self.device.to_host(self.adam_v)
 
     def forward(self, tokens):
-        """From tokens (B, T) to the normalised output of the last block, `acts.lnf` (N, C).
+        """From tokens (B, T) to the normalized output of the last block, `acts.lnf` (N, C).
 
         T and B*T may be up to the model's; ValueError if not. `loss` and `backward` belong to the latest
         forward pass: the next one lays its activations out anew, for its own B and T, in the same memory.
@@ -115,7 +115,7 @@ class GPT2:
         kernels.bias_gelu_forward(acts.fch_gelu[l], acts.fch[l], params.fcb[l])                                  # (N, 4C)
 
     def loss(self, targets):
-        """Mean cross entropy of the last forward pass against targets (B, T), without a backward pass."""
+        """Mean cross-entropy of the last forward pass against targets (B, T), without a backward pass."""
         params, acts = self.params, self.acts
         targets = targets.reshape(self.tokens.size)
         for rows in chunks(self.tokens.size, CLASSIFIER_ROWS):
@@ -203,7 +203,7 @@ class GPT2:
         return loss, norm, self.device.seconds(started, stopped)
 
     def token_losses(self, tokens, targets):
-        """The cross entropies (N,) of targets (B, T) after tokens (B, T), all NumPy arrays, by a forward pass."""
+        """The cross-entropies (N,) of targets (B, T) after tokens (B, T), all NumPy arrays, by a forward pass."""
         self.forward(self.device.to_device(tokens))
         self.loss(self.device.to_device(targets))
         return self.device.to_host(self.acts.losses)
@@ -261,7 +261,7 @@ def main():
         dtype=dict(default="float32", choices=["float32", "tf32"],
                    help="of matrix products; tf32: faster, with 10 bits of mantissa"))
     device = open_device(options.device, options.dtype)
-    config, params, moments = first_model(options)
+    config, params, moments = load_or_create_model(options)
     prepare_data(options)
     B, T = options.batch_size, options.sequence_length
     needed = memory_needed(config, activation_shapes(config, B, T, options.recompute), gpu_scratch_shapes(config, B, T))
@@ -277,4 +277,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main, TO_SAVE_MEMORY)
+    run_program(main, OUT_OF_MEMORY_HINT)

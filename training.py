@@ -12,23 +12,24 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import load_model
+from model_files import load_model
 from dataloader import DataLoader
 from distributed import ALONE
-from files import DATA_DIR, OneLineParser, UserError, check_writable, number, whole_file
+from cli import OneLineParser, UserError, bounded
+from files import DATA_DIR, atomic_file, check_writable
 from gpt2 import CONTEXT, HEADS_BY_DEPTH, RECOMPUTED, VOCABULARY, model_config
 from prepare_tinyshakespeare import prepare
-from resume import checkpoints, load_checkpoint, load_state
+from checkpoint import checkpoints, load_checkpoint, load_state
 from tokenizer import END_OF_TEXT, fetch_vocabulary, gpt2_encoding
 
 TRAIN_TOKENS = DATA_DIR / "tiny_shakespeare_train.bin"
 VAL_TOKENS = DATA_DIR / "tiny_shakespeare_val.bin"
 CSV_COLUMNS = ("step", "train_loss", "val_loss", "hellaswag", "grad_norm", "learning_rate", "milliseconds", "tokens_per_second")
 OUTLIER_WINDOW = 128
-NOT_KEPT = "output_dir", "resume", "checkpoint", "accumulation_steps"     # the flags of a run but for these go into checkpoints
-FIXED = "model", "sequence_length", "total_batch_size", "seed", "shuffle", "overfit_single_batch"     # throughout a run
+FLAGS_NOT_SAVED = "output_dir", "resume", "checkpoint", "accumulation_steps"     # the flags of a run but for these go into checkpoints
+FLAGS_THAT_MUST_MATCH = "model", "sequence_length", "total_batch_size", "seed", "shuffle", "overfit_single_batch"     # throughout a run
 NEW_MODELS = [f"d{depth}" for depth in HEADS_BY_DEPTH]
-TO_SAVE_MEMORY = "choose a smaller --model, --batch-size or --sequence-length"
+OUT_OF_MEMORY_HINT = "choose a smaller --model, --batch-size or --sequence-length"
 SAMPLE_TOKENS = 96
 TEMPERATURE = 0.8
 
@@ -37,7 +38,7 @@ TEMPERATURE = 0.8
 # Flags
 
 def model_name(text):
-    """An argparse type: a name of model_config's, or whatever checkpoint.load_model may find."""
+    """An argparse type: a name of model_config's, or whatever model_files.load_model may find."""
     if re.fullmatch(r"d\d+", text) and text not in NEW_MODELS and not Path(text).exists():
         raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(map(repr, NEW_MODELS))}, or a checkpoint")
     return text
@@ -51,7 +52,7 @@ def parse_options(description, arguments=None, world=ALONE, **own_flags):
     """
     parser = OneLineParser(description=description)
     add = parser.add_flag
-    positive, count = number(int, 1), number(int, 0)
+    positive, count = bounded(int, 1), bounded(int, 0)
     add("--model", default="d4", type=model_name,
         help=f"a new model of so many layers, one of {', '.join(NEW_MODELS)}, of which d12 is GPT-2 124M; or one to go on from: "
              "a Hugging Face folder, its name on the hub, a .safetensors file, an llm.c .bin file")
@@ -64,14 +65,14 @@ def parse_options(description, arguments=None, world=ALONE, **own_flags):
     add("--total-batch-size", type=positive, help="tokens in a step, a multiple of B*T times the number of processes (default: "
         "that); gradients accumulate")
     add("--num-iterations", default=1000, type=positive, help="steps")
-    add("--learning-rate", default=1e-3, type=number(float, 0), help="the highest learning rate")
+    add("--learning-rate", default=1e-3, type=bounded(float, 0), help="the highest learning rate")
     add("--warmup-iters", default=50, type=count, help="steps over which the learning rate rises to its highest")
-    add("--learning-rate-decay-frac", default=0.1, type=number(float, 0, 1),
+    add("--learning-rate-decay-frac", default=0.1, type=bounded(float, 0, 1),
         help="share of the highest learning rate left at the end")
     add("--schedule", choices=["cosine", "linear", "constant", "wsd"], default="cosine",
         help="how the learning rate falls; wsd: in the last fifth only")
-    add("--weight-decay", default=0.1, type=number(float, 0), help="AdamW's, on matrices and embeddings only")
-    add("--grad-clip", default=1.0, type=number(float, 0), help="norm to which longer gradients are shortened; 0: never")
+    add("--weight-decay", default=0.1, type=bounded(float, 0), help="AdamW's, on matrices and embeddings only")
+    add("--grad-clip", default=1.0, type=bounded(float, 0), help="norm to which longer gradients are shortened; 0: never")
     add("--val-loss-every", default=500, type=count, help="steps between validations, with one at the end; 0: never")
     add("--val-max-steps", default=128, type=positive, help="batches in a validation")
     add("--hellaswag", metavar="FILE", help="examples from dev/prepare_hellaswag.py, to score the model on (default: none)")
@@ -86,10 +87,10 @@ def parse_options(description, arguments=None, world=ALONE, **own_flags):
     parser.add_argument("--recompute", action="store_true", help="keep the activations of one layer only, and compute those of "
                         "the others a second time: less memory, and a step takes about an eighth longer")
     parser.add_argument("--shuffle", action="store_true", help="visit the files of --input-bin in another order every round")
-    add("--skip-update-lossz", default=0, type=number(float, 0),
+    add("--skip-update-lossz", default=0, type=bounded(float, 0),
         help="skip the update of a step whose loss is so many standard deviations above the mean of the latest "
              f"{OUTLIER_WINDOW}; 0: never")
-    add("--skip-update-gradz", default=0, type=number(float, 0), help="the same for the norm of the gradient")
+    add("--skip-update-gradz", default=0, type=bounded(float, 0), help="the same for the norm of the gradient")
     add("--seed", default=1337, type=count, help="seed of the first weights, the order of the files and the samples")
     for name, settings in own_flags.items():
         add(f"--{name}", **settings)
@@ -118,7 +119,7 @@ def parse_options(description, arguments=None, world=ALONE, **own_flags):
         options.val_loss_every = 0
     if world.rank == 0:     # which alone writes there
         check_writable("--output-dir", options.output_dir)
-    options.flags = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
+    options.flags = {name: value for name, value in vars(options).items() if name not in FLAGS_NOT_SAVED}
     return options
 
 
@@ -135,19 +136,19 @@ def report_changes(flags, options):
     """Print which flags differ from those of the run that goes on. Raises UserError for one that it cannot go on with."""
     for name, before in flags.items():
         flag, now = "--" + name.replace("_", "-"), getattr(options, name, before)
-        if now != before and name in FIXED:
+        if now != before and name in FLAGS_THAT_MUST_MATCH:
             raise UserError(f"{flag} is {now}, expected {before}, that of the run in {options.output_dir}; leave it out, or "
                             "start anew in another --output-dir", status=2)
         if now != before:
             print(f"{flag} is {now} from here on; it was {before}")
 
 
-def due(every, step, last):
+def is_due(every, step, last):
     """Whether something done every so many steps (0: never), and at the last one, is due."""
     return every > 0 and (step % every == 0 or step == last)
 
 
-def first_model(options):
+def load_or_create_model(options):
     """The Config of --model, its parameters, Tensors, and its moments, flat arrays: None for what begins anew.
 
     Raises UserError if there is no such model, none for sequences as long as --sequence-length, or if a new run would begin in
@@ -172,7 +173,7 @@ def first_model(options):
 
 
 def check_unfinished(output_dir):
-    """Raise UserError if a run stopped half-way in this folder: days of work must not be lost for want of --resume."""
+    """Raise UserError if a run stopped halfway in this folder: days of work must not be lost for want of --resume."""
     for checkpoint in checkpoints(output_dir)[-1:]:
         state = load_state(checkpoint)
         steps = state["flags"]["num_iterations"]
@@ -227,7 +228,7 @@ def prepare_data(options):
 
 @dataclass
 class Progress:
-    """Where a run is: what its next step depends on besides the model, the optimiser's moments and the flags."""
+    """Where a run is: what its next step depends on besides the model, the optimizer's moments and the flags."""
     step: int = 0                               # done
     data: tuple = DataLoader.START              # the DataLoader's state
     fingerprint: int = 0                        # the DataLoader's
@@ -236,7 +237,7 @@ class Progress:
     latest_norms: list = field(default_factory=list)
 
 
-def first_progress(options, train_loader):
+def initial_progress(options, train_loader):
     """The Progress of the run's checkpoint, or of a new run.
 
     Raises UserError if there is nothing left to do, or the training tokens are not those of the checkpoint.
@@ -399,7 +400,7 @@ class TrainingLog:
 
     A row of log.csv is a training step or, with the other columns empty, a validation after so many steps.
     ideal_seconds, if it is known, is what a step would take at the device's highest FLOP rate; its share in the time that a
-    step took is the MFU, model FLOPs utilisation (Chowdhery et al. 2022). With `done` steps done the log that is there goes on
+    step took is the MFU, model FLOPs utilization (Chowdhery et al. 2022). With `done` steps done the log that is there goes on
     after them. Raises UserError if the output folder cannot be written.
     """
 
@@ -411,7 +412,7 @@ class TrainingLog:
         try:
             options.output_dir.mkdir(parents=True, exist_ok=True)
             (options.output_dir / "loss.png").unlink(missing_ok=True)  # an earlier run's
-            with whole_file(options.output_dir / "log.csv") as file:
+            with atomic_file(options.output_dir / "log.csv") as file:
                 file.write(log_lines(self.rows).encode())
             self.file = open(options.output_dir / "log.csv", "a", newline="")
         except OSError as error:
@@ -483,13 +484,13 @@ class TrainingLog:
         axes.set_title(f"{self.options.model} on {Path(self.options.input_bin).name}", parse_math=False)
         axes.grid(alpha=0.3)
         axes.legend()
-        with whole_file(self.options.output_dir / "loss.png") as file:
+        with atomic_file(self.options.output_dir / "loss.png") as file:
             figure.savefig(file, dpi=200, format="png")
         pyplot.close(figure)
         print(f"wrote {self.options.output_dir / 'log.csv'} and {self.options.output_dir / 'loss.png'}")
 
 
-class Unheard:
+class NullLog:
     """What a process has that is not to print or write: a TrainingLog whose methods do nothing."""
 
     def __getattr__(self, name):

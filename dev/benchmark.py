@@ -10,7 +10,7 @@ Generating text is measured by benchmark_generate.py.
 
 What is timed
     A whole step: forward, backward, clipping at norm 1, AdamW, and the loss. Ours is the loop of train_gpt2.py itself.
-    PyTorch's is the GPT-2 of reference_pytorch.py with its real vocabulary, GPT-2's initialisation and fused AdamW. Random
+    PyTorch's is the GPT-2 of reference_pytorch.py with its real vocabulary, GPT-2's initialization and fused AdamW. Random
     tokens from one seed and as many threads for all.
 
 How
@@ -24,7 +24,7 @@ On a GPU (--device cuda)
     Each program runs with float32 and with TF32 products, and is compared with ours of the same kind. Times are those of CUDA
     events, from before the batch is copied to the GPU until the last kernel has run. PyTorch's vocabulary is padded like
     ours: with one of 50,257 its products would be slower. Memory is that of arrays: of PyTorch, the most that existed at any
-    one time; of ours, all that CuPy's pool has taken, which is no less. MFU, model FLOPs utilisation, is the share that a
+    one time; of ours, all that CuPy's pool has taken, which is no less. MFU, model FLOPs utilization, is the share that a
     step's matrix products have in what the GPU's cores could have computed meanwhile, at their highest clock rate.
 
     In further steps our kernels are timed one by one. A kernel's GB/s are the bytes it cannot but move: each array once, and
@@ -54,7 +54,7 @@ from typing import Callable, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dev import style
-from files import OneLineParser, UserError, run_program
+from cli import OneLineParser, UserError, run_program
 
 SEED = 1337
 LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP = 1e-4, 0.1, 1.0
@@ -342,7 +342,7 @@ TIMES_MOVED = {
 
 
 def bytes_moved(kernel, arguments):
-    """Bytes that a launch of a device.Kernel reads and writes."""
+    """Bytes that a launch of a launcher.Kernel reads and writes."""
     a = dict(zip((parameter.name for parameter in kernel.parameters), arguments))
     total = 0
     for _, array in kernel.arrays:
@@ -772,13 +772,13 @@ DEFAULTS = {
 def benchmark_parser(description):
     """A parser with the flags of every benchmark."""
     from gpt2 import HEADS_BY_DEPTH
-    from training import number
+    from training import bounded
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", choices=[f"d{depth}" for depth in HEADS_BY_DEPTH], default="d12", help="d12 is GPT-2 124M")
-    add("--rounds", type=number(int, 1), default=3, help="times each program gets its turn")
-    add("--threads", type=number(int, 1, cores), default=cores, help="CPU threads of every program")
+    add("--rounds", type=bounded(int, 1), default=3, help="times each program gets its turn")
+    add("--threads", type=bounded(int, 1, cores), default=cores, help="CPU threads of every program")
     return parser
 
 
@@ -790,7 +790,7 @@ def python_path(text):
 
 
 def parse_options():
-    from training import number
+    from training import bounded
     parser = benchmark_parser("Measure a training step beside PyTorch's.")
     add = parser.add_argument
 
@@ -801,7 +801,7 @@ def parse_options():
     add("--device", choices=list(PROGRAMS), default="cpu", help="cuda: train_gpt2_gpu.py and PyTorch, both on the GPU")
     add_by_device("shapes", "sequences in a batch x tokens in a sequence", nargs="+", type=parse_shape, metavar="BxT")
     add_by_device("steps", f"timed steps a turn up to {STEP_TOKENS['cpu']} tokens, on cuda {STEP_TOKENS['cuda']:,}; fewer, at "
-                  f"least {MINIMUM_STEPS}, for larger batches", type=number(int, 1))
+                  f"least {MINIMUM_STEPS}, for larger batches", type=bounded(int, 1))
     add("--python", type=python_path, default=sys.executable, metavar="PATH", help="the Python that has PyTorch")
     add_by_device("output", "the bar chart", type=Path, metavar="FILE")
     options = parser.parse_args()

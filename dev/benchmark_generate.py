@@ -14,8 +14,8 @@ What is timed
 
 How
     As in benchmark.py: each program in a process of its own, in turn, for several rounds, on as many threads. All have the same
-    random weights: transformers loads the folder that checkpoint.save_model writes, llama.cpp a GGUF file made from it, and
-    what its own quantisation to q8_0 makes of that. Their logits are held against ours, so that nobody is fast at computing
+    random weights: transformers loads the folder that model_files.save_model writes, llama.cpp a GGUF file made from it, and
+    what its own quantization to q8_0 makes of that. Their logits are held against ours, so that nobody is fast at computing
     something else. llama.cpp is called through its C interface, in a context and with a memory of its defaults; flash
     attention is tried in the first round, and kept where it is faster.
 
@@ -42,7 +42,7 @@ from benchmark import (
     MEASURE, OURS, OURS_INT8, SEED, Bar, OtherPrograms, Peers, Program, benchmark_parser, cpu_name, draw, is_ours, label,
     measuring_process, ours_beside, peak_memory, print_machine, print_table, programs_that_run, progress, python_path, run_task,
     take_turns, time_beside_ours, versions)
-from files import UserError, run_program
+from cli import UserError, run_program
 
 PROMPT_TOKENS = 512
 SHORT_PROMPT_TOKENS = 16
@@ -85,7 +85,7 @@ GGUF_NAMES = {
 def write_model(task):
     """Write a folder that transformers loads, of GPT-2's first weights. No parameter keeps a value that might go unnoticed."""
     import numpy as np
-    from checkpoint import save_model
+    from model_files import save_model
     from gpt2 import Tensors, initialize, model_config, parameter_shapes
     from tokenizer import fetch_vocabulary
 
@@ -102,7 +102,7 @@ def write_ggufs(task):
     """Write that model as llama.cpp's files, in float32 and in its q8_0."""
     import ctypes
     import llama_cpp
-    from checkpoint import load_model
+    from model_files import load_model
 
     model, float32, q8_0 = (Path(task["folder"], name) for name in (MODEL, GGUF.format("f32"), GGUF.format("q8_0")))
     write_gguf(float32, *load_model(model), model)
@@ -160,7 +160,7 @@ class Ours:
 
     def __init__(self, task, int8=False):
         import numba
-        from checkpoint import load_model
+        from model_files import load_model
         from generate_gpt2 import Decoder, compile_kernels, quantize
 
         numba.set_num_threads(task["threads"])

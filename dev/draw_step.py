@@ -18,11 +18,11 @@ import kernels_cpu as kernels
 from dev import style
 from dev.recorder import TINY, record_step, tiny_step
 from dev.style import INK, WIDTH
-from files import OneLineParser, run_program
+from cli import OneLineParser, run_program
 from gpt2 import activation_shapes, memory_needed, model_config, parameter_shapes, scratch_shapes
 from train_gpt2 import CLASSIFIER_ROWS, compile_kernels
 
-TO_SAVE_MEMORY = "close other programs"
+OUT_OF_MEMORY_HINT = "close other programs"
 PICTURE = HERE.with_name("training_step.png")
 CONFIG, B, T = model_config("d12"), 4, 1024     # whose sizes are drawn: GPT-2 124M
 PARAMS, ACTS, SCRATCH = SIZES = (parameter_shapes(CONFIG), activation_shapes(CONFIG, B, T),
@@ -40,9 +40,9 @@ FONT = "DejaVu Sans Mono"
 LETTER = 0.602 / 72                             # width of one of its letters, for each point of its size
 SMALL, MEDIUM, LARGE = 7.2, 8.2, 9.2
 
-# Every colour reads on a white page and on a black one: letters stand on grounds of their own, or are INK.
+# Every color reads on a white page and on a black one: letters stand on grounds of their own, or are INK.
 CARD_GROUND, CARD_EDGE, CARD_TEXT, CARD_LABEL = "#3b4858", "#5d6c7d", "#ffffff", "#b4c0cc"
-COLOURS = {                                     # buffer -> its ground and its letters
+COLORS = {                                     # buffer -> its ground and its letters
     "params": ("#a8c7fa", "#0a2351"),
     "acts": ("#9fdcae", "#073b1a"),
     "grads": ("#f9b4a2", "#5b1606"),
@@ -55,7 +55,7 @@ MEANINGS = {
     "acts": "activations, kept for backward",
     "grads": "gradients of the parameters",
     "scratch": "reused from layer to layer",
-    "adam": "the optimiser's moments",
+    "adam": "the optimizer's moments",
     "batch": "tokens and targets",
 }
 
@@ -140,8 +140,8 @@ def label(array, call):
     return f"{array.tensor}[l-{call.layer - array.layer}]"
 
 
-def colour_of(array):
-    return COLOURS[array.buffer.removesuffix("_m").removesuffix("_v")]
+def color_of(array):
+    return COLORS[array.buffer.removesuffix("_m").removesuffix("_v")]
 
 
 def megabytes(nbytes):
@@ -163,8 +163,8 @@ class Page:
         self.axes.set(xlim=(0, width), ylim=(height, 0))
         self.axes.axis("off")
 
-    def text(self, x, y, text, colour=INK, size=SMALL, **settings):
-        self.axes.text(x, y, text, **{"color": colour, "fontsize": size, "family": FONT, "va": "center", "parse_math": False}
+    def text(self, x, y, text, color=INK, size=SMALL, **settings):
+        self.axes.text(x, y, text, **{"color": color, "fontsize": size, "family": FONT, "va": "center", "parse_math": False}
                        | settings)
 
     def box(self, x, y, width, height, ground="none", edge="none", corner=CORNER, **settings):
@@ -186,9 +186,9 @@ class Page:
         self.text(center(MIDDLE), y - 0.1, middle, ha="center")
         self.text(UP - 0.1, y - 0.1, right, ha="right")
 
-    def chip(self, x, y, text, colours):
+    def chip(self, x, y, text, colors):
         """A name on the ground of its buffer, its middle at height y. Returns where the next may begin."""
-        ground, letters = colours
+        ground, letters = colors
         width = LETTER * SMALL * len(text) + 0.07
         self.box(x, y - 0.065, width, 0.13, ground, corner=0.025, linewidth=0)
         self.text(x + 0.035, y + 0.004, text, letters)
@@ -208,7 +208,7 @@ class Page:
             at = x + 0.43
             for array in arrays:
                 name = array.buffer if times > 1 else label(array, call)
-                at = self.chip(at, line, ("+" if array.written and array.read else "") + name, colour_of(array))
+                at = self.chip(at, line, ("+" if array.written and array.read else "") + name, color_of(array))
 
 
 def center(column):
@@ -239,7 +239,7 @@ def draw(step, path):
               f"Sizes: all layers of GPT-2 124M, B = {B}, T = {T}.")
     for i, (buffer, meaning) in enumerate(MEANINGS.items()):
         at, y = x + (i % 3) * 2.6, 0.7 + i // 3 * 0.19
-        page.text(page.chip(at, y, buffer, COLOURS[buffer]) + 0.02, y, meaning)
+        page.text(page.chip(at, y, buffer, COLORS[buffer]) + 0.02, y, meaning)
     page.text(x, 1.08, "+ before a name: what it held before counts, it is added to or changed in place")
     page.text(x, 1.24, "dln is the gradient of lnf, ln2 or ln1; dfch that of fch_gelu, then of fch; "
               "dresidual that of the stream, at first 0")
@@ -284,7 +284,7 @@ def draw_kept(page, y, call):
         size = prod(ACTS[array.name])
         page.text(x + 0.55, line, array.name, ha="right")
         bar = max(0.7 * size / largest, 0.01)
-        page.box(x + 0.61, line - 0.055, bar, 0.11, COLOURS[array.buffer][0], corner=0, linewidth=0)
+        page.box(x + 0.61, line - 0.055, bar, 0.11, COLORS[array.buffer][0], corner=0, linewidth=0)
         page.text(x + 0.61 + bar + 0.05, line, megabytes(4 * size))
 
 
@@ -296,7 +296,7 @@ def draw_memory(page, y):
     page.text(x, y, f"memory: {megabytes(total)}", size=LARGE, weight="bold")
     for buffer, size in (("params", params), ("grads", params), ("adam_m", params), ("adam_v", params), ("acts", acts),
                          ("scratch", scratch)):
-        ground, letters = COLOURS[buffer.split("_")[0]]
+        ground, letters = COLORS[buffer.split("_")[0]]
         page.box(x, y + 0.12, scale * size - 0.02, 0.38, ground, corner=0, linewidth=0)
         for line, text in ((0.24, buffer), (0.38, megabytes(size))):
             letter_size = min(SMALL - 0.7, (scale * size - 0.08) / (LETTER * len(text)))
@@ -304,7 +304,7 @@ def draw_memory(page, y):
         x += scale * size
     at = LEFT[0]
     for name, shape in SCRATCH.items():
-        at = page.chip(at, y + 0.66, f"{name} {megabytes(4 * prod(shape))}", COLOURS["scratch"]) + 0.03
+        at = page.chip(at, y + 0.66, f"{name} {megabytes(4 * prod(shape))}", COLORS["scratch"]) + 0.03
 
 
 def main():
@@ -316,4 +316,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main, TO_SAVE_MEMORY)
+    run_program(main, OUT_OF_MEMORY_HINT)

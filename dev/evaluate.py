@@ -18,14 +18,15 @@ import numpy as np
 import generate_gpt2
 import generate_gpt2_gpu
 import kernels_cpu
-from checkpoint import load_model
+from model_files import load_model
 from device import open_device
-from files import DATA_DIR, OneLineParser, number, run_program
+from cli import OneLineParser, bounded, run_program
+from files import DATA_DIR
 from generate_gpt2 import CLASSIFIER_ROWS
 from gpt2 import chunks
 from hellaswag import count_correct, read_examples
 
-TO_SAVE_MEMORY = "choose a smaller --model or --batch-size"
+OUT_OF_MEMORY_HINT = "choose a smaller --model or --batch-size"
 
 
 def token_losses_of(decoder):
@@ -44,8 +45,8 @@ def main():
         ".bin, or a name on the Hugging Face hub: gpt2, gpt2-medium, distilgpt2, ...")
     add("--hellaswag", metavar="FILE", default=DATA_DIR / "hellaswag_val.bin", help="examples from dev/prepare_hellaswag.py")
     add("--device", default="cpu", help="cpu, cuda, or cuda:1 for the second GPU")
-    add("--batch-size", default=4, type=number(int, 1), help="endings to score at once, of which each example has four")
-    add("--threads", type=number(int, 1), help="CPU threads (default: one for each core)")
+    add("--batch-size", default=4, type=bounded(int, 1), help="endings to score at once, of which each example has four")
+    add("--threads", type=bounded(int, 1), help="CPU threads (default: one for each core)")
     options = parser.parse_args()
 
     threads = kernels_cpu.use_threads(options.threads)
@@ -71,4 +72,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main, TO_SAVE_MEMORY)
+    run_program(main, OUT_OF_MEMORY_HINT)

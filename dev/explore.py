@@ -5,7 +5,7 @@
     python dev/explore.py --model out --prompt "ROMEO:" --layer 2 --head 1    the tokens to follow, and a head's attention
 
 A step is listed call by call, in the order of train_gpt2.py: how long the kernel took, which arrays it wrote and read, the
-shape of the first that it wrote, and its norm afterwards, by which a vanishing or exploding one, or the first NaN, is found.
+shape of the first that it wrote, and its norm afterward, by which a vanishing or exploding one, or the first NaN, is found.
 Names are those of the model's memory, model.acts.qkv[0] as qkv[0]; gradients of parameters begin with grads. A + before a name
 means that what the array held before counts: it was added to, or changed in place. Then follow the times by kernel, the
 norms by layer, and the same as a picture.
@@ -22,17 +22,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import kernels_cpu as kernels
-from checkpoint import load_model
+from model_files import load_model
 from dataloader import DataLoader
 from dev.recorder import as_batch, record_step, time_step
-from files import OneLineParser, UserError, main_memory, number, run_program, whole_file
-from generate_gpt2 import UNSOUND, encode, tokenizer_of
+from cli import OneLineParser, UserError, bounded, run_program
+from files import atomic_file, main_memory
+from generate_gpt2 import DAMAGED_WEIGHTS_HINT, encode, tokenizer_for
 from gpt2 import activation_shapes, chunks, memory_needed, model_config, scratch_shapes
 from prepare_tinyshakespeare import prepare
 from sampling import softmax
 from tokenizer import END_OF_TEXT
 from train_gpt2 import CLASSIFIER_ROWS, GPT2, NO_BIAS, compile_kernels, fill
-from training import NEW_MODELS, TO_SAVE_MEMORY, TRAIN_TOKENS, check_memory, model_name
+from training import NEW_MODELS, OUT_OF_MEMORY_HINT, TRAIN_TOKENS, check_memory, model_name
 
 MOST_LABELS = 64          # tokens along an axis whose names can be read
 LOOKED_AT = 4             # positions listed for each position of the prompt
@@ -144,7 +145,7 @@ def draw_recorded(norms, times, title, path):
 
 
 def save(figure, path):
-    with whole_file(path) as file, warnings.catch_warnings():
+    with atomic_file(path) as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")      # a token may hold letters that the font has not
         figure.savefig(file, dpi=120, format="png")
     print(f"wrote {path}")
@@ -213,7 +214,7 @@ def next_tokens(model, count):
         logits = model.scratch.logits[:rows.stop - rows.start]
         kernels.matmul_forward(logits, model.acts.lnf[rows], model.params.wte, NO_BIAS, model.workspace)
         if not np.isfinite(logits).all():
-            raise UserError(f"the logits of the prompt are not finite: {UNSOUND}")
+            raise UserError(f"the logits of the prompt are not finite: {DAMAGED_WEIGHTS_HINT}")
         for n, row in enumerate(logits[:, :V], rows.start):
             probabilities[n] = softmax(row, temperature=1)
             candidates = np.argpartition(row, -count)[-count:]
@@ -246,15 +247,15 @@ def draw_attention(tokens, weights, title, named, path):
     from matplotlib.figure import Figure
 
     T = len(tokens)
-    labelled = range(0, T, math.ceil(T / MOST_LABELS))
-    labels = [named(tokens[t])[1:-1] for t in labelled]
+    labeled = range(0, T, math.ceil(T / MOST_LABELS))
+    labels = [named(tokens[t])[1:-1] for t in labeled]
     inches = 1.6 + min(max(0.18 * T, 2.5), 11)
     figure = Figure(figsize=(inches + 0.6, inches), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(np.where(np.tri(T, dtype=bool), weights, np.nan), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
     axes.set_facecolor("0.9")       # what a position does not see
     for axis, place in ((axes.xaxis, "top"), (axes.yaxis, "left")):
-        axis.set_ticks(labelled, labels, fontsize=8, parse_math=False)
+        axis.set_ticks(labeled, labels, fontsize=8, parse_math=False)
         axis.set_ticks_position(place)
         axis.set_label_position(place)
     axes.tick_params(axis="x", rotation=90)
@@ -272,7 +273,7 @@ def explore_prompt(config, params, threads, options):
         if value >= there:
             raise UserError(f"{flag} is {value}, expected at most {there - 1}: --model {options.model} has {there}, counted "
                             "from 0", status=2)
-    encoding = tokenizer_of(config, options.model)
+    encoding = tokenizer_for(config, options.model)
     tokens = encode(encoding, options.prompt, config.max_seq_len) or [END_OF_TEXT]
     model = GPT2(config, 1, len(tokens), threads)
     fill(model, params, None, options.seed)
@@ -296,7 +297,7 @@ def explore_prompt(config, params, threads, options):
 def main():
     parser = OneLineParser(description="See what every kernel does in one training step, or what a model makes of a prompt.")
     add = parser.add_flag
-    positive, count = number(int, 1), number(int, 0)
+    positive, count = bounded(int, 1), bounded(int, 0)
     add("--model", default="d4", type=model_name,
         help=f"a new model of so many layers, one of {', '.join(NEW_MODELS)}; or a Hugging Face folder, its name on the hub, a "
              ".safetensors file, an llm.c .bin file")
@@ -306,7 +307,7 @@ def main():
     add("--sequence-length", default=64, type=positive, help="tokens in a sequence, T")
     parser.add_argument("--recompute", action="store_true", help="the step of train_gpt2.py --recompute")
     add("--prompt", help="a text: show what may follow it, and how one head attends to it, instead of a step")
-    add("--top", default=4, type=number(int, 1, 50), help="tokens listed that may follow")
+    add("--top", default=4, type=bounded(int, 1, 50), help="tokens listed that may follow")
     add("--layer", default=0, type=count, help="the layer of the attention shown, counted from 0")
     add("--head", default=0, type=count, help="the head of it, counted from 0")
     add("--seed", default=1337, type=count, help="seed of a new model's weights")
@@ -324,4 +325,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main, TO_SAVE_MEMORY)
+    run_program(main, OUT_OF_MEMORY_HINT)

@@ -20,21 +20,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import kernels_cpu
-from checkpoint import load_model
+from model_files import load_model
 from dev import draw_step, style
 from dev.explore import attention_weights
 from dev.style import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, RED, WIDTH
-from files import OneLineParser, UserError, run_program
-from generate_gpt2 import encode, tokenizer_of
+from cli import OneLineParser, UserError, run_program
+from generate_gpt2 import encode, tokenizer_for
 from gpt2 import (CHANNELS_PER_HEAD, RESIDUAL_PROJECTIONS, Config, activation_shapes, model_config, parameter_shapes,
                   scratch_shapes)
 from tokenizer import gpt2_encoding
 from train_gpt2 import CLASSIFIER_ROWS, GPT2, compile_kernels
 
 PAGES = Path(__file__).parent / "derivations"
-TO_SAVE_MEMORY = "choose a smaller --model"
+OUT_OF_MEMORY_HINT = "choose a smaller --model"
 
-CENTRED = dict(horizontalalignment="center", verticalalignment="center")
+CENTERD = dict(horizontalalignment="center", verticalalignment="center")
 
 # The processors of the roofline: FLOPs and bytes a second. Two cores of README's Xeon; NVIDIA's data sheet of the H100 SXM.
 CPU = "2 CPU cores"
@@ -101,7 +101,7 @@ def draw_layernorm(pyplot, model):
     for axes, matrix, title, sign in zip(panels, [*terms, sum(terms)], titles, ["+", "+", "=", ""]):
         heatmap(axes, matrix)
         axes.set(xticks=[], yticks=[], title=title)
-        axes.text(1.1, 0.5, sign, transform=axes.transAxes, fontsize=16, **CENTRED)
+        axes.text(1.1, 0.5, sign, transform=axes.transAxes, fontsize=16, **CENTERD)
     panels[0].set(xlabel="norm[i]", ylabel="inp[j]")
     return figure
 
@@ -174,12 +174,12 @@ def evenness(p):
     return np.mean([-np.sum(row * np.log(np.maximum(row, 1e-30))) / np.log(n) for n, row in enumerate(p, 1) if n > 2])
 
 
-def draw_initialisation(pyplot, model):
+def draw_initialization(pyplot, model):
     depths = (1, 2, 4, 6, 12, 24, 36, 48)
     figure, axes = pyplot.subplots(figsize=(WIDTH, 3.4))
-    for scaled, colour, label in ((False, ORANGE, "all weights from N(0, 0.02)"),
+    for scaled, color, label in ((False, ORANGE, "all weights from N(0, 0.02)"),
                                   (True, BLUE, "projections smaller by 1/sqrt(2L)")):
-        axes.plot(depths, [stream_deviation(depth, scaled) for depth in depths], color=colour, marker="o", label=label)
+        axes.plot(depths, [stream_deviation(depth, scaled) for depth in depths], color=color, marker="o", label=label)
     axes.set(xlabel="blocks, L", ylabel="deviation of the residual\nstream after the last", xticks=depths[2:], ylim=(0, None))
     axes.legend(loc="upper left")
     return figure
@@ -216,8 +216,8 @@ def draw_memory(pyplot, model):
         spared = gigabytes({"weights of attention": (1 if recompute else config.num_layers, B, config.num_heads, T, T),
                             "logits": (B * T - rows, config.padded_vocab_size)})
         bars, total = [], 0
-        for size, colour in zip(sizes.values(), (BLUE, ORANGE, PURPLE, GREEN, RED)):
-            bars.append(axes.barh(y, size, left=total, height=0.6, color=colour))
+        for size, color in zip(sizes.values(), (BLUE, ORANGE, PURPLE, GREEN, RED)):
+            bars.append(axes.barh(y, size, left=total, height=0.6, color=color))
             total += size
         bars.append(axes.barh(y, spared, left=total, height=0.6, facecolor="none", edgecolor=INK, linestyle="dashed"))
         instead = f", not {total + spared:.1f}" if spared > 0.1 else ""
@@ -272,7 +272,7 @@ DRAWINGS = {
     "layernorm.png": draw_layernorm,
     "attention_tiles.png": draw_attention_tiles,
     "attention.png": draw_attention,
-    "initialisation.png": draw_initialisation,
+    "initialization.png": draw_initialization,
     "memory.png": draw_memory,
     "roofline.png": draw_roofline,
 }
@@ -291,7 +291,7 @@ def main():
         raise UserError(f"there is no folder {options.model}; let python train_gpt2.py make it, or name that of a trained "
                         "model with --model")
     config, params = load_model(options.model)
-    encode(tokenizer_of(config, options.model), PROMPT, config.max_seq_len)     # if only to complain before anything is drawn
+    encode(tokenizer_for(config, options.model), PROMPT, config.max_seq_len)     # if only to complain before anything is drawn
     compile_kernels()
     for name in DRAWINGS:
         draw(name, (config, params), PAGES)
@@ -299,4 +299,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main, TO_SAVE_MEMORY)
+    run_program(main, OUT_OF_MEMORY_HINT)

@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from files import OneLineParser, UserError, run_program, whole_file
+from cli import OneLineParser, UserError, run_program
+from files import atomic_file
 
-TO_SAVE_MEMORY = "draw fewer runs"
+OUT_OF_MEMORY_HINT = "draw fewer runs"
 WINDOW = 0.02
 LONG_LABEL = 60           # characters: two do not fit side by side
 LARGEST = 1e12            # of any number in a log
@@ -92,11 +93,11 @@ def draw(runs, output):
     figure, panels = pyplot.subplots(1, 2, figsize=(10, height), sharey=True, layout="constrained")
     lines = []
     for i, (run, smooth) in enumerate(zip(runs, smoothed)):
-        colour = f"C{i % 10}"
+        color = f"C{i % 10}"
         for axes, column, scale in ((panels[0], 0, 1), (panels[1], 1, UNITS[unit])):
-            axes.plot(run.training[:, column] / scale, run.training[:, 2], color=colour, linewidth=0.5, alpha=0.2)
-            line, = axes.plot(run.training[:, column] / scale, smooth, color=colour, linewidth=1.5)
-            axes.plot(run.validation[:, column] / scale, run.validation[:, 2], color=colour, linestyle="none",
+            axes.plot(run.training[:, column] / scale, run.training[:, 2], color=color, linewidth=0.5, alpha=0.2)
+            line, = axes.plot(run.training[:, column] / scale, smooth, color=color, linewidth=1.5)
+            axes.plot(run.validation[:, column] / scale, run.validation[:, 2], color=color, linestyle="none",
                       marker="o", markersize=5, markeredgecolor="black", zorder=3)
         lines.append(line)
     panels[0].set(xlabel="step", ylabel="loss (nats a token)", ylim=visible_losses(runs, smoothed))
@@ -110,7 +111,7 @@ def draw(runs, output):
                            frameon=False)
     for text, label in zip(legend.get_texts(), labels):
         text.set(text=label, parse_math=False)      # a folder's name may begin with _ or hold a $
-    with whole_file(output) as file:
+    with atomic_file(output) as file:
         figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
     print(f"wrote {output}")
@@ -140,4 +141,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main, TO_SAVE_MEMORY)
+    run_program(main, OUT_OF_MEMORY_HINT)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from files import DATA_DIR, OneLineParser, ProgressBar, UserError, run_program, sha256
+from cli import OneLineParser, ProgressBar, UserError, run_program
+from files import DATA_DIR, sha256
 from hellaswag import COMPLETIONS, EXAMPLE_WORDS, LARGEST, Example, write_examples
 from tokenizer import gpt2_encoding
 
@@ -25,7 +26,7 @@ SIZE = 12_246_618
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 DOWNLOAD_SECONDS = 5      # without a connection the answer should not keep anyone waiting
 PIECE = 65_536
-TO_SAVE_MEMORY = "give fewer examples"
+OUT_OF_MEMORY_HINT = "give fewer examples"
 MOST_TOKENS = LARGEST // 2 - EXAMPLE_WORDS - 1 - COMPLETIONS    # of an example's texts together
 
 
@@ -116,4 +117,4 @@ def parse_line(line, encoding):
 
 
 if __name__ == "__main__":
-    run_program(main, TO_SAVE_MEMORY)
+    run_program(main, OUT_OF_MEMORY_HINT)

@@ -111,7 +111,7 @@ def table(kernels):
 
 def main():
     sys.path.insert(0, str(ROOT))
-    from device import parse_signatures
+    from launcher import parse_signatures
     from kernels_gpu import SOURCES
     preamble, *layers = SOURCES
     kernels = {architecture: {} for architecture in ARCHITECTURES}

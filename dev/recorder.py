@@ -70,7 +70,7 @@ def effects():
     """What every kernel of a training step does to its arguments: its name -> (positions it reads, positions it writes).
 
     Found by experiment, in a step of a tiny model. What a kernel writes is not the same after a call. What it does not write
-    it reads, and what it writes it reads as well if a NaN that was there before is anywhere afterwards.
+    it reads, and what it writes it reads as well if a NaN that was there before is anywhere afterward.
     """
     found = {}
 

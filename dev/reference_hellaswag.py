@@ -32,7 +32,7 @@ def made_examples(vocab_size, context):
 
 @torch.no_grad()
 def score(model, tokenizer, item):
-    """The mean cross entropy of each ending's tokens after the context; what is too long loses its beginning."""
+    """The mean cross-entropy of each ending's tokens after the context; what is too long loses its beginning."""
     context, endings, losses = item["ctx"], item["endings"], []
     if tokenizer:
         context, endings = tokenizer(context)["input_ids"], [tokenizer(" " + ending)["input_ids"] for ending in endings]

@@ -73,7 +73,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 that returns its mean cross entropy.
+    """GPT-2 that returns its mean cross-entropy.
 
     attention is "plain" (softmax of the scores, spelled out) or "sdpa" (PyTorch's fused kernel).
     """
@@ -98,7 +98,7 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed):
-        """GPT-2's own initialisation: normal(0, 0.02), the two projections into the residual stream
+        """GPT-2's own initialization: normal(0, 0.02), the two projections into the residual stream
         narrower by sqrt(2L) because 2L of them are summed; biases 0, layernorms the identity."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():

@@ -1,8 +1,8 @@
-"""How what dev/ draws for this project's pages looks: without a background, in colours for a white page and for a dark one.
+"""How what dev/ draws for this project's pages looks: without a background, in colors for a white page and for a dark one.
 
 What is written in a picture stands in its file as the text `Description`, too, so that a test can read it.
 """
-from files import whole_file
+from files import atomic_file
 
 # Each has a contrast of about 4 with white and with GitHub's dark page, #0d1117.
 INK, FAINT = "#7a7f87", "#7a7f8755"     # the second is part transparent, for grids and areas that matter less
@@ -30,7 +30,7 @@ def draw(make_figure, path):
 
 
 def save(figure, path, description):
-    """Write a Matplotlib figure and say so. In 256 colours it takes a third of the room, and looks the same."""
+    """Write a Matplotlib figure and say so. In 256 colors it takes a third of the room, and looks the same."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image, PngImagePlugin       # which Matplotlib itself writes with
     figure.set_dpi(DPI)
@@ -43,6 +43,6 @@ def save(figure, path, description):
     image = image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     information = PngImagePlugin.PngInfo()
     information.add_text("Description", description, zip=True)
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         image.save(file, "png", optimize=True, pnginfo=information)
     print(f"wrote {path}", flush=True)

@@ -10,9 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dev.cuda_on_cpu import CpuDevice
+from cuda_on_cpu import CpuDevice
 from device import open_device
-from files import UserError, run_program
+from cli import UserError, run_program
 from gpt2 import Tensors, initialize, parameter_shapes
 from tokenizer import gpt2_encoding
 
@@ -66,7 +66,7 @@ def transformers():
 
 
 def random_params(config):
-    """GPT-2's initialisation, its weights some times larger: attention is then not the same everywhere."""
+    """GPT-2's initialization, its weights some times larger: attention is then not the same everywhere."""
     params = Tensors(parameter_shapes(config))
     initialize(params, config, seed=0)
     params.flat *= 8
@@ -87,7 +87,7 @@ def run_main(monkeypatch, capsys):
         threads = numba.get_num_threads()
         status = 0
         try:
-            run_program(program.main, program.TO_SAVE_MEMORY)
+            run_program(program.main, program.OUT_OF_MEMORY_HINT)
         except SystemExit as error:
             status = error.code
         finally:

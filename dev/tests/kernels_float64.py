@@ -145,7 +145,7 @@ def residual_forward(inp1, inp2):
     return float64(inp1) + float64(inp2)
 
 
-# classifier: cross entropy over the first V of the Vp columns, and its gradient times dloss
+# classifier: cross-entropy over the first V of the Vp columns, and its gradient times dloss
 
 def fused_classifier(logits, targets, dloss, V):
     N, Vp = logits.shape
@@ -160,7 +160,7 @@ def fused_classifier(logits, targets, dloss, V):
     return losses, dlogits
 
 
-# optimiser
+# optimizer
 
 def global_norm(grads):
     return math.sqrt(math.fsum(float(g) * float(g) for g in grads.reshape(-1)))

@@ -25,10 +25,11 @@ from benchmark import (
     OURS, OURS_INT8, OURS_TF32, PROGRAMS, TIMES_MOVED, Peers, Program, Shape, bytes_moved, summarize, take_turns, time_kernels,
     time_launches)
 from benchmark_generate import GGUF_NAMES, seconds_until, time_generation, write_gguf, write_model
-from checkpoint import load_model
-from dev.cuda_on_cpu import CpuDevice
-from device import open_device, parse_signatures
-from files import UserError
+from model_files import load_model
+from cuda_on_cpu import CpuDevice
+from device import open_device
+from launcher import parse_signatures
+from cli import UserError
 from generate_gpt2 import Decoder, quantize
 from gpt2 import Config, Tensors, parameter_shapes, training_flops
 

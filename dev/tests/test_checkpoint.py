@@ -1,758 +1,365 @@
-"""Models on disk: what is read is what was written, by this program and by others; and whatever is damaged is one line.
-
-The files of others are written here by hand, from the formats' descriptions, or by transformers: dev/reference_transformers
-is committed, and the tests named for transformers make more with the Python in TRANSFORMERS_PYTHON, if that has it.
-"""
-import contextlib
-import errno
-import hashlib
+"""Checkpoints: a run that stops and goes on is the run that never stopped, whatever stops it, and no mistake loses one."""
+import csv
+import gc
 import json
 import os
 import pickle
-import re
-import struct
+import shutil
+import signal
 import subprocess
 import sys
-import tracemalloc
-import types
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import checkpoint
-from checkpoint import load_model, save_llmc, save_model
-from conftest import REFERENCE_SCRIPT
-from files import UserError
-from gpt2 import Config, Tensors, parameter_shapes
-from tokenizer import VOCABULARY_SHA256, fetch_vocabulary, gpt2_encoding
-from train_gpt2 import GPT2
+import train_gpt2
+import train_gpt2_gpu
+import training
+from dataloader import write_tokens
+from cli import UserError
+from gpt2 import Config, Tensors
+from checkpoint import checkpoints, load_state
+from training import Progress
+
+CONFIG = Config(max_seq_len=8, vocab_size=60, padded_vocab_size=128, num_layers=2, num_heads=2, channels=16)
+STEPS = 12
+STOP = 6
+# All that a step may depend on: two batches to a step from files in shuffled order, a schedule that falls at the end, and soon
+# after the stop an outlier among the losses and one among the norms. Overfitted to few tokens, the model is best on others
+# early on. The seed was searched for.
+FLAGS = ["--batch-size", 2, "--sequence-length", 8, "--total-batch-size", 32, "--num-iterations", STEPS, "--warmup-iters", 2,
+         "--learning-rate", 0.03, "--schedule", "wsd", "--shuffle", "--skip-update-lossz", 1.3, "--skip-update-gradz", 1.3,
+         "--seed", 15, "--val-loss-every", 1, "--val-max-steps", 3, "--sample-every", 0]
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch):
+    monkeypatch.setattr(training, "model_config", lambda name: CONFIG)
+    monkeypatch.setattr(training, "OUTLIER_WINDOW", 4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for i in range(3):
+        write_tokens(folder / f"train_{i}.bin", generator.integers(60, size=49))
+    write_tokens(folder / "val.bin", generator.integers(60, size=100))
+    return folder
 
-REFERENCE = REFERENCE_SCRIPT.with_suffix("")
-SMALL = Config(max_seq_len=3, vocab_size=5, padded_vocab_size=128, num_layers=2, num_heads=2, channels=8)
-BOUND = 1e-5
-TEXT = "First Citizen:\nBefore we proceed any further, hear me speak. <|endoftext|> naïve café 漢字 🙂"  # the script's
-
-
-def random_params(config, seed=0):
-    params = Tensors(parameter_shapes(config))
-    params.flat[...] = np.random.default_rng(seed).standard_normal(params.size, dtype=np.float32)
-    params.wte[config.vocab_size:] = 0
-    return params
-
-
-def assert_same(loaded, config, params):
-    """Bit for bit, padding included."""
-    assert loaded[0] == config
-    assert loaded[1].flat.dtype == np.float32 and type(loaded[1].flat) is np.ndarray
-    for name, tensor in params.items():
-        assert np.array_equal(getattr(loaded[1], name), tensor), name
-
-
-def logits_error(config, params, expected):
-    """The relative error of the logits of every token in an expected.npz."""
-    tokens = expected["tokens"].astype(np.int32)[None]
-    model = GPT2(config, 1, tokens.size, threads=1)
-    model.set_params(params)
-    model.forward(tokens)
-    logits = model.acts.lnf @ model.params.wte[:config.vocab_size].T
-    return np.linalg.norm(logits - expected["logits"]) / np.linalg.norm(expected["logits"])
-
-
-def files_in(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files written by hand
-
-def hugging_face_tensors(params, config, prefix=""):
-    """Name -> array, spelled out once more. Hugging Face's Conv1D multiplies by weights of (input, output) channels."""
-    tensors = {"wte.weight": params.wte[:config.vocab_size], "wpe.weight": params.wpe}
-    for l in range(config.num_layers):
-        tensors |= {
-            f"h.{l}.ln_1.weight": params.ln1w[l], f"h.{l}.ln_1.bias": params.ln1b[l],
-            f"h.{l}.attn.c_attn.weight": params.qkvw[l].T, f"h.{l}.attn.c_attn.bias": params.qkvb[l],
-            f"h.{l}.attn.c_proj.weight": params.attprojw[l].T, f"h.{l}.attn.c_proj.bias": params.attprojb[l],
-            f"h.{l}.ln_2.weight": params.ln2w[l], f"h.{l}.ln_2.bias": params.ln2b[l],
-            f"h.{l}.mlp.c_fc.weight": params.fcw[l].T, f"h.{l}.mlp.c_fc.bias": params.fcb[l],
-            f"h.{l}.mlp.c_proj.weight": params.fcprojw[l].T, f"h.{l}.mlp.c_proj.bias": params.fcprojb[l],
-        }
-    tensors |= {"ln_f.weight": params.lnfw, "ln_f.bias": params.lnfb}
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def safetensors(tensors, change=lambda header: None, padding=0):
-    """A safetensors file of {name: array, or (dtype's name, array)}. `change` may edit its header, a dict."""
-    header, data = {"__metadata__": {"format": "pt"}}, b""
-    for name, tensor in tensors.items():
-        dtype, tensor = tensor if isinstance(tensor, tuple) else ("F32", tensor)
-        contents = np.ascontiguousarray(tensor).tobytes()
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(contents)]}
-        data += contents
-    change(header)
-    header = json.dumps(header).encode() + b" " * padding
-    return struct.pack("<Q", len(header)) + header + data
-
-
-def config_json(config, **changes):
-    """The config.json that transformers writes, less what concerns training."""
-    settings = {"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "layer_norm_epsilon": 1e-05,
-                "model_type": "gpt2", "n_ctx": config.max_seq_len, "n_positions": config.max_seq_len, "n_embd": config.channels,
-                "n_head": config.num_heads, "n_layer": config.num_layers, "n_inner": None, "scale_attn_weights": True,
-                "vocab_size": config.vocab_size}
-    return json.dumps({name: value for name, value in {**settings, **changes}.items() if value != "absent"}).encode()
-
-
-def llmc(version=3, config=SMALL, data=None, **changes):
-    """An llm.c checkpoint of random parameters."""
-    header = dict(magic=20240326, version=version, T=config.max_seq_len, V=config.vocab_size, L=config.num_layers,
-                  NH=config.num_heads, C=config.channels, Vp=config.padded_vocab_size) | changes
-    data = random_params(config).flat.tobytes() if data is None else data
-    return struct.pack("<256i", *header.values(), *[0] * 248) + data
-
-
-def write_folder(folder, config=SMALL, tensors=None, **config_changes):
-    """A model's folder, and its parameters."""
-    params = random_params(config)
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_bytes(config_json(config, **config_changes))
-    (folder / "model.safetensors").write_bytes(safetensors(hugging_face_tensors(params, config) if tensors is None else tensors))
-    return params
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the memory in /proc")
-def test_model_is_not_in_memory_twice(tmp_path):
-    config = Config(max_seq_len=64, vocab_size=128, padded_vocab_size=128, num_layers=8, num_heads=8, channels=512)
-    params = Tensors(parameter_shapes(config))
-    params.flat[...] = 1
-    save_model(tmp_path / "model", config, params)
-    program = (f"import sys; sys.path.insert(0, {str(Path(checkpoint.__file__).parent)!r}); import checkpoint\n"
-               f"checkpoint.load_model({str(tmp_path / 'model')!r})\n"
-               "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])")
-    peak = 1024 * int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
-    assert params.flat.nbytes > 100e6 and peak < 1.6 * params.flat.nbytes
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is read is what was written
-
-@pytest.mark.parametrize("config", [SMALL, Config(7, 128, 128, 1, 1, 1), Config(2, 129, 256, 3, 3, 9)], ids=str)
-def test_folder_round_trip(tmp_path, config):
-    params = random_params(config)
-    save_model(tmp_path / "model", config, params)
-    assert files_in(tmp_path / "model") == ["config.json", "model.safetensors"]
-    assert_same(load_model(tmp_path / "model"), config, params)
-    assert_same(load_model(str(tmp_path / "model" / "model.safetensors")), config, params)
-
-
-def test_saved_file_is_laid_out_as_the_format_says(tmp_path):
-    save_model(tmp_path, SMALL, random_params(SMALL))
-    contents = (tmp_path / "model.safetensors").read_bytes()
-    start = 8 + struct.unpack("<Q", contents[:8])[0]
-    header = json.loads(contents[8:start])
-    assert start % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}  # which transformers insists on
-    expected = hugging_face_tensors(random_params(SMALL), SMALL, prefix="transformer.")
-    assert list(header) != [] and set(header) == set(expected)
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        assert entry["dtype"] == "F32" and tuple(entry["shape"]) == expected[name].shape
-        assert contents[start + begin:start + end] == expected[name].tobytes(), name
-    assert json.loads((tmp_path / "config.json").read_text()).items() >= json.loads(config_json(SMALL, n_ctx="absent")).items()
-
-
-def test_buffer_longer_than_the_parameters_is_saved_without_the_rest(tmp_path):
-    params = random_params(SMALL)
-    longer = Tensors(params.shapes, allocate=lambda size: np.concatenate([params.flat, np.ones(7, np.float32)]))
-    save_model(tmp_path / "folder", SMALL, longer)
-    save_llmc(tmp_path / "model.bin", SMALL, longer, version=3)
-    assert_same(load_model(tmp_path / "folder"), SMALL, params)
-    assert_same(load_model(tmp_path / "model.bin"), SMALL, params)
-
-
-def test_gpt2_vocabulary_brings_its_tokenizer(tmp_path):
-    try:
-        fetch_vocabulary()
-    except UserError as error:
-        pytest.skip(str(error))
-    config = Config(3, 50257, 50304, 1, 1, 1)
-    save_model(tmp_path, config, random_params(config))
-    assert files_in(tmp_path) == ["config.json", "merges.txt", "model.safetensors", "tokenizer_config.json", "vocab.json"]
-    for name, original in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
-        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == VOCABULARY_SHA256[original]
-    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 50256
-
-
-def test_vocabulary_that_cannot_be_had_does_not_cost_the_model(tmp_path, monkeypatch, capsys):
-    def unreachable():
-        raise UserError("GPT-2's vocabulary is missing")
-    monkeypatch.setattr(checkpoint, "fetch_vocabulary", unreachable)
-    config = Config(3, 50257, 50304, 1, 1, 1)
-    params = random_params(config)
-    save_model(tmp_path, config, params)
-    assert_same(load_model(tmp_path), config, params)
-    assert capsys.readouterr().out == f"{tmp_path} gets no tokenizer: GPT-2's vocabulary is missing\n"
-
-
-@pytest.mark.parametrize("prefix", ["", "transformer."])
-@pytest.mark.parametrize("padding", [0, 1])  # with one of them, no number in the file is aligned
-def test_names_of_any_file(tmp_path, prefix, padding):
-    params = random_params(SMALL)
-    tensors = hugging_face_tensors(params, SMALL, prefix)
-    for l in range(SMALL.num_layers):
-        tensors[f"{prefix}h.{l}.attn.bias"] = ("BOOL", np.tri(3, dtype=bool)[None, None])
-        tensors[f"{prefix}h.{l}.attn.masked_bias"] = np.float32(-1e4).reshape(())
-    tensors["lm_head.weight"] = params.wte[:SMALL.vocab_size]
-    write_folder(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(safetensors(dict(reversed(tensors.items())), padding=padding))
-    assert_same(load_model(tmp_path), SMALL, params)
-
-
-def test_half_precision(tmp_path):
-    """Every dtype in one file, and every one of bfloat16's bit patterns."""
-    config = Config(256, 5, 128, 1, 2, 256)
-    tensors = hugging_face_tensors(random_params(config), config)
-    halves = {name: ("F16", tensor.astype(np.float16)) if "c_" in name else tensor for name, tensor in tensors.items()}
-    bits = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
-    write_folder(tmp_path, config, halves | {"wpe.weight": ("BF16", bits)})
-    _, params = load_model(tmp_path)
-    assert np.array_equal(params.wpe.view(np.uint32), bits.astype(np.uint32) << 16)
-    assert np.array_equal(params.fcw[0], tensors["h.0.mlp.c_fc.weight"].T.astype(np.float16).astype(np.float32))
-    assert np.array_equal(params.wte[:5], tensors["wte.weight"])
-
-
-def test_shards(tmp_path):
-    params = write_folder(tmp_path)
-    tensors = hugging_face_tensors(params, SMALL, "transformer.")
-    weight_map = {name: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, name in enumerate(tensors)}
-    for shard in set(weight_map.values()):
-        (tmp_path / shard).write_bytes(safetensors({name: tensors[name] for name in tensors if weight_map[name] == shard}))
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (tmp_path / "model.safetensors").unlink()
-    assert_same(load_model(tmp_path), SMALL, params)
-
-
-def test_file_without_its_config(tmp_path):
-    config = Config(3, 5, 128, 2, 2, 128)
-    params = random_params(config)
-    (tmp_path / "any.name").write_bytes(safetensors(hugging_face_tensors(params, config)))
-    assert_same(load_model(tmp_path / "any.name"), config, params)
-
-
-def test_llmc_float32(tmp_path):
-    params = random_params(SMALL)
-    save_llmc(tmp_path / "ours.bin", SMALL, params, version=3)
-    assert (tmp_path / "ours.bin").read_bytes() == llmc()
-    loaded = load_model(tmp_path / "ours.bin")
-    assert_same(loaded, SMALL, params)
-    loaded[1].flat[...] = 0     # as training would: the parameters are mapped, yet the file stays as it is
-    assert (tmp_path / "ours.bin").read_bytes() == llmc()
-
-
-def test_llmc_bfloat16(tmp_path):
-    """Parameters to eight bits; those that have no more, to the bit."""
-    params = random_params(SMALL)
-    save_llmc(tmp_path / "once.bin", SMALL, params, version=5)
-    rounded = load_model(tmp_path / "once.bin")[1]
-    assert np.all(abs(rounded.flat - params.flat) <= 2.0**-8 * abs(params.flat))
-    save_llmc(tmp_path / "twice.bin", SMALL, rounded, version=5)
-    assert_same(load_model(tmp_path / "twice.bin"), SMALL, rounded)
-    assert (tmp_path / "twice.bin").read_bytes() == llmc(5, data=(rounded.flat.view(np.uint32) >> 16).astype("<u2").tobytes())
-
-
-def test_rounding_to_bfloat16():
-    """To nearest, ties to even; infinities and NaN stay what they are."""
-    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x80000000], np.uint32)
-    expected = [0x3F80, 0x3F82, 0x3F81, 0x3F80, 0x7F80, 0xFF80, 0x7F80, 0x8000]
-    assert checkpoint.bfloat16_bits(bits.view(np.float32)).tolist() == expected
-    for nan in (0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001):
-        [rounded] = checkpoint.bfloat16_bits(np.array([nan], np.uint32).view(np.float32))
-        assert rounded & 0x7F80 == 0x7F80 and rounded & 0x7F != 0
-
-
-def test_padding_rows_of_a_checkpoint_are_cleared(tmp_path):
-    params = random_params(SMALL)
-    dirty = random_params(SMALL)
-    dirty.wte[SMALL.vocab_size:] = 7
-    (tmp_path / "dirty.bin").write_bytes(llmc(data=dirty.flat.tobytes()))
-    assert_same(load_model(tmp_path / "dirty.bin"), SMALL, params)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# transformers
-
-def test_logits_of_transformers():
-    config, params = load_model(REFERENCE)
-    assert config == Config(max_seq_len=231, vocab_size=131, padded_vocab_size=256, num_layers=2, num_heads=3, channels=24)
-    assert logits_error(config, params, np.load(REFERENCE / "expected.npz")) <= BOUND
-
-
-@pytest.mark.parametrize("shape", ["odd", "gpt2", "half"])
-def test_models_saved_by_transformers(transformers, tmp_path, shape):
-    transformers(tmp_path, "--shape", shape)
-    assert logits_error(*load_model(tmp_path), np.load(tmp_path / "expected.npz")) <= BOUND
-
-
-@pytest.mark.parametrize("config", [Config(9, 131, 256, 2, 3, 24), Config(64, 50257, 50304, 2, 2, 8)], ids=str)
-def test_transformers_loads_what_is_saved_here(transformers, tmp_path, config):
-    params = random_params(config)
-    save_model(tmp_path, config, params)
-    transformers(tmp_path, "--saved")
-    expected = np.load(tmp_path / "expected.npz")
-    assert logits_error(config, params, expected) <= BOUND
-    if "text" in expected:
-        assert expected["text"].tolist() == gpt2_encoding().encode(TEXT, allowed_special="all")
-    assert ("text" in expected) == (tmp_path / "vocab.json").exists()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One line
-
-def error_of(path):
-    with pytest.raises(UserError) as caught:
-        load_model(path)
-    message = str(caught.value)
-    assert message.isprintable() and len(message) < 1500 and caught.value.status == 1, message
-    return message
-
-
-def assert_says(message, *parts):
-    """All of the parts, in this order."""
-    assert re.search(".*".join(re.escape(str(part)) for part in parts), message), (message, parts)
-
-
-CONFIGS = {
-    "another architecture": (dict(model_type="llama"), ("config.json", "model_type", "llama", "'gpt2'")),
-    "no architecture": (dict(model_type="absent"), ("model_type", "None", "'gpt2'")),
-    "other activation": (dict(activation_function="relu"), ("activation_function", "relu", "gelu_new or gelu_pytorch_tanh")),
-    "other epsilon": (dict(layer_norm_epsilon=1e-6), ("layer_norm_epsilon", "1e-06", "1e-05")),
-    "epsilon NaN": (dict(layer_norm_epsilon=float("nan")), ("layer_norm_epsilon", "nan", "1e-05")),
-    "unscaled attention": (dict(scale_attn_weights=False), ("scale_attn_weights", "False", "True")),
-    "scaled by layer": (dict(scale_attn_by_inverse_layer_idx=True), ("scale_attn_by_inverse_layer_idx", "True", "False")),
-    "other width": (dict(n_inner=24), ("n_inner", "24", "None or 32")),
-    "no size": (dict(n_layer="absent"), ("n_layer", "None", "whole number")),
-    "size NaN": (dict(n_embd=float("nan")), ("n_embd", "nan", "whole number")),
-    "size infinite": (dict(n_embd=float("inf")), ("n_embd", "inf", "whole number")),
-    "size true": (dict(n_head=True), ("n_head", "True", "whole number")),
-    "size zero": (dict(vocab_size=0), ("vocab_size", "0", "from 1")),
-    "size negative": (dict(n_positions=-1), ("n_positions", "-1", "from 1")),
-    "size astronomical": (dict(n_embd=10**4000), ("n_embd", "whole number")),
-    "size a text of two lines": (dict(n_embd="a\nb\u2028c"), ("n_embd", r"'a\nb\u2028c'", "whole number")),
-    "indivisible heads": (dict(n_head=3), ("n_embd", "8", "multiple of n_head, 3")),
-    "more layers": (dict(n_layer=3), ("layers", "2, expected 3", "n_layer")),
-    "very many layers": (dict(n_layer=2**31 - 1), ("layers", "2, expected 2,147,483,647")),
-    "larger vocabulary": (dict(vocab_size=6), ("wte.weight", "(5, 8)", "expected", "(6, 8)")),
-    "as large as can be": (dict(n_embd=2**30, n_positions=2**31 - 1, vocab_size=2**31 - 1),
-                           ("wte.weight", "(5, 8)", "wpe.weight", "(3, 8)")),
-}
-
-
-@pytest.mark.parametrize("changes, parts", CONFIGS.values(), ids=CONFIGS)
-def test_config_of_another_model(tmp_path, changes, parts):
-    write_folder(tmp_path, **changes)
-    assert_says(error_of(tmp_path), *parts)
-
-
-@pytest.mark.parametrize("changes", [dict(activation_function="gelu_pytorch_tanh"), dict(n_inner=32), dict(n_ctx="absent"),
-                                     *({name: "absent"} for name in ("activation_function", "layer_norm_epsilon",
-                                                                     "scale_attn_weights", "n_inner"))], ids=str)
-def test_config_in_other_words(tmp_path, changes):
-    params = write_folder(tmp_path, **changes)
-    assert_same(load_model(tmp_path), SMALL, params)
-
-
-NOT_JSON = {
-    "empty": (b"", ("is not JSON",)),
-    "no JSON": (b'{"model_type": gpt2}', ("is not JSON", "line 1 column 16")),
-    "no UTF-8": (b'{"model_type": "\xff"}', ("is not JSON", "utf-8")),
-    "no object": (b'["gpt2"]', ("['gpt2']", "expected a JSON object")),
-    "deep": (b"[" * 100_000, ("is not JSON",)),
-    "many digits": (b'{"n_layer": ' + b"9" * 100_000 + b"}", ("is not JSON", "digits")),
-    "long": (b" " * (2**20 + 1), ("1,048,577 bytes", "at most 1,048,576")),
-}
-
-
-@pytest.mark.parametrize("contents, parts", NOT_JSON.values(), ids=NOT_JSON)
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_damaged_json(tmp_path, name, contents, parts):
-    write_folder(tmp_path)
-    if name != "config.json":
-        (tmp_path / "model.safetensors").unlink()
-    (tmp_path / name).write_bytes(contents)
-    assert_says(error_of(tmp_path), tmp_path / name, *parts)
-
-
-def without(*names):
-    return {name: tensor for name, tensor in hugging_face_tensors(random_params(SMALL), SMALL).items() if name not in names}
-
-
-def with_tensors(**tensors):
-    return without() | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
-
-
-def edited(name, **changes):
-    """A file whose header is wrong about one tensor."""
-    return safetensors(without(), lambda header: header[name].update(changes))
-
-
-def numbers(*shape):
-    return np.ones(shape, dtype=np.float32)
-
-
-WHOLE = safetensors(without())
-HEADER_BYTES, = struct.unpack("<Q", WHOLE[:8])
-
-SAFETENSORS = {
-    "empty": (b"", ("b''", "expected a safetensors file")),
-    "a few bytes": (WHOLE[:7], ("begins with", "expected a safetensors file")),
-    "truncated header": (WHOLE[:100], ("has 100 bytes", f"{HEADER_BYTES:,} of them are its header")),
-    "truncated data": (WHOLE[:-1], (f"has {len(WHOLE) - 1:,} bytes", f"expected {len(WHOLE):,}", "download")),
-    "trailing bytes": (WHOLE + b"\0", (f"has {len(WHOLE) + 1:,} bytes", f"expected {len(WHOLE):,}")),
-    "header of 2**64 - 1": (b"\xff" * 8 + WHOLE[8:], ("18,446,744,073,709,551,615 of them are its header",)),
-    "header over the limit": (struct.pack("<Q", 2**20 + 1) + b"{}".ljust(2**20 + 1), ("at most 1,048,576",)),
-    "header no JSON": (WHOLE[:8] + WHOLE[8:].replace(b'"', b"'"), ("header", "is not JSON")),
-    "header no UTF-8": (WHOLE.replace(b"wpe", b"\xff\xfe\xfd"), ("header", "is not JSON")),
-    "header empty": (struct.pack("<Q", 2) + b"{}", ("layers", "0, expected 2")),
-    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 498\n", ("Git LFS", "git lfs pull")),
-    "entry no object": (safetensors(without(), lambda header: header.update(x=3)), ("header", "3 for x", "expected a dtype")),
-    "entry incomplete": (safetensors(without(), lambda header: header["wte.weight"].pop("shape")), ("wte.weight", "a shape")),
-    "offsets no numbers": (edited("wte.weight", data_offsets=["0", 160]), ("wte.weight", "data_offsets")),
-    "offsets reversed": (edited("wte.weight", data_offsets=[160, 0]), ("wte.weight", "data_offsets")),
-    "offsets astronomical": (edited("ln_f.bias", data_offsets=[0, 10**4299]), ("ln_f.bias", "data_offsets")),
-    "offsets beyond the file": (edited("ln_f.bias", data_offsets=[len(WHOLE) - 8 - HEADER_BYTES - 32, 2**62]),
-                                ("bytes", "expected 4,611,")),
-    "offsets negative": (edited("wte.weight", data_offsets=[-160, 0]), ("wte.weight", "byte -160", "expected 0")),
-    "overlap": (edited("wpe.weight", data_offsets=[156, 256]), ("wpe.weight", "byte 156", "expected 160")),
-    "hole": (edited("wpe.weight", data_offsets=[164, 256]), ("wpe.weight", "byte 164", "expected 160")),
-    "shape for other bytes": (safetensors(with_tensors(ln_f__bias=numbers(9)),
-                                          lambda header: header["ln_f.bias"].update(shape=[8])),
-                              ("ln_f.bias 36 bytes", "expected 32")),
-    "missing": (safetensors(without("wte.weight", "h.1.mlp.c_fc.bias")), ("lacks wte.weight, h.1.mlp.c_fc.bias;",)),
-    "many missing": (safetensors({"h.0.ln_1.bias": numbers(8), "h.1.ln_1.bias": numbers(8)}),
-                     ("lacks wte.weight, wpe.weight, h.0.ln_1.weight", "and 18 more")),
-    "a layer missing": (safetensors({name: tensor for name, tensor in without().items() if not name.startswith("h.1.")}),
-                        ("layers", "1, expected 2")),
-    "unknown": (safetensors(with_tensors(h__0__attn__q_norm=numbers(8))), ("holds h.0.attn.q_norm, which GPT-2 has not",)),
-    "wrong shape": (safetensors(with_tensors(ln_f__bias=numbers(9))), ("ln_f.bias is F32 (9,), expected", "(8,)")),
-    "not transposed": (safetensors(with_tensors(h__0__mlp__c_fc__weight=numbers(32, 8))),
-                       ("h.0.mlp.c_fc.weight", "(32, 8)", "(8, 32)")),
-    "wrong dtype": (safetensors(with_tensors(ln_f__bias=("I8", np.ones(8, np.int8)))), ("ln_f.bias is I8", "F32 or F16 or BF16")),
-    "odd dtype": (edited("ln_f.bias", dtype="\n"), ("ln_f.bias is '\\n'", "F32 or F16 or BF16")),
-    "twice": (safetensors(without() | {"transformer.wte.weight": numbers(5, 8)}), ("wte.weight", "a second time")),
-    "another classifier": (safetensors(without() | {"lm_head.weight": numbers(5, 8)}), ("lm_head.weight", "differs", "tied")),
-}
-
-
-@pytest.mark.parametrize("contents, parts", SAFETENSORS.values(), ids=SAFETENSORS)
-def test_damaged_safetensors(tmp_path, contents, parts):
-    write_folder(tmp_path)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(contents)
-    assert_says(error_of(tmp_path), *parts)
-    assert_says(error_of(path), *parts)
-
-
-def test_wrong_names_and_shapes_are_listed_together(tmp_path):
-    tensors = without("ln_f.weight") | {"score.weight": numbers(2, 8), "wpe.weight": numbers(4, 8), "ln_f.bias": numbers(7)}
-    write_folder(tmp_path, tensors=tensors)
-    assert_says(error_of(tmp_path), tmp_path, "lacks ln_f.weight;", "holds score.weight, which", "wpe.weight is F32 (4, 8)",
-                "(3, 8)", "ln_f.bias is F32 (7,)", "(8,)")
-
-
-def test_shapes_that_do_not_tell_the_model(tmp_path):
-    path = tmp_path / "model.safetensors"
-    for tensors in (without(), without("wpe.weight"), with_tensors(wte__weight=numbers(5)),
-                    with_tensors(wte__weight=numbers(5, 0))):
-        path.write_bytes(safetensors(tensors))
-        assert_says(error_of(path), path, "config.json" if tensors["wte.weight"].size else "n_head is 0")
-
-
-SHARDS = {
-    "elsewhere": ("../model.safetensors", ("weight_map", "../model.safetensors", "this folder")),
-    "absolute": ("/model.safetensors", ("weight_map", "/model.safetensors", "this folder")),
-    "a pickle": ("pytorch_model.bin", ("weight_map", "pytorch_model.bin", ".safetensors")),
-    "no text": (3, ("weight_map", "3", ".safetensors")),
-    "not there": ("model-1.safetensors", ("cannot read", "model-1.safetensors", "No such file", "download")),
-}
-
-
-@pytest.mark.parametrize("shard, parts", SHARDS.values(), ids=SHARDS)
-def test_index_of_shards(tmp_path, shard, parts):
-    folder = tmp_path / "folder"
-    write_folder(folder)
-    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": shard}}))
-    assert_says(error_of(folder), *parts)
-
-
-def test_index_without_shards(tmp_path):
-    for contents, parts in (("{}", ("weight_map", "None")), ('{"weight_map": {}}', ("layers", "0, expected 2"))):
-        write_folder(tmp_path)
-        (tmp_path / "model.safetensors").unlink()
-        (tmp_path / "model.safetensors.index.json").write_text(contents)
-        assert_says(error_of(tmp_path), *parts)
-
-
-LLMC = {
-    "truncated header": (llmc()[:1023], ("has 1,023 bytes", "expected a header of 1,024")),
-    "truncated": (llmc()[:-1], (f"has {len(llmc()) - 1:,} bytes", f"expected {len(llmc()):,}", "parameters of its header")),
-    "trailing bytes": (llmc() + b"\0", (f"has {len(llmc()) + 1:,} bytes", f"expected {len(llmc()):,}")),
-    "bfloat16's size": (llmc(5), (f"has {len(llmc()):,} bytes", "expected")),
-    "old version": (llmc(1), ("version 1", "expected version 3 (float32) or 5 (bfloat16)")),
-    "other magic": (llmc(magic=20240520), ("begins with", "expected a safetensors file or an llm.c checkpoint")),
-    "vocabulary larger than padded": (llmc(V=129), ("padded_vocab_size", "128", "expected 256")),
-    "not padded": (llmc(Vp=5), ("padded_vocab_size", "5", "expected 128")),
-    "no layers": (llmc(L=0), ("num_layers", "0", "from 1")),
-    "negative": (llmc(C=-8), ("channels", "-8", "from 1")),
-    "indivisible heads": (llmc(NH=3), ("channels", "8", "multiple of num_heads, 3")),
-    "as large as can be": (llmc(L=2**31 - 1, C=2**30, NH=1), (f"has {len(llmc()):,} bytes", "expected 118,")),
-}
-
-
-@pytest.mark.parametrize("contents, parts", LLMC.values(), ids=LLMC)
-def test_damaged_llmc(tmp_path, contents, parts):
-    path = tmp_path / "model.bin"
-    path.write_bytes(contents)
-    assert_says(error_of(path), path, *parts)
-
-
-class Bomb:
-    """Pickled, it makes the file whose path it has, once it is opened."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("wrap", [lambda contents: contents, lambda contents: b"PK\x03\x04" + contents], ids=["plain", "zip"])
-def test_no_pickle_is_opened(tmp_path, wrap):
-    exploded = tmp_path / "exploded"
-    pickled = wrap(pickle.dumps(Bomb(exploded), protocol=2))
-    folder = tmp_path / "folder"
-    write_folder(folder)
-    for name in ("pytorch_model.bin", "model.pt", "model.safetensors"):
-        (folder / name).write_bytes(pickled)
-        assert_says(error_of(folder / name), folder / name, "is a Python pickle", "save_pretrained")
-    assert_says(error_of(folder), "model.safetensors is a Python pickle", "save_pretrained")
-    (folder / "model.safetensors").unlink()
-    assert_says(error_of(folder), folder, "has no model.safetensors;", "pytorch_model.bin", "Python pickle", "save_pretrained")
-    assert not exploded.exists()
-
-
-def test_nothing_there(tmp_path):
-    assert_says(error_of(tmp_path), tmp_path, "has no model.safetensors")
-    write_folder(tmp_path)
-    (tmp_path / "config.json").unlink()
-    assert_says(error_of(tmp_path), "cannot read", tmp_path / "config.json", "No such file")
-    for missing in (tmp_path / "model", "./model", "models/model.bin", "gpt2.safetensors", "a/b/c", ""):
-        assert_says(error_of(missing), "there is no file or folder", repr(str(missing)), "Hugging Face", "gpt2")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
-def test_pipe_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    assert_says(error_of(tmp_path / "pipe"), "pipe is not a file")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The hub
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Puts a function in the place of huggingface_hub's snapshot_download, in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def install(snapshot_download):
-        module = types.ModuleType("huggingface_hub")
-        if snapshot_download:
-            module.snapshot_download = snapshot_download
-        monkeypatch.setitem(sys.modules, "huggingface_hub", module if snapshot_download else None)
-    return install
-
-
-@pytest.mark.parametrize("name", ["gpt2", "distilgpt2", "openai-community/gpt2-xl", "user_1/GPT.2-small"])
-def test_model_from_the_hub(hub, tmp_path, name):
-    params = write_folder(tmp_path / "cache")
-    asked = []
-
-    def snapshot_download(repo_id, allow_patterns):
-        asked.append(repo_id)
-        assert not any(pattern.endswith((".bin", "*")) for pattern in allow_patterns)  # no pickle is even fetched
-        return str(tmp_path / "cache")
-    hub(snapshot_download)
-    assert_same(load_model(name), SMALL, params)
-    assert asked == [name]
+def run(run_main, monkeypatch, tmp_path, data):
+    """run(folder, *flags, stop=step) trains in this process, into a folder; a signal comes during step `stop`."""
+    def run(folder, *flags, stop=None, number=signal.SIGTERM, program=train_gpt2):
+        with monkeypatch.context() as patches:
+            if stop:
+                def finish(model, *arguments, original=program.GPT2.finish):
+                    finish.calls += 1
+                    if finish.calls == 2 * stop:    # twice a step, since the update may be skipped
+                        os.kill(os.getpid(), number)
+                    return original(model, *arguments)
+                finish.calls = 0
+                patches.setattr(program.GPT2, "finish", finish)
+            return run_main(program, "--output-dir", tmp_path / folder, *flags)
+    new_run = [*FLAGS, "--input-bin", data / "train_*.bin", "--input-val-bin", data / "val.bin"]
+    return lambda folder, *flags, new=True, **rest: run(folder, *(new_run if new else ()), *flags, **rest)
 
 
-def test_a_folder_comes_before_the_hub(hub, tmp_path):
-    def snapshot_download(repo_id, allow_patterns):
-        raise AssertionError("the hub was asked")
-    hub(snapshot_download)
-    params = write_folder(tmp_path / "gpt2")
-    assert_same(load_model("gpt2"), SMALL, params)
-    for name in ("model.bin", "user/model.safetensors", "a/b/c", "/gpt2x", "gpt 2", ""):
-        assert_says(error_of(name), "there is no file or folder", repr(name))
+def left_behind(folder):
+    """What a run leaves that does not depend on the clock: its log, and the bytes of its models and moments."""
+    rows = [(row["step"], row["train_loss"], row["val_loss"], row["grad_norm"], row["learning_rate"])
+            for row in csv.DictReader(open(folder / "log.csv"))]
+    latest = checkpoints(folder)[-1]
+    files = [folder / "model.safetensors", folder / "best" / "model.safetensors", *map(latest.joinpath, checkpoint.MOMENTS)]
+    return rows, [file.read_bytes() for file in files], load_state(latest) | {"flags": None}
 
 
-def test_no_hub(hub):
-    def unreachable(repo_id, allow_patterns):
-        raise RuntimeError("cannot reach the hub\n\nCheck your connection\n")
-    hub(unreachable)
-    assert_says(error_of("gpt2"), "no file or folder gpt2", "hub", "RuntimeError: cannot reach the hub Check", "network")
-    hub(None)
-    assert_says(error_of("gpt2"), "no file or folder gpt2", "pip install huggingface_hub")
+@pytest.fixture
+def uninterrupted(run, tmp_path):
+    """What a run leaves that was not interrupted; it is made once."""
+    if not EXPECTED:
+        EXPECTED.append(run_uninterrupted(run, tmp_path))
+    return EXPECTED[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Whole or not at all
-
-def test_what_cannot_be_written_leaves_the_old_model(tmp_path):
-    """Were one file replaced without the others, a model of another shape would not fit its config.json."""
-    params = write_folder(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    config = Config(7, 50257, 50304, 1, 1, 4)
-    for obstacle in ("config.json", "tokenizer_config.json"):
-        with pytest.MonkeyPatch.context() as patch:
-            times = full_disk(patch, obstacle)
-            with pytest.raises(UserError, match=f"cannot write .*{obstacle}: No space left on device"):
-                save_model(tmp_path, config, random_params(config))
-            assert times == [obstacle]
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert_same(load_model(tmp_path), SMALL, params)
+EXPECTED = []
 
 
-def full_disk(patch, name):
-    """Have the disk be full when the file called `name` is written; returns a list of the times it was."""
-    real, times = checkpoint.whole_file, []
-
-    def write(piece):
-        times.append(name)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    @contextlib.contextmanager
-    def whole_file(path):
-        with real(path) as file:
-            yield types.SimpleNamespace(write=write) if path.name == name else file
-    patch.setattr(checkpoint, "whole_file", whole_file)
-    patch.setattr(checkpoint, "fetch_vocabulary", lambda: None)
-    return times
+def run_uninterrupted(run, tmp_path):
+    finished = run("whole")
+    assert finished.status == 0 and finished.out.count("update skipped: its loss") >= 1
+    assert finished.out.count("update skipped: its norm") >= 1
+    rows, *_ = expected = left_behind(tmp_path / "whole")
+    losses = [float(row[2]) for row in rows if row[2]]
+    assert losses.index(min(losses)) < STOP - 1, "the best model must be one from before the stop"
+    return expected
 
 
-def test_interruption_while_saving_leaves_the_old_model(tmp_path):
-    params = write_folder(tmp_path)
-    broken = random_params(SMALL, seed=1)
-    del broken.lnfb
-    with pytest.raises(AttributeError):
-        save_model(tmp_path, SMALL, broken)
-    assert files_in(tmp_path) == ["config.json", "model.safetensors"]
-    assert_same(load_model(tmp_path), SMALL, params)
+@pytest.mark.parametrize("stop", range(1, STEPS))
+def test_stopped_and_resumed_run_is_the_uninterrupted_one(run, uninterrupted, tmp_path, stop):
+    """To the last bit, whichever step the signal comes in; Ctrl-C and SIGTERM have the shell's exit statuses."""
+    number = signal.SIGINT if stop % 2 else signal.SIGTERM
+    finished = run("out", stop=stop, number=number)
+    assert finished.status == 128 + number and f"stopped after step {stop}" in finished.out
+    assert "stopping when this step is done" in finished.err
+    assert [load_state(path)["step"] for path in checkpoints(tmp_path / "out")] == [stop]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert run("out", "--resume", new=False).status == 0
+    assert left_behind(tmp_path / "out") == uninterrupted
 
 
-def test_weights_take_their_name_last(tmp_path, monkeypatch):
-    replaced = []
-    real = os.replace
-    monkeypatch.setattr(os, "replace", lambda source, target: (replaced.append(Path(target).name), real(source, target)))
-    save_model(tmp_path, SMALL, random_params(SMALL))
-    assert replaced == ["config.json", "model.safetensors"]
+FORGOTTEN = {
+    "first moment": lambda latest: np.save(latest / "adam_m.npy", 0 * np.load(latest / "adam_m.npy")),
+    "second moment": lambda latest: np.save(latest / "adam_v.npy", 0 * np.load(latest / "adam_v.npy")),
+    "model": lambda latest: [shutil.copy(latest.parents[1] / "best" / name, latest) for name in ("model.safetensors",)],
+    **{name: lambda latest, name=name: change_state(latest, **{name: getattr(Progress(), name)})
+       for name in ("step", "data", "best_val_loss", "latest_losses", "latest_norms")},
+    **{flag: lambda latest, flag=flag, value=value: change_flag(latest, flag, value)
+       for flag, value in dict(total_batch_size=16, schedule="cosine", warmup_iters=12, learning_rate=1e-3, num_iterations=11,
+                               learning_rate_decay_frac=0.5, weight_decay=0.0, grad_clip=0.01, shuffle=False, batch_size=1,
+                               skip_update_lossz=0.0, skip_update_gradz=0.0, val_max_steps=1).items()},
+}
 
 
-def test_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_bytes(b"as it was")
-    with pytest.raises(UserError, match="cannot write .*model.safetensors"):
-        save_model(tmp_path / "file", SMALL, random_params(SMALL))
-    with pytest.raises(UserError, match="cannot write .*model.bin"):
-        save_llmc(tmp_path / "file" / "model.bin", SMALL, random_params(SMALL), version=3)
-    assert (tmp_path / "file").read_bytes() == b"as it was" and files_in(tmp_path) == ["file"]
+def change_state(latest, **changed):
+    (latest / "training.json").write_text(json.dumps(load_state(latest) | changed))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Damage of every kind
-
-LIES = [b"0", b"1", b"-1", b"7", b"1.5", b"1e9", b"1e999", b"NaN", b"null", b"true", b'"8"', b"[]", b"{}", b"[[8]]",
-        b"2147483647", b"4294967296", b"18446744073709551616", b"9" * 400]
-
-
-def flip_bits(rng, contents):
-    contents = bytearray(contents)
-    for _ in range(rng.integers(1, 9)):
-        contents[rng.integers(len(contents))] ^= 1 << rng.integers(8)
-    return bytes(contents)
+def change_flag(latest, flag, value):
+    flags = load_state(latest)["flags"]
+    assert flag in flags
+    change_state(latest, flags=flags | {flag: value})
 
 
-def truncate(rng, contents):
-    return contents[:rng.integers(len(contents))]
+@pytest.mark.parametrize("name", FORGOTTEN)
+def test_whatever_is_forgotten_shows(run, uninterrupted, tmp_path, name):
+    """Every single thing that a checkpoint holds is needed: without it, the rest of the run is another."""
+    run("out", stop=STOP)
+    FORGOTTEN[name](checkpoints(tmp_path / "out")[-1])
+    run("out", "--resume", new=False)
+    assert left_behind(tmp_path / "out") != uninterrupted
 
 
-def insert_bytes(rng, contents):
-    where = rng.integers(len(contents) + 1)
-    return contents[:where] + rng.bytes(rng.integers(1, 40)) + contents[where:]
+def test_gpu_program_resumes_too(run, tmp_path):
+    """On its own, and from a checkpoint of the CPU program."""
+    cpu = "--device", "cpu"
+    assert run("whole", *cpu, program=train_gpt2_gpu).status == 0
+    assert run("out", *cpu, program=train_gpt2_gpu, stop=STOP).status == 128 + signal.SIGTERM
+    assert run("out", *cpu, "--resume", program=train_gpt2_gpu, new=False).status == 0
+    assert left_behind(tmp_path / "out") == left_behind(tmp_path / "whole")
+    run("crossed", stop=STOP)
+    assert run("crossed", *cpu, "--resume", program=train_gpt2_gpu, new=False).status == 0
+    losses = [[float(row[1]) for row in left_behind(tmp_path / folder)[0] if row[1]] for folder in ("crossed", "whole")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def drop_bytes(rng, contents):
-    where = rng.integers(len(contents))
-    return contents[:where] + contents[where + rng.integers(1, 40):]
+@pytest.mark.parametrize("program, flags", [(train_gpt2, ()), (train_gpt2_gpu, ("--device", "cpu"))], ids=["cpu", "gpu"])
+def test_what_was_loaded_does_not_stay_in_memory(run, tmp_path, monkeypatch, program, flags):
+    """While a resumed run trains: neither a second copy of the parameters, nor the mapped files of the moments."""
+    def loaded():
+        gc.collect()
+        arrays = [array for array in gc.get_objects() if isinstance(array, Tensors) and "wte" in array.shapes]
+        return len(arrays), sum(type(array.base) is np.memmap for array in gc.get_objects() if isinstance(array, np.ndarray))
+
+    def train(*arguments, original=train_gpt2.train):
+        during.append(loaded())
+        return original(*arguments)
+
+    during = []
+    monkeypatch.setattr(train_gpt2, "train", train)
+    assert run("new", *flags, stop=2, program=program).status == 128 + signal.SIGTERM
+    shutil.copytree(tmp_path / "new", tmp_path / "resumed")
+    assert run("resumed", *flags, "--resume", new=False, program=program).status == 0
+    assert during[0] == during[1] and during[0][0] >= 2
 
 
-def damage_opening(rng, contents):
-    """In the part where the lengths are."""
-    return flip_bits(rng, contents[:40]) + contents[40:]
+def test_checkpoint_that_cannot_be_deleted(tmp_path, monkeypatch):
+    def rename(*names):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("os.rename", rename)
+    with pytest.raises(UserError, match="cannot delete .*step-00000001: Permission denied; delete it by hand"):
+        checkpoint.delete(tmp_path / "step-00000001")
 
 
-def lie(rng, contents):
-    """Another value for a number in JSON, which may be a safetensors file's header; its length is then put right."""
-    start = 8 if contents[8:9] == b"{" and contents[:1] != b"{" else 0
-    end = start + struct.unpack("<Q", contents[:8])[0] if start else len(contents)
-    text = contents[start:end]
-    numbers = list(re.finditer(rb"\b\d+(?:e-\d+)?\b", text))
-    number = numbers[rng.integers(len(numbers))]
-    text = text[:number.start()] + LIES[rng.integers(len(LIES))] + text[number.end():]
-    return (struct.pack("<Q", len(text)) if start else b"") + text + contents[end:]
+def test_best_model_is_not_the_last(run, tmp_path):
+    """But the one of the step with the lowest validation loss, which a run of so many steps ends with."""
+    run("whole", "--schedule", "constant")
+    rows, (last, best, *_), _ = left_behind(tmp_path / "whole")
+    losses = [float(row[2]) for row in rows if row[2]]
+    run("short", "--schedule", "constant", "--num-iterations", 1 + losses.index(min(losses)))
+    assert best != last and best == (tmp_path / "short" / "model.safetensors").read_bytes()
 
 
-def lie_in_int32(rng, contents):
-    """Another value for a number in llm.c's header."""
-    header = list(struct.unpack("<8i", contents[:32]))
-    header[rng.integers(1, 8)] = int(rng.choice([0, 1, -1, 2, 3, 5, 64, 127, 128, 129, 2**16, 2**30, 2**31 - 1, -2**31]))
-    return struct.pack("<8i", *header) + contents[32:]
+def test_checkpoints_every_so_often(run, tmp_path):
+    """The latest K are kept, the last one is of the last step, and any of them is a model that can be loaded."""
+    assert run("out", "--checkpoint-every", 4, "--keep-checkpoints", 2).status == 0
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-00000008", "step-00000012"]
+    latest = checkpoints(tmp_path / "out")[-1]
+    assert (latest / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert run("none", "--checkpoint-every", 0).status == 0
+    assert not checkpoints(tmp_path / "none")
 
 
-ANY_FILE = (flip_bits, truncate, insert_bytes, drop_bytes, damage_opening)
+def test_finished_run(run, tmp_path):
+    """It can be made longer; a new run in its folder replaces it, checkpoints and all."""
+    run("out")
+    assert_one_line(run("out", "--resume", new=False), 1, "finished, after 12 steps", "--num-iterations")
+    finished = run("out", "--resume", "--num-iterations", 14, new=False)
+    assert finished.status == 0 and "--num-iterations is 14 from here on; it was 12" in finished.out
+    assert [load_state(path)["step"] for path in checkpoints(tmp_path / "out")] == [14]
+    assert run("out", "--num-iterations", 3).status == 0
+    assert [load_state(path)["step"] for path in checkpoints(tmp_path / "out")] == [3]
+    assert [row["step"] for row in csv.DictReader(open(tmp_path / "out" / "log.csv"))] == ["1", "1", "2", "2", "3", "3"]
 
 
-@pytest.mark.parametrize("name, damages", [
-    ("model.safetensors", (*ANY_FILE, lie, lie, lie)), ("config.json", (*ANY_FILE, lie, lie)),
-    ("model.safetensors.index.json", ANY_FILE), ("model.bin", (*ANY_FILE, lie_in_int32, lie_in_int32))])
-def test_damaged_files_are_refused_or_read_without_harm(tmp_path, name, damages):
-    """250 files of each kind: one line or a model, and never more memory than a small multiple of the file."""
-    folder = tmp_path / "folder"
-    write_folder(folder)
-    if name == "model.safetensors.index.json":
-        (folder / "model.safetensors").rename(folder / "shard.safetensors")
-        (folder / name).write_text(json.dumps({"weight_map": dict.fromkeys(without(), "shard.safetensors")}))
-    if name == "model.bin":
-        (folder / name).write_bytes(llmc())
-    whole = (folder / name).read_bytes()
-    target = folder / name if name == "model.bin" else folder
-    rng = np.random.default_rng(len(name))
-    read = 0
-    tracemalloc.start()
-    try:
-        for i in range(250):
-            contents = damages[i % len(damages)](rng, whole)
-            (folder / name).write_bytes(contents)
-            tracemalloc.reset_peak()
-            try:
-                config, params = load_model(target)
-            except UserError as error:
-                assert str(error).isprintable() and len(str(error)) < 3000, str(error)
-            else:
-                read += 1
-                assert params.size == sum(tensor.size for _, tensor in params.items())
-                assert params.wte.shape == (config.padded_vocab_size, config.channels)
-            _, peak = tracemalloc.get_traced_memory()
-            assert peak < 2**19, (peak, len(contents))
-    finally:
-        tracemalloc.stop()
-    assert 0 < read < 200
+def test_log_goes_on_after_the_checkpoint(run, uninterrupted, tmp_path):
+    """Steps that the checkpoint does not know of are done again, and a line that was cut short is left out."""
+    run("out", stop=STOP)
+    with open(tmp_path / "out" / "log.csv", "a") as log:
+        log.write(f"{STOP + 1},9.9,,,9.9,0.1,1,1\n{STOP + 2},9.")
+    assert run("out", "--resume", new=False).status == 0
+    assert left_behind(tmp_path / "out") == uninterrupted
+
+
+# Mistakes
+
+def assert_one_line(finished, status, *parts):
+    assert finished.status == status, finished
+    assert finished.err.startswith("train_gpt2.py: error: ") and finished.err.count("\n") == 1, finished.err
+    place = 0
+    for part in map(str, parts):
+        assert part in finished.err[place:], (finished.err, part)
+        place = finished.err.index(part, place)
+
+
+def test_nothing_to_resume_from(run, tmp_path):
+    assert_one_line(run("out", "--resume"), 1, "out", "no checkpoint to --resume from")
+    assert not (tmp_path / "out").exists()
+
+
+def test_new_run_does_not_replace_an_unfinished_one(run, tmp_path):
+    run("out", stop=STOP)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert_one_line(run("out"), 1, "stopped after 6 of 12 steps", "--resume", "--output-dir", "delete")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("flags", [("--model", "d6"), ("--sequence-length", 4), ("--total-batch-size", 64), ("--seed", 2)])
+def test_what_must_not_change(run, tmp_path, flags):
+    run("out", stop=STOP)
+    assert_one_line(run("out", "--resume", *flags, new=False), 2, f"{flags[0]} is {flags[1]}, expected", "leave it out")
+
+
+def test_what_may_change_is_said(run, tmp_path):
+    run("out", stop=STOP)
+    finished = run("out", "--resume", "--learning-rate", 0.001, "--weight-decay", 0.1, new=False)
+    assert finished.status == 0 and "--learning-rate is 0.001 from here on; it was 0.03" in finished.out
+    assert "--weight-decay" not in finished.out.split("\n\n")[0].replace("weight decay", "")
+
+
+def test_other_tokens(run, tmp_path, data):
+    run("out", stop=STOP)
+    finished = run("out", "--resume", "--input-bin", data / "train_0.bin", new=False)
+    assert_one_line(finished, 1, "--input-bin", "other tokens", "start anew")
+    moved = shutil.copytree(data, tmp_path / "moved")
+    assert run("out", "--resume", "--input-bin", moved / "train_*.bin", new=False).status == 0
+
+
+DAMAGES = {
+    "no state": (lambda latest: (latest / "training.json").unlink(), ("training.json", "No such file")),
+    "cut state": (lambda latest: cut(latest / "training.json"), ("training.json", "not the JSON")),
+    "state of something else": (lambda latest: (latest / "training.json").write_text("[1]"), ("training.json", "lacks", "flags")),
+    "state without the step": (lambda latest: (latest / "training.json").write_text('{"flags": {}}'), ("training.json", "lacks step")),
+    "no moment": (lambda latest: (latest / "adam_v.npy").unlink(), ("adam_v.npy", "No such file")),
+    "cut moment": (lambda latest: cut(latest / "adam_m.npy"), ("adam_m.npy", "damaged")),
+    "empty moment": (lambda latest: (latest / "adam_m.npy").write_bytes(b""), ("adam_m.npy", "damaged")),
+    "moment of another shape": (lambda latest: np.save(latest / "adam_m.npy", np.zeros(3, np.float32)),
+                                ("adam_m.npy", "(3,)", "expected float32 of shape (8768,)")),
+    "moment of another dtype": (lambda latest: np.save(latest / "adam_m.npy", np.zeros(8768)), ("adam_m.npy", "float64")),
+    "pickled moment": (lambda latest: np.save(latest / "adam_m.npy", np.array([{}], dtype=object)), ("adam_m.npy", "damaged")),
+    "pickle instead of a moment": (lambda latest: (latest / "adam_m.npy").write_bytes(pickle.dumps([1.0])),
+                                   ("adam_m.npy", "damaged", "pickle")),
+    "no model": (lambda latest: (latest / "model.safetensors").unlink(), ("no model.safetensors",)),
+    "cut model": (lambda latest: cut(latest / "model.safetensors"), ("model.safetensors",)),
+}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage, parts", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_checkpoint(run, tmp_path, damage, parts):
+    """One line that names the file; and once the folder is deleted, the run goes on from the checkpoint before."""
+    run("out", "--checkpoint-every", 1, "--keep-checkpoints", 2, stop=STOP)
+    earlier, latest = checkpoints(tmp_path / "out")
+    damage(latest)
+    assert_one_line(run("out", "--resume", new=False), 1, *parts)
+    shutil.rmtree(latest)
+    assert run("out", "--resume", new=False).status == 0
+
+
+# Whatever stops the program
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import training, train_gpt2
+from gpt2 import Config
+from cli import run_program
+training.model_config = lambda name: Config({}, {}, {}, {}, {}, {})
+run_program(train_gpt2.main, training.OUT_OF_MEMORY_HINT)
+"""
+ROOT = Path(train_gpt2.__file__).parent
+
+
+def command(config, *flags):
+    """Runs train_gpt2.py with a small model in a process of its own."""
+    sizes = config.max_seq_len, config.vocab_size, config.padded_vocab_size, config.num_layers, config.num_heads, config.channels
+    return [sys.executable, "-c", PROGRAM.format(*sizes), str(ROOT), *map(str, flags)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_killed_at_any_moment(tmp_path, data):
+    """While it writes a checkpoint after every step: there always is one, and the run goes on from it."""
+    flags = ["--output-dir", tmp_path / "out", "--input-bin", data / "train_*.bin", "--batch-size", 2, "--sequence-length", 8,
+             "--sample-every", 0, "--checkpoint-every", 1, "--keep-checkpoints", 2, "--num-iterations", 100_000]
+    generator, steps = np.random.default_rng(0), []
+    for kill in range(KILLS):
+        process = subprocess.Popen(command(CONFIG, *flags, *(["--resume"] if kill else [])), stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("step ") and checkpoints(tmp_path / "out"):
+                break
+        else:
+            raise AssertionError(f"the run did not go on after {kill} kills: exit status {process.wait()}")
+        time.sleep(generator.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        latest = checkpoints(tmp_path / "out")[-1]
+        checkpoint.load_checkpoint(latest)
+        steps.append(load_state(latest)["step"])
+    assert steps == sorted(steps), "what a checkpoint once held must not get lost"
+    assert len(list((tmp_path / "out" / "checkpoints").iterdir())) <= 2 + 2
+
+
+KILLS = int(os.environ.get("KILLS", 5))     # each takes a second, most of it to start Python
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no limit on the size of a file")
+def test_full_disk(tmp_path, data, run):
+    """A checkpoint that cannot be written is one line, nothing of it is left, and the one before is whole."""
+    run("out", stop=STOP)
+    latest = checkpoints(tmp_path / "out")[-1]
+    before = {path: path.read_bytes() for path in latest.iterdir()}
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"   # less than a moment takes
+    ignored = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"                     # so that a write fails
+    interpreter, option, program, *rest = command(CONFIG, "--output-dir", tmp_path / "out", "--resume", "--checkpoint-every", 1)
+    finished = subprocess.run([interpreter, option, limited + ignored + program, *rest], capture_output=True, text=True)
+    assert finished.returncode == 1 and finished.stderr.count("\n") == 1 and "cannot write" in finished.stderr, finished
+    assert before == {path: path.read_bytes() for path in latest.iterdir()}
+    assert checkpoints(tmp_path / "out") == [latest] and list(latest.parent.iterdir()) == [latest]

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dev import cuda_on_cpu
-from dev.cuda_on_cpu import CpuDevice, KernelError
-from files import UserError
+import cuda_on_cpu
+from cuda_on_cpu import CpuDevice, KernelError
+from cli import UserError
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile the CUDA source with")
 
@@ -181,7 +181,7 @@ extern "C" __global__ void votes(
     out[lane + 64] = __all_sync(FULL, lane < below);
 }
 
-extern "C" __global__ void neighbours(
+extern "C" __global__ void neighbors(
     int* out,                   // (32)
     int n)
 {
@@ -420,7 +420,7 @@ def test_votes(device, below):
 
 def test_syncwarp(device):
     out = device.empty(32, np.int32)
-    device.launch("neighbours", 1, 32, out, 5)
+    device.launch("neighbors", 1, 32, out, 5)
     assert out.tolist() == [(i + 5) % 32 * 10 for i in range(32)]
 
 
@@ -556,7 +556,7 @@ def test_the_same_array_twice(sanitizer):
     (6, "divides an integer by zero at {} // a quotient"),
     (7, "shifts by a negative number or too many bits at {} // a shift"),
 ])
-def test_undefined_behaviour(sanitizer, what, message):
+def test_undefined_behavior(sanitizer, what, message):
     message, comment = message.split(" // ")
     out = sanitizer.zeros(8)
     with fails("misuse: block (0, 0, 0): thread (0, 0, 0) " + message.format(place(comment))):

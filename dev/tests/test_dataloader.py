@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dataloader import DataLoader, write_tokens
-from files import UserError
+from cli import UserError
 
 VOCAB_SIZE = 50257
 

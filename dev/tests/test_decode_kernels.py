@@ -10,7 +10,7 @@ import pytest
 
 BOUND = 2e-6
 EMPTY = np.empty(0, dtype=np.float32)
-GROUP = kernels_cpu.GROUP
+QUANT_GROUP = kernels_cpu.QUANT_GROUP
 
 
 def unset(*shape):
@@ -38,9 +38,9 @@ def float32(inp, weight, bias, threads=2):
 def quantized(weight):
     """A weight in int8: (numbers, scales), and what they stand for in float64."""
     numbers = np.full(weight.shape, 99, dtype=np.int8)
-    scales = unset(len(weight), -(-weight.shape[1] // GROUP))
+    scales = unset(len(weight), -(-weight.shape[1] // QUANT_GROUP))
     kernels_cpu.quantize(numbers, scales, weight)
-    return (numbers, scales), numbers * np.repeat(scales.astype(np.float64), GROUP, axis=1)[:, :weight.shape[1]]
+    return (numbers, scales), numbers * np.repeat(scales.astype(np.float64), QUANT_GROUP, axis=1)[:, :weight.shape[1]]
 
 
 def int8(kernel):
@@ -112,18 +112,18 @@ def test_what_is_not_finite_comes_out(name, column, value):
 def test_quantized_weights_are_the_nearest(C):
     weight = normal(13, C)
     (numbers, scales), stood_for = quantized(weight)
-    groups = [slice(start, start + GROUP) for start in range(0, C, GROUP)]
+    groups = [slice(start, start + QUANT_GROUP) for start in range(0, C, QUANT_GROUP)]
     for g, group in enumerate(groups):
         largest = np.abs(weight[:, group]).max(axis=1)
         np.testing.assert_allclose(scales[:, g], largest / 127, rtol=1e-6)
         assert (np.abs(numbers[:, group].astype(int)).max(axis=1) == 127).all()
-    step = np.repeat(scales, GROUP, axis=1)[:, :C]
+    step = np.repeat(scales, QUANT_GROUP, axis=1)[:, :C]
     assert (np.abs(stood_for - weight) <= step * 0.50001).all()
 
 
 def test_quantized_extremes():
     """Zeros, signs, and groups so small and so large that their scales are at the ends of float32."""
-    weight = np.zeros((6, GROUP), dtype=np.float32)
+    weight = np.zeros((6, QUANT_GROUP), dtype=np.float32)
     weight[1, :3] = 1, -1, 0.5
     weight[2, :2] = 1e35, -3e34
     weight[3, :2] = 1e-30, -2e-30

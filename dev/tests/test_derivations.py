@@ -392,7 +392,7 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "dev" / "cuda_on_cpu" / "README.md"],
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "cuda_on_cpu" / "README.md"],
                          ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for text, target in re.findall(r"!?\[([^\]]*)\]\(([^)]*)\)", FENCED.sub("", text_of(page))):

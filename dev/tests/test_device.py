@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dev.cuda_on_cpu import CpuDevice
-from device import CudaDevice, open_device, parse_signatures
-from files import UserError
+from cuda_on_cpu import CpuDevice
+from device import CudaDevice, open_device
+from launcher import parse_signatures
+from cli import UserError
 
 KERNEL = r"""
 // Some words (with parentheses) before it.

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_resume import CONFIG, command
+from test_checkpoint import CONFIG, command
 
 from dataloader import write_tokens
 from distributed import World
-from resume import MOMENTS, checkpoints, load_state
+from checkpoint import MOMENTS, checkpoints, load_state
 
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 STEPS, TOTAL = 20, 6        # sequences in a step, which 1, 2 and 3 processes share out evenly
@@ -179,7 +179,7 @@ def test_shares_make_up_the_whole(processes, size):
 def test_without_mpi4py(monkeypatch):
     """One line that says what to install; and a process that is alone needs none."""
     import distributed
-    from files import UserError
+    from cli import UserError
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     assert distributed.start() is distributed.ALONE
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")

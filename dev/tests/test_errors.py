@@ -25,7 +25,7 @@ import training
 from conftest import Finished
 from dataloader import write_tokens
 from distributed import World
-from files import UserError
+from cli import UserError
 
 PROGRAM = Path(train_gpt2.__file__).resolve()
 B, T = 1, 16
@@ -262,7 +262,7 @@ def test_output_folder_that_cannot_be_written(run_main, tmp_path, monkeypatch, p
     """Is noticed before anything is read, compiled or computed."""
     def too_late(*arguments):
         raise AssertionError("the flags were taken for good ones")
-    monkeypatch.setattr(program, "first_model", too_late)
+    monkeypatch.setattr(program, "load_or_create_model", too_late)
     for folder in unwritable_folders(tmp_path):
         finished = run_main(program, *SMALL, "--input-bin", "none.bin", "--output-dir", folder,
                             *(("--device", "cpu") if program is train_gpt2_gpu else ()))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import train_gpt2
-from checkpoint import save_model
+from model_files import save_model
 from conftest import random_params
 from dataloader import write_tokens
 from dev import explore

@@ -14,7 +14,7 @@ import gpt2
 import kernels_cpu
 import kernels_float64 as exact
 import train_gpt2
-from checkpoint import save_model
+from model_files import save_model
 from conftest import random_params
 from dev import draw_step, figures, style
 from dev.recorder import Call, record_step, tiny_step
@@ -100,26 +100,26 @@ def test_error_of_a_model_that_cannot_read_the_prompt(run_main, tmp_path, monkey
     assert finished.status == 1 and finished.err.count("\n") == 1 and problem in finished.err
 
 
-def luminance(colour):
+def luminance(color):
     """WCAG's relative luminance of #rrggbb."""
     linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
-              for value in (int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5))]
+              for value in (int(color[i:i + 2], 16) / 255 for i in (1, 3, 5))]
     return np.dot(linear, [0.2126, 0.7152, 0.0722])
 
 
-def contrast(*colours):
-    low, high = sorted(map(luminance, colours))
+def contrast(*colors):
+    low, high = sorted(map(luminance, colors))
     return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
-def test_colours_can_be_read_on_a_light_and_on_a_dark_page(page):
-    for colour in (style.INK, style.BLUE, style.ORANGE, style.GREEN, style.PURPLE, style.RED, draw_step.INK):
-        assert contrast(colour, page) >= 3.9, colour
+def test_colors_can_be_read_on_a_light_and_on_a_dark_page(page):
+    for color in (style.INK, style.BLUE, style.ORANGE, style.GREEN, style.PURPLE, style.RED, draw_step.INK):
+        assert contrast(color, page) >= 3.9, color
 
 
 def test_letters_can_be_read_on_their_grounds():
-    for ground, letters in [*draw_step.COLOURS.values(), (draw_step.CARD_GROUND, draw_step.CARD_TEXT),
+    for ground, letters in [*draw_step.COLORS.values(), (draw_step.CARD_GROUND, draw_step.CARD_TEXT),
                             (draw_step.CARD_GROUND, draw_step.CARD_LABEL)]:
         assert contrast(ground, letters) >= 4.5
 
@@ -132,9 +132,9 @@ def curves(axes):
 
 
 def matrix_of(axes):
-    """The numbers that a heatmap shows: their sign by the colour, their size by how little of the page is seen through it."""
+    """The numbers that a heatmap shows: their sign by the color, their size by how little of the page is seen through it."""
     pixels = axes.images[0].get_array()
-    blue, orange = (np.isclose(pixels[..., :3], to_rgb(colour)).all(axis=-1) for colour in (style.BLUE, style.ORANGE))
+    blue, orange = (np.isclose(pixels[..., :3], to_rgb(color)).all(axis=-1) for color in (style.BLUE, style.ORANGE))
     assert (blue != orange).all()
     return np.where(blue, 1, -1) * pixels[..., 3] ** 2
 
@@ -206,9 +206,9 @@ def test_evenness():
     assert figures.evenness(np.eye(5)) == 0
 
 
-def test_initialisation(drawn):
+def test_initialization(drawn):
     """The variance grows by the same with each block, or, with the factor, hardly at all."""
-    [axes] = drawn("initialisation.png")[0].axes
+    [axes] = drawn("initialization.png")[0].axes
     lines = curves(axes)
     depths, without = lines["all weights from N(0, 0.02)"]
     same_depths, scaled = lines["projections smaller by 1/sqrt(2L)"]
@@ -285,7 +285,7 @@ class Card(NamedTuple):
     call: Call
     words: str
     end: float               # of the names
-    colours: list            # of the names
+    colors: list            # of the names
 
 
 @pytest.fixture(scope="module")
@@ -303,16 +303,16 @@ def page(calls, tmp_path_factory):
         found.boxes.append((ground, width, height))
         box(page, x, y, width, height, ground, *arguments, **settings)
 
-    def noting_chip(page, x, y, name, colours):
-        chips.append((chip(page, x, y, name, colours), colours))
+    def noting_chip(page, x, y, name, colors):
+        chips.append((chip(page, x, y, name, colors), colors))
         return chips[-1][0]
 
     def noting_card(page, column, y, call, times=1):
         before = len(found.texts)
         chips.clear()
         card(page, column, y, call, times)
-        ends, colours = zip(*chips)
-        found.cards.append(Card(column, y, call, " ".join(found.texts[before:]), max(ends), [*colours]))
+        ends, colors = zip(*chips)
+        found.cards.append(Card(column, y, call, " ".join(found.texts[before:]), max(ends), [*colors]))
 
     chips = []
     with pytest.MonkeyPatch.context() as patch:
@@ -387,10 +387,10 @@ def test_cards_say_what_a_kernel_writes_and_reads(page):
         assert written.count(words) == 1, words
 
 
-def test_names_lie_within_their_cards_in_the_colours_of_their_buffers(page):
+def test_names_lie_within_their_cards_in_the_colors_of_their_buffers(page):
     for card in page.cards:
         assert card.end <= draw_step.edge(card.column) - 0.02, card
-        assert card.colours == [draw_step.COLOURS[array.buffer.split("_")[0]] for array in card.call.written + card.call.read]
+        assert card.colors == [draw_step.COLORS[array.buffer.split("_")[0]] for array in card.call.written + card.call.read]
 
 
 def test_sizes_on_the_page_are_those_of_the_124m_model(page):
@@ -398,7 +398,7 @@ def test_sizes_on_the_page_are_those_of_the_124m_model(page):
                        ("params", "498 MB"), ("grads", "498 MB"), ("acts", "2.44 GB"), ("scratch", "241 MB")):
         assert (name, size) in zip(page.texts, page.texts[1:]), name
     assert "memory: 4.68 GB" in page.texts and "L = 12; where l = 0, residual3[l-1] is encoded" in " ".join(page.texts)
-    params, acts, scratch = (draw_step.COLOURS[buffer][0] for buffer in ("params", "acts", "scratch"))
+    params, acts, scratch = (draw_step.COLORS[buffer][0] for buffer in ("params", "acts", "scratch"))
     left = [width for ground, width, height in page.boxes if height == 0.11 and ground == acts]
     fch, ln1, qkv = max(left), left[1], left[4]
     assert fch == pytest.approx(4 * ln1) and qkv == pytest.approx(3 * ln1)

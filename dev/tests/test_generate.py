@@ -14,10 +14,10 @@ import pytest
 
 import generate_gpt2
 from conftest import Finished
-from checkpoint import load_model, save_model
+from model_files import load_model, save_model
 from dataloader import write_tokens
-from files import UserError, run_program
-from generate_gpt2 import FEW_ROWS, Decoder, TextStream, generate, mean_loss, quantize
+from cli import UserError, run_program
+from generate_gpt2 import MEMORY_BOUND_ROWS, Decoder, TextStream, generate, mean_loss, quantize
 from gpt2 import Config, Tensors, initialize, parameter_shapes
 from tokenizer import END_OF_TEXT
 from train_gpt2 import GPT2
@@ -35,7 +35,7 @@ CONFIGS = {
 
 
 def random_params(config, seed=0, scale=8):
-    """GPT-2's initialisation, its weights some times larger: attention is then not the same everywhere."""
+    """GPT-2's initialization, its weights some times larger: attention is then not the same everywhere."""
     params = Tensors(parameter_shapes(config))
     initialize(params, config, seed)
     generator = np.random.default_rng(seed)
@@ -107,12 +107,12 @@ def test_context_exceeded():
 def test_batch_equals_single(int8):
     """To the bit, while few texts are read side by side; more take other kernels, which add in another order."""
     config, T = CONFIGS["groups"], 12
-    params, texts = random_params(config), random_texts(config, FEW_ROWS + 1, T)
+    params, texts = random_params(config), random_texts(config, MEMORY_BOUND_ROWS + 1, T)
     params = quantize(config, params) if int8 else params
     alone = np.concatenate([read(Decoder(config, params, 1, THREADS), [text], [1] * T) for text in texts])
-    for B in (2, 3, 4, 5, FEW_ROWS):
+    for B in (2, 3, 4, 5, MEMORY_BOUND_ROWS):
         assert read(Decoder(config, params, B, THREADS), texts[:B], [1] * T).tobytes() == alone[:B].tobytes()
-    together = read(Decoder(config, params, FEW_ROWS + 1, THREADS), texts, [1] * T)
+    together = read(Decoder(config, params, MEMORY_BOUND_ROWS + 1, THREADS), texts, [1] * T)
     for t in range(T):
         assert_close(together[:, t], alone[:, t])
 
@@ -195,9 +195,9 @@ def test_seeds_and_samples():
     """The same seed gives the same text, another one another; a sample does not depend on how many there are."""
     config = CONFIGS["groups"]
     params = random_params(config)
-    texts = generated(config, params, [1, 2], 30, num_texts=FEW_ROWS)
-    assert len(set(map(tuple, texts))) == FEW_ROWS
-    for num_texts in (1, 2, 5, FEW_ROWS):
+    texts = generated(config, params, [1, 2], 30, num_texts=MEMORY_BOUND_ROWS)
+    assert len(set(map(tuple, texts))) == MEMORY_BOUND_ROWS
+    for num_texts in (1, 2, 5, MEMORY_BOUND_ROWS):
         assert generated(config, params, [1, 2], 30, num_texts) == texts[:num_texts]
     assert generated(config, params, [1, 2], 30, seed=1)[0] != texts[0]
 
@@ -536,7 +536,7 @@ def test_mistake_on_the_command_line(run, flags, parts):
 def test_no_model(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(PROGRAM)])
     with pytest.raises(SystemExit):
-        run_program(generate_gpt2.main, generate_gpt2.TO_SAVE_MEMORY)
+        run_program(generate_gpt2.main, generate_gpt2.OUT_OF_MEMORY_HINT)
     assert_one_line(Finished(2, *capsys.readouterr()), 2, "--model", "--help")
 
 

@@ -10,7 +10,7 @@ from test_generate import (CONFIGS, REFERENCE, THREADS, assert_cached_equals_ful
 
 import generate_gpt2
 import generate_gpt2_gpu
-from checkpoint import load_model, save_model
+from model_files import load_model, save_model
 from generate_gpt2 import generate, mean_loss
 from generate_gpt2_gpu import Decoder
 from gpt2 import Config

@@ -19,16 +19,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import files
+import cli
 import generate_gpt2
 import generate_gpt2_gpu
 import train_gpt2
 import train_gpt2_gpu
-from checkpoint import load_model, save_model
+from model_files import load_model, save_model
 from dataloader import write_tokens
 from dev import evaluate, prepare_hellaswag
 from dev.evaluate import token_losses_of
-from files import DATA_DIR, UserError
+from cli import UserError
+from files import DATA_DIR
 from hellaswag import Example, completion_losses, count_correct, read_examples, write_examples
 from tokenizer import gpt2_encoding
 
@@ -132,7 +133,7 @@ def test_progress_is_shown_to_who_watches_a_terminal(monkeypatch, capsys):
         return capsys.readouterr().err
     assert score(EXAMPLES) == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(files, "DRAW_SECONDS", -1)
+    monkeypatch.setattr(cli, "DRAW_SECONDS", -1)
     shown = score(EXAMPLES).split("\r")[1:]      # 200 batches, and once more at the end
     assert len(shown) == 201 and shown[99] == f"hellaswag [{'#' * 20}{' ' * 20}]  50 % "
     assert shown[200] == f"hellaswag [{'#' * 40}] 100 % \n"

@@ -366,7 +366,7 @@ def spoilt(kernel, value):
     for name, array in CASE[kernel].args.items():
         if isinstance(array, np.ndarray) and array.dtype == np.float32:
             array = array.copy()
-            # Half-way in, but among what is read: token 2, position 6, a column of the vocabulary.
+            # Halfway in, but among what is read: token 2, position 6, a column of the vocabulary.
             array[tuple(2 if name == "wte" else size // 2 if size < 128 else 40 for size in array.shape)] = value
             yield name, {**CASE[kernel].args, name: array}
 

@@ -4,7 +4,7 @@ The CUDA kernels against the slow float64 implementation (kernels_float64.py) an
     python -m pytest dev/tests/test_kernels_gpu.py        as tests; -s also prints the worst error of every output
 
 Every test runs on three devices: on the CPU with all memory accesses checked, on the CPU with a block's threads run from
-the last to the first (dev/cuda_on_cpu), and on the GPU, where there is one. What is compared and how, what starts as NaN and
+the last to the first (cuda_on_cpu), and on the GPU, where there is one. What is compared and how, what starts as NaN and
 what from other numbers than zero is as in test_kernels.py.
 """
 import inspect
@@ -16,9 +16,9 @@ import kernels_gpu
 import numpy as np
 import pytest
 import test_kernels as cpu
-from dev.cuda_on_cpu import CpuDevice
+from cuda_on_cpu import CpuDevice
 from device import open_device
-from files import UserError
+from cli import UserError
 from test_kernels import BETA1, BETA2, EMPTY, EPSILON, LEARNING_RATE, Accumulator, Case, collect, normal, unset
 
 OUTPUTS = {
@@ -356,7 +356,7 @@ def spoilt(kernel, value):
     for name, array in CASE[kernel].items():
         if isinstance(array, np.ndarray) and array.dtype == np.float32:
             array = array.copy()
-            # Half-way in, but among what is read: token 2, position 6, a column of the vocabulary.
+            # Halfway in, but among what is read: token 2, position 6, a column of the vocabulary.
             array[tuple(2 if name == "wte" else size // 2 if size < 128 else 40 for size in array.shape)] = value
             yield name, {**CASE[kernel], name: array}
 

@@ -3,7 +3,7 @@ import re
 
 import pytest
 from dev import ptxas
-from device import parse_signatures
+from launcher import parse_signatures
 from kernels_gpu import SOURCES
 
 PREAMBLE, *LAYERS = SOURCES

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from dev import plot_runs
 from dev.plot_runs import read_run, running_mean
-from files import UserError
+from cli import UserError
 from training import CSV_COLUMNS
 
 HEADING = ",".join(CSV_COLUMNS)

@@ -13,7 +13,7 @@ import pytest
 
 import prepare_tinyshakespeare
 import tokenizer
-from files import UserError
+from cli import UserError
 from prepare_tinyshakespeare import prepare, rebuild, speeches
 
 PROGRAM = Path(prepare_tinyshakespeare.__file__)

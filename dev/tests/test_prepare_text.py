@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import files
+import cli
 import prepare_text
 import tokenizer
 from dataloader import DataLoader
@@ -412,7 +412,7 @@ class Terminal(io.StringIO):
     (1000, "encoding [#######" + " " * 33 + "]  17 %, 0.00 MB in "), (math.inf, "encoding 0.00 MB in "), (100, "] 100 %, ")])
 def test_bar(monkeypatch, total, share):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(files, "DRAW_SECONDS", -1)
+    monkeypatch.setattr(cli, "DRAW_SECONDS", -1)
     with Reading("encoding", total) as reading:
         reading.advance(100)
         reading.advance(75)

@@ -15,7 +15,7 @@ from training import parse_options
 
 @pytest.fixture(scope="module")
 def step():
-    """The calls of a tiny model's step, its loss, its norm, and the model afterwards."""
+    """The calls of a tiny model's step, its loss, its norm, and the model afterward."""
     model, batch = tiny_step()
     return *record_step(model, batch), model
 
@@ -127,7 +127,7 @@ def test_forward_mirrors_backward(step):
                 {(array.name, array.layer) for array in call.read if array.buffer == "params"}), (call, twin)
 
 
-def test_every_tensor_is_recognised(step):
+def test_every_tensor_is_recognized(step):
     """Each activation is written once in each layer, each parameter's gradient is written, and nothing else is unknown."""
     calls, _, _, model = step
     L = TINY.num_layers

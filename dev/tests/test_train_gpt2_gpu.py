@@ -1,7 +1,7 @@
 """The whole GPU program: against the PyTorch reference, against the CPU program, and what a user's mistakes look like.
 
 The checks of test_gpt2.py, on three devices: on the CPU with a block's threads run from the first to the last and from the
-last to the first (dev/cuda_on_cpu), and on the GPU, where there is one.
+last to the first (cuda_on_cpu), and on the GPU, where there is one.
 """
 import csv
 
@@ -12,9 +12,9 @@ import test_gpt2
 import train_gpt2
 import train_gpt2_gpu
 from dataloader import DataLoader, write_tokens
-from dev.cuda_on_cpu import CpuDevice
+from cuda_on_cpu import CpuDevice
 from device import CudaDevice
-from files import UserError
+from cli import UserError
 from gpt2 import Config, activation_shapes, memory_needed, model_config
 
 STEPS = 20

@@ -6,7 +6,7 @@ import pytest
 
 import train_gpt2
 from dataloader import DataLoader, write_tokens
-from files import UserError
+from cli import UserError
 from gpt2 import Config, Tensors, initialize, parameter_shapes
 from train_gpt2 import GPT2, evaluate
 from training import OUTLIER_WINDOW, Progress, StopRequest, learning_rate, parse_options, z_score
@@ -19,7 +19,7 @@ def options(*flags):
     return parse_options("", ["--input-bin", "train", "--sequence-length", str(T), "--sample-every", "0", *flags])
 
 
-# Initialisation
+# Initialization
 
 def test_first_weights():
     """Standard deviations to 3 %, of which the largest sampling error here is a third."""
@@ -62,7 +62,7 @@ def rates(*flags):
 def test_schedule(schedule, middle, end):
     r = rates("--schedule", schedule)
     assert r[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
-    assert r[54] == pytest.approx(middle)            # half-way between the end of the warm-up and the end
+    assert r[54] == pytest.approx(middle)            # halfway between the end of the warm-up and the end
     assert r[99] == pytest.approx(end)
     assert r[9:] == sorted(r[9:], reverse=True)
 
@@ -75,7 +75,7 @@ def test_cosine_is_slow_at_both_ends():
 def test_wsd_falls_in_the_last_fifth():
     r = rates("--schedule", "wsd")
     assert r[79] == 2 and r[80] < 2
-    assert r[84] == pytest.approx(1.1)               # a quarter into it, the square root has come half-way
+    assert r[84] == pytest.approx(1.1)               # a quarter into it, the square root has come halfway
 
 
 def test_no_warmup():

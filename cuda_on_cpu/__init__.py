@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from device import Device
-from files import UserError, main_memory, whole_file
+from launcher import Device
+from cli import UserError
+from files import atomic_file, main_memory
 
 FOLDER = Path(__file__).resolve().parent
 COMPILER = "g++"
@@ -247,7 +248,7 @@ def build(text, name, flags):
     library = build_folder() / f"{name}-{key}.so"
     if not library.exists():
         source = library.with_suffix(".cpp")
-        with whole_file(source) as file:
+        with atomic_file(source) as file:
             file.write(text.encode())
         unfinished = library.with_suffix(f".{os.getpid()}.tmp")
         command = [COMPILER, *flags, "-I", str(FOLDER), "-o", str(unfinished), str(source)]
