@@ -13,7 +13,7 @@ import numba
 import numpy as np
 import pytest
 
-DEV = Path(__file__).resolve().parents[1]
+DEV = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(DEV))
 
 import benchmark
