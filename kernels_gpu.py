@@ -1,25 +1,24 @@
-"""The layers of GPT-2 on the GPU: CUDA C, each kernel above the Python function that launches it.
+"""The layers of GPT-2 on the GPU: CUDA C kernels, each above the Python function that launches it.
 
-Read it beside kernels_cpu.py. Names, argument order, shapes, what is added to, overwritten and left for the backward pass
-are the same, and so is the cost unless a docstring here gives another. What is different is how the work is shared out, and
-that is what the comments here are about. The gradients are derived in dev/derivations/.
+Read it beside kernels_cpu.py. Names, argument order and shapes are the same, and so is what accumulates, what is overwritten
+and what is saved for the backward pass. The cost is the same too, unless a docstring here gives another. What differs is how
+the work is divided among threads; the comments are about that. The gradients are derived in dev/derivations/.
 
-How the work is shared out
-    A launch starts a grid of blocks of threads, all of which run the same function and find their part of the work by
-    their numbers, `blockIdx` and `threadIdx`. The threads of a block share fast memory (`__shared__`) and can wait for
-    each other (`__syncthreads`). The 32 threads of a warp run in step and can read each other's registers (`__shfl`).
-    Blocks cannot wait for each other, so a sum over what many blocks hold takes a second launch.
+How the work is divided
+    A kernel launch starts a grid of thread blocks. All threads run the same function and find their part of the work from
+    `blockIdx` and `threadIdx`. The threads of a block share fast on-chip memory (`__shared__`) and can wait for each other
+    at a barrier (`__syncthreads`). The 32 threads of a warp, its lanes, run together and can read each other's registers
+    (`__shfl`). Blocks cannot wait for each other, so a reduction across blocks takes a second launch.
 
 What is fast
-    All kernels in this file wait for memory, not for arithmetic; matrix products are cuBLAS's business. Memory is at its
-    fastest if the threads of a warp read numbers that lie side by side, each thread 16 bytes in one go, and if there are
-    enough threads for some 20 KB to be on the way to each multiprocessor at any time, which 2,048 threads with one load
-    each are. So nearly every kernel handles four neighboring floats a thread: `Four`.
+    All kernels in this file are memory-bound; matrix products are left to cuBLAS. Memory is fastest under two conditions.
+    The lanes of a warp read neighboring addresses (coalesced access), each with one vectorized 16-byte load. And enough
+    loads are in flight to hide their latency: about 20 KB per multiprocessor, for which 2,048 threads (full occupancy) with
+    one load each are enough. So nearly every kernel handles four neighboring floats per thread: `Four`.
 
-Sums
-    No two threads ever add into the same number, and every sum runs in an order that depends on the shapes alone, not on the
-    GPU: the same input gives the same bits. What the first of two launches leaves for the second is in arrays that the device
-    hands out for that moment (`device.empty`).
+Determinism
+    There are no atomic additions, and every sum runs in an order that depends only on the shapes, not on the GPU: the same
+    input gives the same bits. Partial sums that one launch leaves for the next are in temporary arrays (`device.empty`).
 """
 import numpy as np
 
@@ -27,14 +26,19 @@ device = None           # device.CudaDevice or cuda_on_cpu.CpuDevice: where arra
 
 
 def use(new_device):
-    """Run the kernels on new_device from now on."""
+    """Run the kernels on new_device from now on.
+
+    The device is a global of this module, so that calls read as they do in kernels_cpu.py. With two models on two devices, a
+    pass of one would therefore run on the device of the other. So every method that launches kernels first calls this.
+    """
     global device
-    device = new_device
-    device.load(SOURCES)
+    if new_device is not device:
+        new_device.load(SOURCES)
+        device = new_device
 
 
 def ceil_div(length, size):
-    """How many pieces of this size it takes to cover the length."""
+    """The number of pieces of this size that cover the length."""
     return -(-length // size)
 
 
@@ -42,28 +46,28 @@ def ceil_div(length, size):
 # Building blocks, in front of every layer's source
 
 COMMON = r"""
-constexpr float FLOAT_MAX = 3.402823466e38f;    // what is not finite compares greater, or not at all
+constexpr float FLOAT_MAX = 3.402823466e38f;    // infinity compares greater; a comparison with NaN is false
 
-// Four neighboring floats, a thread's part of a row.
+// Four neighboring floats of a row, the part of one thread.
 struct alignas(16) Four { float x[4]; };
 
 __device__ inline void operator+=(Four& sum, Four term) {
     for (int k = 0; k < 4; k++) sum.x[k] += term.x[k];
 }
 
-// How a kernel goes through rows of `length` floats, four a thread: in one go, as CUDA's float4, if the length is a multiple
-// of 4 and all its arrays start at multiples of 16 bytes, which is so for every model of GPT-2's own sizes. If not, one by
-// one; those past the end of a row are read as 0, and not written.
+// Access to rows of `length` floats, four per thread. It is vectorized, one 16-byte access (CUDA's float4), if the length is a
+// multiple of 4 and all arrays start at multiples of 16 bytes, which holds for GPT-2's own sizes. Otherwise the floats are
+// accessed one by one; those past the end of a row read as 0 and are not written.
 struct Fours {
     size_t length;
-    bool in_one_go;
+    bool vectorized;
 
     template <class... Arrays>
     __device__ Fours(size_t length, Arrays... arrays)
-        : length(length), in_one_go(((length % 4 == 0) && ... && ((size_t)arrays % 16 == 0))) {}
+        : length(length), vectorized(((length % 4 == 0) && ... && ((size_t)arrays % 16 == 0))) {}
 
     __device__ Four load(const float* row, size_t i) const {
-        if (in_one_go) {
+        if (vectorized) {
             float4 four = *(const float4*)(row + i);
             return {four.x, four.y, four.z, four.w};
         }
@@ -73,13 +77,13 @@ struct Fours {
     }
 
     __device__ void store(float* row, size_t i, Four four) const {
-        if (in_one_go) *(float4*)(row + i) = make_float4(four.x[0], four.x[1], four.x[2], four.x[3]);
+        if (vectorized) *(float4*)(row + i) = make_float4(four.x[0], four.x[1], four.x[2], four.x[3]);
         else for (int k = 0; k < 4; k++) if (i + k < length) row[i + k] = four.x[k];
     }
 };
 
-// The sum of the warp's values, in every thread of it: each adds its neighbor's value, then that of the thread two
-// further on, four, eight and sixteen.
+// Warp reduction: the sum of the lanes' values, in every lane. Each lane adds the value of the lane at distance 1, then at
+// distance 2, 4, 8 and 16.
 template <class Number>
 __device__ inline Number warp_sum(Number value) {
     for (int distance = 1; distance < 32; distance *= 2) value += __shfl_xor_sync(0xffffffff, value, distance);
@@ -91,7 +95,7 @@ __device__ inline float warp_max(float value) {
     return value;
 }
 
-// The sum of the block's values, in every thread of it. `warps` is shared memory, a number for each of up to 32 warps.
+// Block reduction: the sum of the threads' values, in every thread. `warps` is shared memory, one number per warp, at most 32.
 template <class Number>
 __device__ inline Number block_sum(Number value, Number* warps) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -102,9 +106,9 @@ __device__ inline Number block_sum(Number value, Number* warps) {
     return warp_sum(lane < blockDim.x / 32 ? warps[lane] : Number(0));
 }
 
-// What a softmax has to know of the numbers seen so far: the largest, and the sum of exp(x - largest). When a larger one
-// turns up, the sum so far is scaled to it, so that one pass finds both. `see` takes in the first `count` of four numbers.
-// As in kernels_cpu.py a NaN does not become the largest, and comes out in the sum.
+// The state of an online softmax: the largest number so far, and the sum of exp(x - largest). When a larger number arrives, the
+// sum is rescaled to it, so one pass finds both. `see` adds the first `count` of four numbers. As in kernels_cpu.py, a NaN
+// never becomes the largest; it comes out in the sum.
 struct Softmax { float largest, sum; };
 #define NOTHING_SEEN Softmax{-FLOAT_MAX, 0}
 
@@ -129,8 +133,9 @@ __device__ inline Softmax block_softmax(Softmax seen, Softmax* warps) {
     return warp_softmax(lane < blockDim.x / 32 ? warps[lane] : NOTHING_SEEN);
 }
 
-// The sum over threadIdx.y of the block's fours, for the threads with threadIdx.y == 0: halves are added until one row of
-// threads is left. `threads` is shared memory, a Four for each thread; blockDim.y is a power of two.
+// Block reduction over threadIdx.y: the sum of the fours of each column of threads, for the threads with threadIdx.y == 0.
+// Each round adds one half of the rows of threads to the other, until one row is left. `threads` is shared memory, one Four
+// per thread; blockDim.y is a power of two.
 __device__ inline Four sum_over_y(Four value, Four* threads) {
     int thread = threadIdx.y * blockDim.x + threadIdx.x;
     threads[thread] = value;
@@ -142,18 +147,18 @@ __device__ inline Four sum_over_y(Four value, Four* threads) {
 }
 """
 
-ROW_THREADS = 256       # at most, in a block that goes through a row
+ROW_THREADS = 256       # at most, in a block that handles one row
 
 
 def row_threads(C, most=ROW_THREADS):
-    """Threads of a block that goes through a row of C floats, four a thread: whole warps, in as few rounds as `most` take."""
+    """The block size for a row of C floats, four per thread: whole warps, no more rounds than with `most` threads."""
     rounds = ceil_div(ceil_div(C, 4), most)
     return 32 * ceil_div(ceil_div(C, 4), 32 * rounds)
 
 
 COLUMN_SUMS = r"""
-// out (parts, C) = or += sums of inp (N, C) over its rows, each part's over other rows. A block has 8 x 32 threads for 32
-// columns: the 8 in x read the 128 bytes of one row, the 32 in y go through the rows.
+// out (parts, C) = or += the sum of inp (N, C) over its rows; each part sums different rows. A block has 8 x 32 threads for
+// 32 columns: the 8 in x read 128 neighboring bytes of a row, the 32 in y loop over the rows.
 extern "C" __global__ void column_sums(
     float* __restrict__ out,            // (parts, C)
     const float* __restrict__ inp,      // (N, C)
@@ -166,7 +171,7 @@ extern "C" __global__ void column_sums(
     int first = blockIdx.y * blockDim.y + threadIdx.y, step = parts * blockDim.y, rounds = (N - first + step - 1) / step;
     Four sum = {};
     if (c < C) {
-        #pragma unroll 4                // four loads on their way at a time: a block has nothing to do but wait for them
+        #pragma unroll 4                // four loads in flight per thread: there is no arithmetic to hide their latency
         for (int round = 0; round < rounds; round++) sum += fours.load(inp + (size_t)(first + round * step) * C, c);
     }
     sum = sum_over_y(sum, threads);
@@ -179,9 +184,9 @@ extern "C" __global__ void column_sums(
 
 
 def column_sums(out, inp):
-    """out (C) += the sum of inp (N, C) over its rows: in one launch, or in two if that many rows are more than 1,024.
+    """out (C) += the sum of inp (N, C) over its rows: in one launch, or in two if there are more than 1,024 rows.
 
-    The first of two launches leaves as many partial sums as make 1,024 blocks, 8 for each multiprocessor of a large GPU.
+    The first of two launches divides the rows into enough parts for 1,024 blocks, 8 per multiprocessor of a large GPU.
 
     Cost: N*C FLOPs, 4*N*C bytes: memory-bound. See dev/derivations/matmul.md.
     """
@@ -199,7 +204,7 @@ def column_sums(out, inp):
 # Encoder: token and position embedding
 
 ENCODER = r"""
-// A block for each row, a thread for each four of its channels.
+// One block per row, four channels per thread.
 extern "C" __global__ void encoder_forward(
     float* __restrict__ out,            // (N, C)
     const int* __restrict__ tokens,     // (N)
@@ -218,9 +223,9 @@ extern "C" __global__ void encoder_forward(
     }
 }
 
-// A token can occur many times, so its rows must be summed by one block. `order` lists the rows sorted by their token: a
-// block whose place in it is the first of a token's goes through that token's run, the other blocks return at once.
-// A block has 32 x 8 threads for 128 channels: eight rows of a long run are read at a time.
+// A token can occur many times, so one block must sum all its rows. `order` lists the rows sorted by token, which gives each
+// token one run of rows. The block at the start of a run sums it; the other blocks return at once. A block has 32 x 8 threads
+// for 128 channels and reads eight rows of a run at a time.
 extern "C" __global__ void encoder_backward_wte(
     float* __restrict__ dwte,           // (Vp, C)
     const float* __restrict__ dout,     // (N, C)
@@ -244,7 +249,7 @@ extern "C" __global__ void encoder_backward_wte(
     }
 }
 
-// A block for each position, a thread for each four of its channels, which sums over the sequences.
+// One block per position, four channels per thread. Each thread sums over the sequences.
 extern "C" __global__ void encoder_backward_wpe(
     float* __restrict__ dwpe,           // (maxT, C)
     const float* __restrict__ dout,     // (N, C)
@@ -287,9 +292,9 @@ def encoder_backward(dwte, dwpe, dout, tokens):
 LAYERNORM = r"""
 constexpr float LAYERNORM_EPSILON = 1e-5f;
 
-// A block for each row, a thread for each four of its channels. The row is made, as the sum of the residual stream and of
-// what a projection adds to it, or just read; then it lies in shared memory, where it is read three times, for its mean, its
-// variance and the result. A thread reads only the fours that it wrote there itself, so no barrier stands in between.
+// One block per row, four channels per thread. The row is read, or it is the sum of the residual stream and a projection's
+// output. It stays in shared memory for the two passes after its mean is known: the variance and the result. A thread reads
+// only the fours that it wrote itself, so no barrier is needed for them.
 extern "C" __global__ void residual_layernorm_forward(
     float* __restrict__ residual,           // (N, C) or empty
     float* __restrict__ out,                // (N, C)
@@ -332,10 +337,10 @@ extern "C" __global__ void residual_layernorm_forward(
     }
 }
 
-// A block goes through the rows n, n + blocks, n + 2 * blocks, ..., a thread for each four channels. What a row needs again
-// after its two sums are known waits in shared memory, dinp with the direct term included: so all of the row's reads are
-// on their way at the same time. dweight and dbias are sums over rows; a block's parts of them collect in shared memory
-// too, and column_sums adds up the blocks'.
+// A grid-stride loop over the rows: a block handles the rows n, n + blocks, n + 2 * blocks, ..., four channels per thread. What
+// a row needs again once its two sums are known stays in shared memory, including dinp with the direct term added. So each
+// number of the row is read once from global memory, and all of these loads are in flight together. dweight and dbias are
+// sums over rows: a block accumulates its partial sums in shared memory, and column_sums adds those of all blocks.
 extern "C" __global__ void layernorm_backward(
     float* __restrict__ dinp,               // (N, C)
     float* __restrict__ dweight_parts,      // (blocks, C)
@@ -400,7 +405,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, inp2_bias, weight, bias):
     """residual (N, C) = inp1 + inp2 + inp2_bias (C), then layernorm_forward of it. An empty inp2_bias means there is none.
 
-    inp2 is a matrix product without its bias. In three kernels, the sums would be written and read back twice.
+    inp2 is a matrix product without its bias. Three separate kernels would write the sums and read them back twice.
 
     Cost: 10*N*C FLOPs, 16*N*C bytes: memory-bound. See dev/derivations/residual.md.
     """
@@ -415,7 +420,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
     Derived in dev/derivations/layernorm.md.
     """
     N, C = inp.shape
-    blocks = min(N, 512)        # some 4 for each multiprocessor of a large GPU: more would leave more parts to add up
+    blocks = min(N, 512)        # about 4 per multiprocessor of a large GPU: more would leave more partial sums to add
     dweight_parts, dbias_parts = device.empty((blocks, C)), device.empty((blocks, C))
     device.launch("layernorm_backward", blocks, row_threads(C), dinp, dweight_parts, dbias_parts, dout, mean, rstd, inp,
                   weight, N, C, blocks, shared_bytes=4 * 16 * ceil_div(C, 4))
@@ -427,7 +432,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
 # Matrix product: the linear layers, and the logits
 
 MATMUL = r"""
-// A block for each row, a thread for each four of its columns.
+// One block per row, four columns per thread.
 extern "C" __global__ void add_bias(
     float* __restrict__ out,            // (N, OC)
     const float* __restrict__ bias,     // (OC)
@@ -442,7 +447,7 @@ extern "C" __global__ void add_bias(
     }
 }
 
-// A warp for each row of the weight, which meets four rows of inp while it is in registers, four columns a thread.
+// One warp per row of the weight, four columns per lane. Each weight that is loaded serves four rows of inp.
 extern "C" __global__ void matvec_forward(
     float* __restrict__ out,            // (N, OC)
     const float* __restrict__ inp,      // (N, C)
@@ -454,7 +459,7 @@ extern "C" __global__ void matvec_forward(
     int o = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, first = 4 * blockIdx.y;
     if (o >= OC) return;
     float sums[4] = {};
-    #pragma unroll 4                    // four loads on their way at a time
+    #pragma unroll 4                    // four loads in flight per lane
     for (int c = 4 * lane; c < C; c += 4 * 32) {
         Four w = fours.load(weight + (size_t)o * C, c);
         #pragma unroll
@@ -508,10 +513,10 @@ def matvec_forward(out, inp, weight, bias):
 # Attention: causal, multi-head, with the (T, T) scores of one sequence at a time
 
 ATTENTION = r"""
-// From the scores of a row to its weights, in place: a warp for each row, 128 columns at a time. Query i sees the first
-// S - T + i + 1 of the S keys: those of the tokens before it, and its own. What lies right of that is never read (but for
-// the up to three numbers of a four it cuts), and set to 0 for the product with v. The second read of a row finds it in
-// the cache. A block's 8 rows are neighbors and so take equally long.
+// Softmax of each row of scores, in place: one warp per row, 128 columns at a time. Query i attends to the first
+// S - T + i + 1 of the S keys: those of the tokens before it, and its own. Later scores are masked: they are not read (except
+// for up to three in the same four as the last key) and become 0 for the product with v. The second read of a row hits the
+// cache. The 8 rows of a block are neighbors, so they take equally long.
 extern "C" __global__ void causal_softmax(
     float* __restrict__ scores,         // (NH, T, S)
     float* __restrict__ lse,            // (NH, T) or empty
@@ -533,8 +538,8 @@ extern "C" __global__ void causal_softmax(
     if (lane == 0 && lse) lse[row] = seen.largest + logf(seen.sum);
 }
 
-// From a row's scores and dp to its p and dscore, in place, and shared out in the same way. delta takes the 2 * HS numbers
-// of one head and position: next to the row, little.
+// From a row's scores and dp to its p and dscore, in place, with the work divided in the same way. delta reads 2 * HS numbers
+// of one head and position, few compared with the row.
 extern "C" __global__ void causal_softmax_backward(
     float* __restrict__ dscores,        // (NH, T, T)
     float* __restrict__ scores,         // (NH, T, T)
@@ -568,9 +573,10 @@ extern "C" __global__ void causal_softmax_backward(
     }
 }
 
-// Attention of one new query for each text and head, a block for each: to the keys and values kept of `position` tokens,
-// and to its own, which the block adds to them. A warp takes every so many-th key, four channels a thread. Once all scores
-// are in shared memory, every warp finds the largest and the sum by itself, which takes no longer than waiting for another.
+// Attention of one new query per text and head, one block each. The query attends to the KV cache of `position` tokens and to
+// its own key and value, which the block appends to the cache. The keys are dealt out to the warps in turn, four channels per
+// lane. Once all scores are in shared memory, every warp finds the largest and the sum itself: waiting for another warp to do
+// it would take as long.
 extern "C" __global__ void attention_cached_forward(
     float* __restrict__ out,            // (B, NH*HS)
     float* keys,                        // (B, NH, maxT, HS)
@@ -604,7 +610,7 @@ extern "C" __global__ void attention_cached_forward(
     Softmax seen = NOTHING_SEEN;
     for (int j = 4 * lane; j <= position; j += 4 * 32) seen = see(seen, scores[j / 4], position + 1 - j);
     seen = warp_softmax(seen);
-    for (int start = 0; start < HS; start += 4 * 32) {      // as many rounds for all: there are barriers inside
+    for (int start = 0; start < HS; start += 4 * 32) {      // the same for all threads: there are barriers inside
         int c = start + 4 * lane;
         Four sum = {};
         if (c < HS)
@@ -623,21 +629,21 @@ extern "C" __global__ void attention_cached_forward(
 
 
 def heads(rows, B, NH):
-    """A (B, NH, T, HS) view of rows (N, C), whose columns are heads side by side."""
+    """A (B, NH, T, HS) view of rows (N, C), whose columns are the heads side by side."""
     N, C = rows.shape
     return rows.reshape(B, N // B, NH, C // NH).transpose(0, 2, 1, 3)
 
 
 def transposed(matrices):
-    """A view of each matrix of a batch as its transpose."""
+    """A view of a batch of matrices in which each is transposed."""
     return matrices.swapaxes(1, 2)
 
 
 def attention_forward(out, lse, qkv, scores):
     """Each position of out (N, C) averages the values of the positions before it and its own, weighted by softmax.
 
-    qkv (N, 3C); lse (B, NH, T) is saved for the backward pass; scores (NH, T, T) is scratch, one sequence's. The products
-    compute those of later keys, too, and each score is written and read twice: 16 bytes. Derived in
+    qkv (N, 3C); lse (B, NH, T) is saved for the backward pass; scores (NH, T, T) is scratch for one sequence. The matrix
+    products include the masked keys, and each score is written twice and read twice: 16 bytes. Derived in
     dev/derivations/attention.md.
     """
     B, NH, T = lse.shape
@@ -651,10 +657,10 @@ def attention_forward(out, lse, qkv, scores):
 
 
 def attention_backward(dqkv, dout, out, lse, qkv, scores, dscores):
-    """dqkv (N, 3C) from dout (N, C), with p rebuilt from lse; scores and dscores (NH, T, T) are scratch, one sequence's.
+    """dqkv (N, 3C) from dout (N, C), with p recomputed from lse.
 
-    Each score and its gradient are written twice and read two and three times: 36 bytes. Derived in
-    dev/derivations/attention.md.
+    scores and dscores (NH, T, T) are scratch for one sequence. Each score is written twice and read twice, its gradient
+    written twice and read three times: 36 bytes. Derived in dev/derivations/attention.md.
     """
     B, NH, T = lse.shape
     C = out.shape[1]
@@ -674,10 +680,10 @@ def attention_backward(dqkv, dout, out, lse, qkv, scores, dscores):
 
 
 def attention_cached_forward(out, keys, values, qkv, position):
-    """attention_forward for tokens that come after `position` others, whose keys and values were kept.
+    """attention_forward with a KV cache, for tokens that come after `position` others.
 
-    keys and values (B, NH, maxT, HS) hold those of the positions before `position`; those of the T positions in qkv
-    (B*T, 3C) are put behind them. A single token of each text takes one launch, a prompt the products of training.
+    keys and values (B, NH, maxT, HS) are the cache: they hold the positions before `position`, and those of the T positions
+    in qkv (B*T, 3C) are appended. One token per text takes a single launch, a prompt the matrix products of training.
     See dev/derivations/attention.md.
     """
     B, NH, maxT, HS = keys.shape
@@ -710,8 +716,8 @@ __device__ inline float gelu_gate(float x) {
     return 1 / (1 + expf(-2 * GELU_SCALE * (x + GELU_CUBIC * x * x * x)));
 }
 
-// A block for each row, a thread for each four of its columns. The bias of the matrix product before it is added in
-// passing; inp is written back with it, for the backward pass.
+// One block per row, four columns per thread. It also adds the bias of the matrix product before it, and writes the sum back
+// to inp for the backward pass.
 extern "C" __global__ void bias_gelu_forward(
     float* __restrict__ out,            // (N, C)
     float* __restrict__ inp,            // (N, C)
@@ -729,7 +735,7 @@ extern "C" __global__ void bias_gelu_forward(
     }
 }
 
-// A thread for each four numbers. dinp may be dout.
+// Four numbers per thread. dinp may be dout.
 extern "C" __global__ void gelu_backward(
     float* dinp,                        // (size)
     const float* dout,                  // (size)
@@ -768,8 +774,8 @@ def gelu_backward(dinp, dout, inp):
 # Softmax and cross-entropy, forward and backward at once
 
 CLASSIFIER = r"""
-// A block for each row, which it reads twice: once for the softmax's largest logit and sum, once to turn the logits into
-// their gradients. A row of 200 KB is too long for shared memory, but the second read finds it in the level-2 cache.
+// One block per row, which it reads twice: for the largest logit and the sum of the softmax, then to replace the logits by
+// their gradients. A row of 200 KB does not fit into shared memory, but the second read hits the L2 cache.
 extern "C" __global__ void fused_classifier(
     float* __restrict__ losses,         // (N)
     float* __restrict__ logits,         // (N, Vp)
@@ -780,7 +786,7 @@ extern "C" __global__ void fused_classifier(
     __shared__ Softmax warps[32];
     float* row = logits + (size_t)blockIdx.x * Vp;
     int target = targets[blockIdx.x];
-    float target_logit = row[target];       // before block_softmax's barrier: after it, some thread overwrites it
+    float target_logit = row[target];       // before block_softmax's barrier: after it, a thread overwrites it
     Softmax seen = NOTHING_SEEN;
     for (int i = 4 * threadIdx.x; i < vocab_size; i += 4 * blockDim.x) seen = see(seen, fours.load(row, i), vocab_size - i);
     seen = block_softmax(seen, warps);
@@ -796,7 +802,7 @@ extern "C" __global__ void fused_classifier(
     }
 }
 
-// One block: a thread for every 1,024th loss. In double precision, for the sum of many small changes.
+// One block; each thread sums every 1,024th loss, in double precision: in float32 each addition to a large sum would round.
 extern "C" __global__ void add_mean_loss(
     float* __restrict__ total,          // (1)
     const float* __restrict__ losses,   // (N)
@@ -812,7 +818,7 @@ extern "C" __global__ void add_mean_loss(
 
 
 def fused_classifier(losses, logits, targets, dloss, vocab_size):
-    """losses (N) from logits (N, Vp) and int32 targets (N), the logits being overwritten by their gradients times dloss.
+    """losses (N) from logits (N, Vp) and int32 targets (N); the logits are overwritten by their gradients times dloss.
 
     Derived in dev/derivations/classifier.md.
     """
@@ -821,7 +827,7 @@ def fused_classifier(losses, logits, targets, dloss, vocab_size):
 
 
 def add_mean_loss(total, losses, scale):
-    """total (1) += scale * the sum of losses (N). The sum of the micro-batches stays on the GPU until the host asks for it.
+    """total (1) += scale * the sum of losses (N). The total stays on the GPU until the host reads it.
 
     See dev/derivations/classifier.md.
     """
@@ -832,8 +838,8 @@ def add_mean_loss(total, losses, scale):
 # The optimizer
 
 OPTIMIZER = r"""
-// Every block sums the squares of what lies 4 * threads * blocks numbers apart. In double precision: 124 million squares,
-// one added to another, would lose more than a float32 holds.
+// The first of two launches of a reduction: every block leaves a partial sum. A grid-stride loop, four numbers per thread, in
+// double precision: a float32 sum of 124 million squares would lose too many digits.
 extern "C" __global__ void sum_of_squares(
     double* __restrict__ parts,         // (blocks)
     const float* __restrict__ grads,    // (size)
@@ -850,7 +856,7 @@ extern "C" __global__ void sum_of_squares(
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
-// One block, a thread for each part.
+// The second launch: one block, one thread per partial sum.
 extern "C" __global__ void global_norm(
     float* __restrict__ norm,           // (1)
     const double* __restrict__ parts,   // (blocks)
@@ -861,8 +867,8 @@ extern "C" __global__ void global_norm(
     if (threadIdx.x == 0) norm[0] = sqrt(sum);
 }
 
-// A thread for each four numbers of the four arrays. The norm is read here, on the GPU, so that the host need not wait for
-// it; if it is not finite, nothing changes.
+// Four numbers of each of the four arrays per thread. The norm is read here, on the GPU, so that the host need not wait for
+// it. If it is not finite, nothing changes.
 extern "C" __global__ void adamw_update(
     float* __restrict__ params,         // (size)
     float* __restrict__ grads,          // (size)
@@ -906,9 +912,9 @@ def global_norm(norm, grads):
 def adamw_update(params, grads, m, v, norm, learning_rate, beta1, beta2, eps, weight_decay, grad_clip, step):
     """One step of AdamW on flat arrays (P); step counts from 1. The gradients are cleared.
 
-    If norm (1), that of all gradients together, is more than grad_clip, they are scaled to it; a grad_clip of 0 is none. If
-    norm is not a finite number nothing is changed, gradients included, so that one can look for what went wrong. Derived in
-    dev/derivations/adamw.md.
+    Gradient clipping: if norm (1), the norm of all gradients together, exceeds grad_clip, they are scaled down to it; 0
+    disables clipping. If norm is not finite nothing changes, not even the gradients, so that the first bad tensor can be
+    found. Derived in dev/derivations/adamw.md.
     """
     device.launch("adamw_update", ceil_div(params.size, 4 * 256), 256, params, grads, m, v, norm, beta1, 1 - beta1,
                   beta2, 1 - beta2, learning_rate / (1 - beta1 ** step), 1 / (1 - beta2 ** step), eps,
