@@ -2,9 +2,9 @@
 
     python dev/plot_runs.py out1 out2 --output runs.png
 
-A run is the output folder of train_gpt2.py or train_gpt2_gpu.py, or a log.csv by its name; one that is still going on is drawn
-as far as it has come. The lines are the training loss: faint as it was logged, and strong its mean over the latest WINDOW
-of the longest run's steps. The points are the validation loss. Time is that of the training steps alone.
+A run is the output folder of train_gpt2.py or train_gpt2_gpu.py, or the path of a log.csv; it may still be training. The faint
+lines are the training loss of each step, the strong lines its running mean over 2 % of the longest run's steps. The points are
+the validation loss. Time counts training steps only, without validation and sampling.
 """
 import math
 import sys
@@ -19,22 +19,22 @@ from cli import OneLineParser, UserError, run_program
 from files import atomic_file
 
 OUT_OF_MEMORY_HINT = "draw fewer runs"
-WINDOW = 0.02
-LONG_LABEL = 60           # characters: two do not fit side by side
-LARGEST = 1e12            # of any number in a log
+WINDOW = 0.02             # of the running mean, as a fraction of the longest run
+LONG_LABEL = 60           # characters; two labels this long do not fit side by side
+MAX_NUMBER = 1e12         # larger numbers in a log are refused
 COLUMNS = ("step", "train_loss", "val_loss", "milliseconds")
 UNITS = {"hours": 3600, "minutes": 60, "seconds": 1}
 
 
 class Run(NamedTuple):
-    """One log.csv: steps, losses and the seconds of training up to each, of n training steps and m validations."""
+    """One log.csv: n training steps and m validations, each with its step, the seconds of training so far and the loss."""
     name: str
     training: np.ndarray      # (n, 3) float64: step, seconds, loss
     validation: np.ndarray    # (m, 3)
 
 
 def read_run(path):
-    """The Run of a folder or a log.csv. Raises UserError if there is none, or a line but the last is no row of a log."""
+    """Read the Run of a folder or a log.csv. Raises UserError if it is missing, or if any line but the last is malformed."""
     folder, path = (path, path / "log.csv") if path.is_dir() else (path.parent, path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -42,10 +42,10 @@ def read_run(path):
         raise UserError(f"cannot read {path}: {error.strerror}; name the output folder of a run, or its log.csv") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8, expected the log.csv of a run") from error
-    heading, *lines = text.split("\n")[:-1] or [""]     # what has no end of line is still being written
-    columns = heading.split(",")
+    header, *lines = text.split("\n")[:-1] or [""]      # a line without its newline is still being written
+    columns = header.split(",")
     if not set(COLUMNS).issubset(columns):
-        raise UserError(f"{path} begins with {heading[:80]!r}, expected a log.csv with the columns {', '.join(COLUMNS)}")
+        raise UserError(f"{path} begins with {header[:80]!r}, expected a log.csv with the columns {', '.join(COLUMNS)}")
 
     training, validation, seconds = [], [], 0.0
     for number, line in enumerate(lines, 2):
@@ -54,9 +54,9 @@ def read_run(path):
             row = {name: float(field) for name, field in zip(columns, fields) if field and name in COLUMNS}
         except ValueError:
             row = {}
-        if len(fields) != len(columns) or "step" not in row or not all(0 <= value <= LARGEST for value in row.values()):
+        if len(fields) != len(columns) or "step" not in row or not all(0 <= value <= MAX_NUMBER for value in row.values()):
             raise UserError(f"{path}, line {number:,}: found {line[:80]!r}, expected {len(columns)} numbers from 0 to "
-                            f"{LARGEST:g}, of which some may be missing but not the step")
+                            f"{MAX_NUMBER:g}; fields may be empty, except the step")
         seconds += row.get("milliseconds", 0.0) / 1000
         for points, name in ((training, "train_loss"), (validation, "val_loss")):
             if name in row:
@@ -68,7 +68,7 @@ def read_run(path):
 
 
 def running_mean(values, window):
-    """The mean of each value and the window - 1 before it, or of as many as there are."""
+    """The mean of each value and up to window - 1 values before it."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
@@ -76,7 +76,7 @@ def running_mean(values, window):
 
 
 def draw(runs, output):
-    """Write the picture. Raises UserError if it cannot be written."""
+    """Draw the runs and write the PNG. Raises UserError if it cannot be written."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -110,7 +110,7 @@ def draw(runs, output):
     legend = figure.legend(lines, map(str, range(len(lines))), loc="outside lower center", ncols=legend_columns,
                            frameon=False)
     for text, label in zip(legend.get_texts(), labels):
-        text.set(text=label, parse_math=False)      # a folder's name may begin with _ or hold a $
+        text.set(text=label, parse_math=False)      # a folder's name may contain _ or $
     with atomic_file(output) as file:
         figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
@@ -118,7 +118,7 @@ def draw(runs, output):
 
 
 def visible_losses(runs, smoothed):
-    """The lowest and highest loss to show, without the steep fall in a run's first tenth, beside which all look the same."""
+    """The range of losses to show. It leaves out the steep fall in a run's first tenth, which would flatten everything else."""
     lowest = min(points[:, 2].min() for run in runs for points in (run.training, run.validation) if len(points))
     later = []
     for run, smooth in zip(runs, smoothed):
