@@ -1,14 +1,14 @@
-"""See what every kernel does in one training step, or what a model makes of a prompt.
+"""See what every kernel does in one training step, or how a model reads a prompt.
 
-    python dev/explore.py                                                     a step of a new model of four layers
-    python dev/explore.py --model out --batch-size 2                          of a trained one
-    python dev/explore.py --model out --prompt "ROMEO:" --layer 2 --head 1    the tokens to follow, and a head's attention
+    python dev/explore.py                                                     one step of a new four-layer model
+    python dev/explore.py --model out --batch-size 2                          one step of a trained model
+    python dev/explore.py --model out --prompt "ROMEO:" --layer 2 --head 1    the likeliest next tokens, and a head's attention
 
-A step is listed call by call, in the order of train_gpt2.py: how long the kernel took, which arrays it wrote and read, the
-shape of the first that it wrote, and its norm afterward, by which a vanishing or exploding one, or the first NaN, is found.
-Names are those of the model's memory, model.acts.qkv[0] as qkv[0]; gradients of parameters begin with grads. A + before a name
-means that what the array held before counts: it was added to, or changed in place. Then follow the times by kernel, the
-norms by layer, and the same as a picture.
+A step is listed call by call, in the order of train_gpt2.py: how long the kernel took, which arrays it wrote and read, and the
+shape and norm of the first array it wrote. The norms show what vanishes or explodes, and where the first NaN appears. Names are
+those of the model's memory: qkv[0] is model.acts.qkv[0], and the gradients of parameters begin with "grads.". A + before a name
+means that the kernel adds to the array or changes it in place. The times by kernel and the norms by layer follow, as text
+and as a picture.
 """
 import math
 import sys
@@ -35,15 +35,15 @@ from tokenizer import END_OF_TEXT
 from train_gpt2 import CLASSIFIER_ROWS, GPT2, NO_BIAS, compile_kernels, fill
 from training import NEW_MODELS, OUT_OF_MEMORY_HINT, TRAIN_TOKENS, check_memory, model_name
 
-MOST_LABELS = 64          # tokens along an axis whose names can be read
-LOOKED_AT = 4             # positions listed for each position of the prompt
+MAX_LABELS = 64           # tokens along an axis of the picture; more would overlap
+ATTENDED = 4              # positions listed for each position of the prompt
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Showing a step
 
 def print_columns(rows, right=()):
-    """Rows of texts, of which the first is a heading, in aligned columns; the columns in `right` end at the same place."""
+    """Print rows of strings in aligned columns, the header first; the columns in `right` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         cells = (f"{cell:>{width}}" if i in right else f"{cell:<{width}}" for i, (cell, width) in enumerate(zip(row, widths)))
@@ -51,12 +51,12 @@ def print_columns(rows, right=()):
     print()
 
 
-def shown(norm):
+def format_norm(norm):
     return f"{norm:.4g}"
 
 
 def print_calls(calls):
-    """One line a call."""
+    """Print one line per call."""
     rows = [("", "ms", "writes", "shape", "norm", "reads")]
     for i, call in enumerate(calls):
         if i == 0 or call.phase != calls[i - 1].phase:
@@ -65,12 +65,12 @@ def print_calls(calls):
         shape = "x".join(map(str, call.written[0].shape)) if call.written else ""
         norm = call.written[0].norm if call.written else call.result
         reads = " ".join(map(str, call.read))
-        rows.append((f"  {call.kernel}", f"{1000 * call.seconds:.3f}", writes, shape, shown(norm), reads))
+        rows.append((f"  {call.kernel}", f"{1000 * call.seconds:.3f}", writes, shape, format_norm(norm), reads))
     print_columns(rows, right=(1, 4))
 
 
 def times_by_kernel(calls, whole):
-    """(kernel, number of calls, seconds together), longest first, and last what a step spends between its kernels."""
+    """(kernel, number of calls, total seconds), longest first; then the time that the step spends between kernels."""
     seconds, numbers = Counter(), Counter(call.kernel for call in calls)
     for call in calls:
         seconds[call.kernel] += call.seconds
@@ -81,30 +81,30 @@ def times_by_kernel(calls, whole):
 def print_times(times, whole):
     print_columns([("kernel", "calls", "ms", "share")] + [
         (kernel, str(calls or ""), f"{1000 * seconds:.3f}", f"{seconds / whole:.1%}") for kernel, calls, seconds in times] + [
-        ("a step", "", f"{1000 * whole:.3f}", "")], right=(1, 2, 3))
+        ("one step", "", f"{1000 * whole:.3f}", "")], right=(1, 2, 3))
 
 
 class Norms(NamedTuple):
-    """Norms by layer: name -> one for each layer."""
+    """Each a dict: name of a tensor -> its norm in every layer."""
     activations: dict
     activation_gradients: dict
     weight_gradients: dict
 
 
 def norms_by_layer(calls, num_layers):
-    """The Norms of the matrices that the calls of a step wrote, as they were after the layer's last call that did.
+    """The Norms of the matrices that a step wrote, each after the last call in its layer that wrote it.
 
-    The statistics, biases and scales, which are vectors, are left out.
+    Vectors (statistics, biases, scales) are left out.
     """
     norms = Norms({}, {}, {})
     for call in calls:
         for array in call.written:
             if call.layer is not None and len(array.shape) == 2:
-                of = (norms.weight_gradients if array.buffer == "grads" else
-                      norms.activations if call.phase == "forward" else
-                      norms.activation_gradients if array.buffer == "scratch" and array.name.startswith("d") else None)
-                if of is not None:
-                    of.setdefault(array.name, [math.nan] * num_layers)[call.layer] = array.norm
+                group = (norms.weight_gradients if array.buffer == "grads" else
+                         norms.activations if call.phase == "forward" else
+                         norms.activation_gradients if array.buffer == "scratch" and array.name.startswith("d") else None)
+                if group is not None:
+                    group.setdefault(array.name, [math.nan] * num_layers)[call.layer] = array.norm
     return norms
 
 
@@ -113,12 +113,12 @@ def print_norms(norms):
                              ("norms of gradients", norms.activation_gradients | {
                                  f"grads.{name}": values for name, values in norms.weight_gradients.items()})):
         print(heading)
-        layers = [(str(l), *map(shown, values)) for l, values in enumerate(zip(*tensors.values()))]
+        layers = [(str(l), *map(format_norm, values)) for l, values in enumerate(zip(*tensors.values()))]
         print_columns([("layer", *tensors), *layers], right=range(1 + len(tensors)))
 
 
-def draw_recorded(norms, times, title, path):
-    """Write the picture of a step: norms by layer, times by kernel."""
+def draw_step(norms, times, title, path):
+    """Draw a step: its norms by layer and its times by kernel."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 8.5), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=(5, 4))
@@ -146,13 +146,13 @@ def draw_recorded(norms, times, title, path):
 
 def save(figure, path):
     with atomic_file(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")      # a token may hold letters that the font has not
+        warnings.filterwarnings("ignore", "Glyph")      # a token may hold characters that the font lacks
         figure.savefig(file, dpi=120, format="png")
     print(f"wrote {path}")
 
 
 def explore_step(config, params, threads, options):
-    """Print and draw what the kernels do in a training step on the first batch of options.input_bin."""
+    """Print and draw a training step on the first batch of options.input_bin."""
     B, T = options.batch_size, options.sequence_length
     if T > config.max_seq_len:
         raise UserError(f"--sequence-length is {T}, expected at most {config.max_seq_len}, the context of --model "
@@ -174,8 +174,8 @@ def explore_step(config, params, threads, options):
     print_calls(calls)
     print_times(times, whole)
     print_norms(norms)
-    print(f"loss {loss:.6f} | norm of all gradients {shown(norm)} | {1000 * whole:,.1f} ms a step")
-    draw_recorded(norms, times, f"one training step of {options.model}, {B} x {T} tokens: loss {loss:.3f}", options.output)
+    print(f"loss {loss:.6f} | norm of all gradients {format_norm(norm)} | {1000 * whole:,.1f} ms per step")
+    draw_step(norms, times, f"one training step of {options.model}, {B} x {T} tokens: loss {loss:.3f}", options.output)
 
 
 def print_model(model, options, task):
@@ -188,25 +188,24 @@ def print_model(model, options, task):
 # A prompt
 
 def attention_weights(qkv, lse, head):
-    """p (T, T) of one head: how much of each position's value (columns) goes into each position's output (rows).
+    """The attention weights p (T, T) of one head: row i holds the weight of each position's value in output i.
 
-    It comes from qkv (T, 3C) and lse (NH, T), which is all that the forward pass keeps of it. As lse[i] is
-    log(sum_j exp(score[i, j])), a row's softmax is p[i, j] = exp(score[i, j] - lse[i]), without another sum over the row.
-    attention_backward does just this.
+    The forward pass does not store p, only qkv (T, 3C) and lse (NH, T). Since lse[i] = log(sum_j exp(score[i, j])), the softmax
+    of a row is p[i, j] = exp(score[i, j] - lse[i]). attention_backward recomputes p in the same way.
     """
     NH, T = lse.shape
     C = qkv.shape[1] // 3
     HS = C // NH
     q, k = (qkv[:, first + head * HS:first + (head + 1) * HS] for first in (0, C))
-    score = np.where(np.tri(T, dtype=bool), q @ k.T / np.sqrt(np.float32(HS)), -np.inf)     # no position sees those after it
+    score = np.where(np.tri(T, dtype=bool), q @ k.T / np.sqrt(np.float32(HS)), -np.inf)     # causal mask
     return np.exp(score - lse[head, :, None])
 
 
 def next_tokens(model, count):
-    """After each position of the latest forward pass the `count` likeliest tokens (N, count), likeliest first, and the
-    probabilities of all (N, V).
+    """The `count` likeliest next tokens (N, count) after each position of the latest forward pass, likeliest first, and the
+    probabilities of all tokens (N, V).
 
-    Raises UserError if the model's logits are not finite.
+    Raises UserError if the logits are not finite.
     """
     N, V = model.tokens.size, model.config.vocab_size
     likeliest, probabilities = np.empty((N, count), dtype=int), np.empty((N, V), dtype=np.float32)
@@ -222,56 +221,56 @@ def next_tokens(model, count):
     return likeliest, probabilities
 
 
-def print_next_tokens(tokens, likeliest, probabilities, named):
-    """For each position its token, how probable it was given those before, and what is likeliest to follow."""
-    rows = [("", "token", "was probable", "likeliest to follow", *[""] * (likeliest.shape[1] - 1))]
+def print_next_tokens(tokens, likeliest, probabilities, name_of):
+    """Print, for each position, its token, the probability the model gave to it, and the likeliest next tokens."""
+    rows = [("", "token", "probability", "likeliest next", *[""] * (likeliest.shape[1] - 1))]
     for n, token in enumerate(tokens):
-        rows.append((str(n), named(token), f"{probabilities[n - 1, token]:.1%}" if n > 0 else "",
-                     *(f"{probabilities[n, following]:6.1%} {named(following)}" for following in likeliest[n])))
+        rows.append((str(n), name_of(token), f"{probabilities[n - 1, token]:.1%}" if n > 0 else "",
+                     *(f"{probabilities[n, following]:6.1%} {name_of(following)}" for following in likeliest[n])))
     print_columns(rows, right=(0, 2))
 
 
-def print_attention(tokens, weights, heading, named):
-    """For each position those that it attends to most."""
-    rows = [("", "token", heading, *[""] * (LOOKED_AT - 1))]
+def print_attention(tokens, weights, heading, name_of):
+    """Print, for each position, the positions it attends to most."""
+    rows = [("", "token", heading, *[""] * (ATTENDED - 1))]
     for n, row in enumerate(weights):
-        seen = np.argsort(-row[:n + 1], kind="stable")[:LOOKED_AT]
-        rows.append((str(n), named(tokens[n]), *(f"{row[j]:6.1%} {j} {named(tokens[j])}" for j in seen),
-                     *[""] * (LOOKED_AT - len(seen))))
+        seen = np.argsort(-row[:n + 1], kind="stable")[:ATTENDED]
+        rows.append((str(n), name_of(tokens[n]), *(f"{row[j]:6.1%} {j} {name_of(tokens[j])}" for j in seen),
+                     *[""] * (ATTENDED - len(seen))))
     print_columns(rows, right=(0,))
 
 
-def draw_attention(tokens, weights, title, named, path):
-    """Write the picture of one head's attention: a row for each position, which sums to 1 over those it sees."""
-    from matplotlib.colors import PowerNorm     # by which small shares are told apart
+def draw_attention(tokens, weights, title, name_of, path):
+    """Draw one head's attention weights, one row per position. Each row sums to 1."""
+    from matplotlib.colors import PowerNorm     # its square root makes small weights visible
     from matplotlib.figure import Figure
 
     T = len(tokens)
-    labeled = range(0, T, math.ceil(T / MOST_LABELS))
-    labels = [named(tokens[t])[1:-1] for t in labeled]
+    labeled = range(0, T, math.ceil(T / MAX_LABELS))
+    labels = [name_of(tokens[t])[1:-1] for t in labeled]
     inches = 1.6 + min(max(0.18 * T, 2.5), 11)
     figure = Figure(figsize=(inches + 0.6, inches), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(np.where(np.tri(T, dtype=bool), weights, np.nan), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
-    axes.set_facecolor("0.9")       # what a position does not see
+    axes.set_facecolor("0.9")       # masked
     for axis, place in ((axes.xaxis, "top"), (axes.yaxis, "left")):
         axis.set_ticks(labeled, labels, fontsize=8, parse_math=False)
         axis.set_ticks_position(place)
         axis.set_label_position(place)
     axes.tick_params(axis="x", rotation=90)
     axes.tick_params(length=0)
-    axes.set(xlabel="position that is read", ylabel="position that reads")
+    axes.set(xlabel="key position", ylabel="query position")
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, shrink=0.6, label="share of attention", ticks=(0, 0.05, 0.2, 0.5, 1))
+    figure.colorbar(image, ax=axes, shrink=0.6, label="attention weight", ticks=(0, 0.05, 0.2, 0.5, 1))
     figure.suptitle(title, fontsize=10, parse_math=False)
     save(figure, path)
 
 
 def explore_prompt(config, params, threads, options):
-    """Print which tokens may follow options.prompt, print and draw how one head attends to it."""
-    for flag, value, there in (("--layer", options.layer, config.num_layers), ("--head", options.head, config.num_heads)):
-        if value >= there:
-            raise UserError(f"{flag} is {value}, expected at most {there - 1}: --model {options.model} has {there}, counted "
+    """Print the likeliest next tokens of options.prompt; print and draw one head's attention to it."""
+    for flag, value, count in (("--layer", options.layer, config.num_layers), ("--head", options.head, config.num_heads)):
+        if value >= count:
+            raise UserError(f"{flag} is {value}, expected at most {count - 1}: --model {options.model} has {count}, counted "
                             "from 0", status=2)
     encoding = tokenizer_for(config, options.model)
     tokens = encode(encoding, options.prompt, config.max_seq_len) or [END_OF_TEXT]
@@ -280,38 +279,38 @@ def explore_prompt(config, params, threads, options):
     print_model(model, options, f"a prompt of {len(tokens):,} tokens")
     model.forward(np.array([tokens], dtype=np.int32))
 
-    def named(token):
+    def name_of(token):
         return repr(encoding.decode_single_token_bytes(token).decode("utf-8", errors="replace"))
 
-    print_next_tokens(tokens, *next_tokens(model, options.top), named)
+    print_next_tokens(tokens, *next_tokens(model, options.top), name_of)
     qkv, lse = model.acts.qkv[options.layer], model.acts.att_lse[options.layer][0]
     weights = attention_weights(qkv, lse, options.head)
     title = f"layer {options.layer}, head {options.head}"
-    print_attention(tokens, weights, f"attends to, in {title}", named)
-    draw_attention(tokens, weights, f"{options.model}: attention in {title}", named, options.output)
+    print_attention(tokens, weights, f"attends to, in {title}", name_of)
+    draw_attention(tokens, weights, f"{options.model}: attention in {title}", name_of, options.output)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 def main():
-    parser = OneLineParser(description="See what every kernel does in one training step, or what a model makes of a prompt.")
+    parser = OneLineParser(description="See what every kernel does in one training step, or how a model reads a prompt.")
     add = parser.add_flag
     positive, count = bounded(int, 1), bounded(int, 0)
     add("--model", default="d4", type=model_name,
-        help=f"a new model of so many layers, one of {', '.join(NEW_MODELS)}; or a Hugging Face folder, its name on the hub, a "
+        help=f"a new model: one of {', '.join(NEW_MODELS)}; or a pretrained one: a Hugging Face folder or hub name, a "
              ".safetensors file, an llm.c .bin file")
-    add("--input-bin", help="tokens to take the step on: a file, or a glob in quotes (default: Tiny Shakespeare, prepared if "
-        "need be)")
+    add("--input-bin", help="tokens of the step's batch: a file, or a glob in quotes (default: Tiny Shakespeare, prepared "
+        "if missing)")
     add("--batch-size", default=4, type=positive, help="sequences in the batch, B")
     add("--sequence-length", default=64, type=positive, help="tokens in a sequence, T")
-    parser.add_argument("--recompute", action="store_true", help="the step of train_gpt2.py --recompute")
-    add("--prompt", help="a text: show what may follow it, and how one head attends to it, instead of a step")
-    add("--top", default=4, type=bounded(int, 1, 50), help="tokens listed that may follow")
-    add("--layer", default=0, type=count, help="the layer of the attention shown, counted from 0")
-    add("--head", default=0, type=count, help="the head of it, counted from 0")
-    add("--seed", default=1337, type=count, help="seed of a new model's weights")
-    add("--threads", type=positive, help="CPU threads (default: one for each core)")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing, as in train_gpt2.py --recompute")
+    add("--prompt", help="explore this text instead of a step: the likeliest next tokens, and one head's attention")
+    add("--top", default=4, type=bounded(int, 1, 50), help="how many of the likeliest next tokens to list")
+    add("--layer", default=0, type=count, help="layer whose attention is shown, counted from 0")
+    add("--head", default=0, type=count, help="head whose attention is shown, counted from 0")
+    add("--seed", default=1337, type=count, help="random seed of a new model's weights")
+    add("--threads", type=positive, help="CPU threads (default: one per core)")
     add("--output", default=Path("out", "explore.png"), type=Path, metavar="FILE", help="the PNG to write")
     options = parser.parse_args()
 
