@@ -1,7 +1,7 @@
-"""Record a training step: every kernel call, which arrays it read and wrote, their norms and its time.
+"""Record a training step: every kernel call, the arrays it read and wrote, their norms, and its time.
 
-Nothing about the model is spelled out here: its calls are watched as they happen, and what a kernel reads and writes is found
-by experiment. explore.py shows what is recorded, draw_step.py draws it.
+Nothing about the model is written down here: calls are intercepted as they happen, and an experiment finds out what each kernel
+reads and writes. explore.py prints the recording, draw_step.py draws it.
 """
 import contextlib
 import functools
@@ -23,10 +23,10 @@ TINY = Config(max_seq_len=8, vocab_size=50, padded_vocab_size=128, num_layers=3,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Watching the kernels
+# Intercepting kernel calls
 
-class Watched:
-    """Stands in for the module of kernels: every call of one becomes watch(kernel, *arguments)."""
+class WatchedKernels:
+    """Replaces the module of kernels: a call of a kernel becomes watch(kernel, *arguments)."""
 
     def __init__(self, kernels, watch):
         self.kernels, self.watch = kernels, watch
@@ -38,9 +38,9 @@ class Watched:
 
 @contextlib.contextmanager
 def watching(watch):
-    """Have watch(kernel, *arguments) make every call of a kernel in train_gpt2, and return what the kernel does."""
+    """Route every kernel call of train_gpt2 through watch(kernel, *arguments), which makes the call and returns its result."""
     kernels = train_gpt2.kernels
-    train_gpt2.kernels = Watched(kernels, watch)
+    train_gpt2.kernels = WatchedKernels(kernels, watch)
     try:
         yield
     finally:
@@ -48,7 +48,7 @@ def watching(watch):
 
 
 def run_step(model, batch, begin=lambda phase: None):
-    """A training step on batch.tokens and batch.targets; begin(phase) is called before each part. Returns loss and norm."""
+    """Take a training step on batch.tokens and batch.targets; call begin(phase) before each phase. Returns loss and norm."""
     begin("forward")
     model.forward(batch.tokens)
     begin("backward")
@@ -60,17 +60,17 @@ def run_step(model, batch, begin=lambda phase: None):
 
 
 def as_batch(tokens, targets):
-    """Tokens and targets, (B, T) each, as Tensors, so that they are found by their memory like all other arrays."""
+    """Tokens and targets, (B, T) each, as Tensors, so that the recorder recognizes them by address like all other arrays."""
     return Tensors({"tokens": tokens.shape, "targets": targets.shape},
                    lambda size: np.concatenate([tokens, targets], axis=None, dtype=np.int32))
 
 
 @functools.cache
 def effects():
-    """What every kernel of a training step does to its arguments: its name -> (positions it reads, positions it writes).
+    """Name of a kernel -> (positions of the arguments it reads, positions of those it writes).
 
-    Found by experiment, in a step of a tiny model. What a kernel writes is not the same after a call. What it does not write
-    it reads, and what it writes it reads as well if a NaN that was there before is anywhere afterward.
+    Found by experiment, in a step of a tiny model. A kernel writes an argument if a call changes it. It reads an argument if it
+    does not write it, or if a NaN put there before the call is still somewhere in its arguments afterward.
     """
     found = {}
 
@@ -90,7 +90,7 @@ def effects():
         after = trial(kernel, arguments)
         writes = {i for i in arrays if not np.array_equal(after[i], arguments[i])}
         reads = {i for i in arrays if i not in writes or spreads(i)}
-        earlier_reads, earlier_writes = found.get(kernel.__name__, (set(), set()))      # of a call without a bias, say
+        earlier_reads, earlier_writes = found.get(kernel.__name__, (set(), set()))      # a call without a bias, say
         found[kernel.__name__] = earlier_reads | reads, earlier_writes | writes
         return kernel(*arguments)
 
@@ -100,7 +100,7 @@ def effects():
 
 
 def tiny_step():
-    """A tiny model and a batch for it, that take a step in no time."""
+    """A tiny model and a batch: a step takes milliseconds."""
     model = GPT2(TINY, 2, 4, threads=1)
     model.initialize(seed=0)
     sequences = np.arange(2 * 5, dtype=np.int32).reshape(2, 5)
@@ -108,7 +108,7 @@ def tiny_step():
 
 
 def array_positions(kernel, arguments):
-    """Where among a kernel's arguments the model's arrays are: not those that stand for none, nor a product's workspace."""
+    """The positions of the model's arrays among a kernel's arguments, without empty arrays (no bias) and the workspace."""
     names = kernel.py_func.__code__.co_varnames
     return {i for i, argument in enumerate(arguments)
             if isinstance(argument, np.ndarray) and argument.size > 0 and names[i] != "workspace"}
@@ -118,18 +118,18 @@ def array_positions(kernel, arguments):
 # Recording a step
 
 class Array(NamedTuple):
-    """One of a kernel's arrays, by its place in the model's memory."""
+    """An array argument of a kernel call, named by its place in the model's memory."""
     buffer: str              # params, grads, acts, scratch, adam_m, adam_v, or batch
     name: str                # in that buffer's table of shapes; empty: the whole buffer
-    layer: int | None        # where the tensor has one for each
+    layer: int | None        # None: not one layer's part of a tensor
     shape: tuple
     read: bool
     written: bool
-    norm: float              # after the call, if it was written
+    norm: float              # after the call; NaN if it was not written
 
     @property
     def tensor(self):
-        """What it is called in all layers. The names of parameters stand for their gradients and moments, too."""
+        """Its name without the layer. Gradients and moments have the names of their parameters, so their buffer precedes it."""
         return f"{self.buffer}.{self.name}".rstrip(".") if self.buffer in ("grads", "adam_m", "adam_v") else self.name
 
     def __str__(self):
@@ -137,7 +137,7 @@ class Array(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call of a kernel."""
+    """One kernel call."""
     phase: str               # forward, backward or update
     kernel: str
     layer: int | None
@@ -151,7 +151,7 @@ class Call(NamedTuple):
 
     @property
     def read(self):
-        """What is read only."""
+        """The arrays that are only read."""
         return [array for array in self.arrays if not array.written]
 
     def __str__(self):
@@ -160,9 +160,9 @@ class Call(NamedTuple):
 
 
 class Recorder:
-    """Notes in `calls` every call of a kernel that it makes, see `watching`.
+    """A `watch` function that appends every kernel call to `calls`, see `watching`.
 
-    A call belongs to the layer of its parameters or their gradients. A call without any belongs to that of the call before.
+    A call belongs to the layer of its parameters or their gradients. A call without any belongs to the previous call's layer.
     """
 
     def __init__(self, model, batch):
@@ -176,21 +176,21 @@ class Recorder:
     def __call__(self, kernel, *arguments):
         result = kernel(*arguments)
         reads, writes = self.effects[kernel.__name__]
-        positions = {}      # more than one, if a kernel is given the same array twice
+        positions = {}      # several positions if a kernel gets the same array twice
         for i in sorted(array_positions(kernel, arguments)):
             positions.setdefault(self.place(arguments[i]), set()).add(i)
         arrays = []
-        for place, here in positions.items():
-            array = arguments[min(here)]
-            norm = float(np.linalg.norm(array)) if here & writes else math.nan
-            arrays.append(Array(*place, array.shape, bool(here & reads), bool(here & writes), norm))
+        for place, where in positions.items():
+            array = arguments[min(where)]
+            norm = float(np.linalg.norm(array)) if where & writes else math.nan
+            arrays.append(Array(*place, array.shape, bool(where & reads), bool(where & writes), norm))
         of_parameters = [array.layer for array in arrays if array.buffer in ("params", "grads")]
         self.layer = of_parameters[0] if of_parameters else self.layer
         self.calls.append(Call(self.phase, kernel.__name__, self.layer, arrays, result))
         return result
 
     def place(self, array):
-        """Where in the model's memory an array is: its buffer, its name there and its layer."""
+        """Where an array lies in the model's memory: (buffer, name in that buffer, layer)."""
         model = self.model
         buffers = dict(params=model.params, grads=model.grads, acts=model.acts, scratch=model.scratch, batch=self.batch,
                        adam_m=Tensors(model.params.shapes, lambda size: model.adam_m),
@@ -201,13 +201,13 @@ class Recorder:
         for name, shape in tensors.shapes.items():
             start, stop = stop, stop + prod(shape)
             if start <= first and first + array.size <= stop:
-                of_one_layer = array.shape == shape[1:] and not (model.recompute and name in RECOMPUTED)
-                return buffer, name, (first - start) // array.size if of_one_layer else None
+                one_layer = array.shape == shape[1:] and not (model.recompute and name in RECOMPUTED)
+                return buffer, name, (first - start) // array.size if one_layer else None
         return buffer, "", None
 
 
 def record_step(model, batch):
-    """The Calls of a training step, its loss and the norm of its gradients."""
+    """Take a training step. Returns its Calls, its loss and the norm of its gradients."""
     recorder = Recorder(model, batch)
     with watching(recorder):
         loss, norm = run_step(model, batch, recorder.begin)
@@ -215,7 +215,7 @@ def record_step(model, batch):
 
 
 def time_step(model, batch):
-    """The seconds of each call in the fastest of a few training steps, and of that whole step."""
+    """Time a few training steps. Returns the seconds of each call in the fastest step, and of that step as a whole."""
     def watch(kernel, *arguments):
         started = time.perf_counter()
         result = kernel(*arguments)
