@@ -1,30 +1,32 @@
-"""Where arrays live and kernels run: on a GPU through CuPy, or on the CPU, which runs the same CUDA source.
+"""Devices: where arrays live and kernels run. Either a GPU through CuPy, or the CPU, which runs the same CUDA source.
 
-Both devices, `CudaDevice` below and `CpuDevice` in cuda_on_cpu, have the same methods, so kernels_gpu.py and
-train_gpt2_gpu.py do not know which of the two they run on.
+`open_device` opens one by its name. `CudaDevice` below and `CpuDevice` in cuda_on_cpu have the same methods, so kernels_gpu.py
+and the programs do not depend on which of the two they run on. How both launch kernels is in launcher.py.
 """
 import itertools
 import operator
 import re
+from collections.abc import Callable
 
 import numpy as np
 
 from cli import UserError
-from launcher import Device
+from launcher import Device, DeviceArray, Shape
 
-# Floating-point operations that a multiprocessor does per clock cycle, by compute capability: a multiplication and an
-# addition in each of its 64 or 128 cores, or in its tensor cores (dense matrices, TF32).
+# FLOPs per multiprocessor and clock cycle, by compute capability: one multiply-add (two FLOPs) in each of its 64 or 128 cores,
+# or those of its tensor cores (dense matrices, TF32).
 FLOPS_PER_CYCLE = {
-    "float32": {"70": 128, "75": 128, "80": 128, "86": 256, "87": 256, "89": 256, "90": 256, "100": 256, "103": 256, "120": 256},
+    "float32": {"70": 128, "75": 128, "80": 128, "86": 256, "87": 256, "89": 256, "90": 256, "100": 256, "103": 256,
+                "120": 256},
     "tf32": {"80": 1024, "86": 256, "89": 256, "90": 2048, "100": 4096, "120": 256},
 }
 FIRST_WITH_TF32 = 80
 
 
-def open_device(name, dtype):
+def open_device(name: str, dtype: str) -> Device:
     """The device "cuda", "cuda:1" or "cpu", for matrix products in "float32" or "tf32".
 
-    Raises UserError if there is no such device, or if it cannot compute in that type.
+    Raises UserError if the device does not exist or does not support the dtype.
     """
     if name == "cpu":
         if dtype != "float32":
@@ -37,10 +39,10 @@ def open_device(name, dtype):
     return CudaDevice(int(match[1] or 0), dtype)
 
 
-def layout(matrices):
-    """Whether these are transposes, and how many numbers apart the rows lie, or the columns of a transpose.
+def layout(matrices: DeviceArray) -> tuple[bool, int]:
+    """Whether float32 matrices are transposed, and their leading dimension: how many numbers apart rows (or columns) start.
 
-    Of a single row or column that distance means nothing, but cuBLAS wants it to be no less than its length.
+    The stride of a single row or column means nothing, but cuBLAS requires a leading dimension of at least its length.
     """
     rows, columns = matrices.shape[-2:]
     if matrices.strides[-1] == 4:
@@ -49,12 +51,14 @@ def layout(matrices):
 
 
 class CudaDevice(Device):
-    """A GPU, its arrays being CuPy's. Kernels, matrix products and copies run in order on CuPy's current stream.
+    """A GPU. Its arrays are CuPy's; kernels, matrix products and copies run in order on CuPy's current stream.
 
-    Calls return before the GPU is done, but for `to_host` and `seconds`, which wait for it.
+    Calls are asynchronous: they return before the GPU is done. Only `to_host` and `seconds` wait for it. A process can use one
+    GPU only, the one that CuPy allocates and launches on; a second one raises ValueError.
     """
+    index = None        # of the GPU that this process uses
 
-    def __init__(self, index, dtype):
+    def __init__(self, index: int, dtype: str):
         super().__init__()
         try:
             import cupy
@@ -70,6 +74,8 @@ class CudaDevice(Device):
                             "or train_gpt2.py, which is made for the CPU") from error
         if index >= count:
             raise UserError(f"--device cuda:{index}: the last GPU here is cuda:{count - 1}")
+        if CudaDevice.index not in (None, index):
+            raise ValueError(f"cuda:{index}: this process already uses cuda:{CudaDevice.index}; start one process per GPU")
         self.cupy, self.cupyx, self.cublas = cupy, cupyx, cublas
         self.Array = cupy.ndarray
         self.device = cupy.cuda.Device(index).use()
@@ -83,14 +89,15 @@ class CudaDevice(Device):
         self.handle = cupy.cuda.device.get_cublas_handle()
         self.alpha_and_beta = np.empty(2, dtype=np.float32)     # cuBLAS reads them during the call
         self.alpha_address = self.alpha_and_beta.ctypes.data
+        CudaDevice.index = index
 
-    def memory(self):
-        """Bytes free, and in all."""
+    def memory(self) -> tuple[int, int]:
+        """Free and total memory in bytes."""
         free, total = self.device.mem_info
         return free + self.cupy.get_default_memory_pool().free_bytes(), total
 
-    def peak_flops(self):
-        """Floating-point operations a second of matrix products at the highest clock rate. None for a GPU unknown here."""
+    def peak_flops(self) -> float | None:
+        """Peak FLOP/s of matrix products, at the highest clock rate. None for an unknown GPU."""
         per_cycle = FLOPS_PER_CYCLE[self.dtype].get(self.capability)
         attributes = self.device.attributes
         return per_cycle and per_cycle * attributes["MultiProcessorCount"] * attributes["ClockRate"] * 1e3
@@ -101,48 +108,49 @@ class CudaDevice(Device):
         try:
             return make(shape, dtype)
         except MemoryError as error:
-            asked = np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64)
-            asked, free, total = (f"{nbytes / 2**20:,.0f} MiB" for nbytes in (asked, *self.memory()))
-            raise MemoryError(f"{self.name}: {asked} asked for, {free} of {total} free") from error
+            requested = np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64)
+            requested, free, total = (f"{nbytes / 2**20:,.0f} MiB" for nbytes in (requested, *self.memory()))
+            raise MemoryError(f"{self.name}: {requested} requested, {free} of {total} free") from error
 
-    def zeros(self, shape, dtype=np.float32):
+    def zeros(self, shape: Shape, dtype=np.float32) -> DeviceArray:
         return self.allocate(self.cupy.zeros, shape, dtype)
 
-    def empty(self, shape, dtype=np.float32):
+    def empty(self, shape: Shape, dtype=np.float32) -> DeviceArray:
+        """An uninitialized array."""
         return self.allocate(self.cupy.empty, shape, dtype)
 
-    def to_device(self, array):
-        """A copy of a NumPy array on the GPU, C-contiguous."""
+    def to_device(self, array: np.ndarray) -> DeviceArray:
+        """A C-contiguous copy of a NumPy array on the GPU."""
         copy = self.empty(array.shape, array.dtype)
-        self.fill(copy, array)
+        self.copy_to_device(copy, array)
         return copy
 
-    def fill(self, array, values):
-        """Copy a NumPy array of the same shape and dtype into a GPU array."""
+    def copy_to_device(self, array: DeviceArray, values: np.ndarray) -> None:
+        """Copy a NumPy array into a GPU array of the same shape and dtype."""
         array.set(np.ascontiguousarray(values))
 
-    def to_host(self, array):
-        """A copy of a GPU array as NumPy array, once everything launched before has run."""
+    def to_host(self, array: DeviceArray) -> np.ndarray:
+        """A copy of a GPU array as a NumPy array. Waits until everything launched before has run."""
         return array.get()
 
-    def uploader(self, shape, dtype):
+    def uploader(self, shape: Shape, dtype) -> Callable[[np.ndarray], DeviceArray]:
         """A function that copies a NumPy array to the GPU while kernels run, and returns the GPU array at once.
 
-        Kernels launched from then on find the copy complete. It is good for those launched before the next call but one.
-        It is made by a second stream, from page-locked memory: the only memory that a GPU can read by itself.
+        Kernels launched afterwards wait for the copy. The array stays valid for kernels launched before the second next call.
+        The copy runs on a second stream, from pinned memory, the only host memory that a GPU can read by itself.
         """
         cuda = self.cupy.cuda
         copies, previous_call = cuda.Stream(non_blocking=True), cuda.Event()
         buffers = itertools.cycle([(self.cupyx.empty_pinned(shape, dtype), self.empty(shape, dtype), cuda.Event())
                                    for _ in range(3)])
-        cuda.get_current_stream().synchronize()     # whoever had this memory before is done with it
+        cuda.get_current_stream().synchronize()     # kernels may still be using this memory for arrays freed before
 
         def upload(array):
             stream = cuda.get_current_stream()
             pinned, uploaded, copied = next(buffers)
-            copied.synchronize()                    # three calls ago; now the page-locked memory may change
+            copied.synchronize()                    # the copy of three calls ago: now the pinned memory may change
             pinned[...] = array
-            copies.wait_event(previous_call)        # what was launched before it may still use the array of three calls ago
+            copies.wait_event(previous_call)        # kernels launched before it may still use the array of three calls ago
             previous_call.record(stream)
             uploaded.set(pinned, stream=copies)
             copied.record(copies)
@@ -151,12 +159,12 @@ class CudaDevice(Device):
 
         return upload
 
-    def argsort(self, array):
-        """The places of a 1-D array's elements in ascending order, int32. Equal elements keep their order."""
+    def argsort(self, array: DeviceArray) -> DeviceArray:
+        """The indices that sort a 1-D array, int32. Equal elements keep their order (a stable sort)."""
         return self.cupy.argsort(array, kind="stable").astype(np.int32)
 
     address = operator.attrgetter("data.ptr")
-    contiguous = operator.attrgetter("_c_contiguous")   # what flags.c_contiguous reads, in a tenth of the time
+    contiguous = operator.attrgetter("_c_contiguous")   # flags.c_contiguous, ten times as fast
 
     def writable(self, array):
         return True
@@ -167,12 +175,11 @@ class CudaDevice(Device):
         module = self.cupy.RawModule(code=preamble + layer, options=("--std=c++17",))
         return {kernel.name: module.get_function(kernel.name).kernel for kernel in kernels}
 
-    def gemm(self, c, alpha, a, b, beta):
-        """c (m, n) = alpha * a (m, k) @ b (k, n) + beta * c.
+    def gemm(self, c: DeviceArray, alpha: float, a: DeviceArray, b: DeviceArray, beta: float) -> None:
+        """c (m, n) = alpha * a (m, k) @ b (k, n) + beta * c. With a beta of 0, c may hold anything, even NaN.
 
-        The arrays are matrices, or batches of them (batch, m, n), with contiguous rows; a and b may be transposes of such.
-        cuBLAS counts columns first: to it, they are their own transposes, and c.T = b.T @ a.T is what it is asked for. With a
-        beta of 0, what c holds does not matter, be it NaN.
+        The arrays are matrices, or batches of them (batch, m, n), with contiguous rows; a and b may be transposed views.
+        cuBLAS is column-major: it takes a row-major matrix for its transpose. So it is asked for c.T = b.T @ a.T.
         """
         self.check_product(c, a, b)
         cublas = self.cublas
@@ -194,12 +201,12 @@ class CudaDevice(Device):
     # Timing
 
     def event(self):
-        """A point in time: when everything launched so far has run."""
+        """The point in time when everything launched so far has run."""
         event = self.cupy.cuda.Event()
         event.record()
         return event
 
-    def seconds(self, start, stop):
-        """The seconds between two events, once the second has come."""
+    def seconds(self, start, stop) -> float:
+        """The seconds between two events. Waits for the second."""
         stop.synchronize()
         return self.cupy.cuda.get_elapsed_time(start, stop) / 1e3

@@ -1,38 +1,36 @@
 """Generate text with GPT-2 on the GPU: `python generate_gpt2_gpu.py --model MODEL --prompt TEXT`, or --help for the rest.
 
-The twin of generate_gpt2.py, from which it has all but the decoder: the same memory of keys and values, the same flat forward
-pass, with the kernels of kernels_gpu.py. `--device cpu` runs them without a GPU (cuda_on_cpu).
+The GPU version of generate_gpt2.py, from which it imports everything except the decoder. The decoder has the same KV cache and
+the same flat forward pass, with the kernels of kernels_gpu.py. `--device cpu` runs them without a GPU (cuda_on_cpu).
 """
 import generate_gpt2
 import kernels_gpu as kernels
-from model_files import load_model
-from device import open_device
 from cli import run_program
+from device import open_device
 from generate_gpt2 import parse_options, read_prompt, run, tokenizer_for
 from gpt2 import Tensors, parameter_shapes
+from model_files import load_model
 
-MEMORY_BOUND_ROWS = 12             # up to so many, a product waits for its weight to be read
+MEMORY_BOUND_ROWS = 12      # up to this many rows, a matrix product is memory-bound: reading the weight takes the time
 OUT_OF_MEMORY_HINT = "choose a smaller --model or fewer --num-samples"
 
 
 def linear_forward(out, inp, weight, bias):
-    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), by the kernel that suits N."""
+    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), with the faster kernel for N rows."""
     product = kernels.matvec_forward if len(inp) <= MEMORY_BOUND_ROWS else kernels.matmul_forward
     product(out, inp, weight, bias)
 
 
 class Decoder(generate_gpt2.Decoder):
-    """generate_gpt2.Decoder with its parameters, keys and values on `device`.
+    """generate_gpt2.Decoder with its parameters and KV cache on `device`.
 
-    params are Tensors of NumPy arrays. What `forward` returns is an array of the device, what `logits` and `losses` return are
-    NumPy's.
+    params: Tensors of NumPy arrays. `forward` returns an array on the device, `logits` and `losses` return NumPy arrays.
     """
 
     def __init__(self, config, params, num_texts, device):
-        kernels.use(device)
         self.config, self.device = config, device
         self.params = Tensors(parameter_shapes(config), device.empty)
-        device.fill(self.params.flat, params.flat)
+        device.copy_to_device(self.params.flat, params.flat)
         cache = (config.num_layers, num_texts, config.num_heads, config.max_seq_len, config.channels // config.num_heads)
         self.keys, self.values = device.zeros(cache), device.zeros(cache)
         self.start = self.length = 0
@@ -41,6 +39,7 @@ class Decoder(generate_gpt2.Decoder):
 
     def forward(self, tokens):
         """From tokens (B, T), a NumPy array, to the normalized output of the last block (N, C), N = B*T."""
+        kernels.use(self.device)
         B, T = tokens.shape
         N, C, L = B * T, self.config.channels, self.config.num_layers
         position, end = self.length, self.length + T
@@ -64,7 +63,7 @@ class Decoder(generate_gpt2.Decoder):
             linear_forward(acts.fch, acts.ln, params.fcw[l], no_bias)                                            # (N, 4C)
             kernels.bias_gelu_forward(acts.fch_gelu, acts.fch, params.fcb[l])                                    # (N, 4C)
             linear_forward(acts.proj, acts.fch_gelu, params.fcprojw[l], no_bias)                                 # (N, C)
-            # The layernorm that follows is that of the next block, or the last of all.
+            # The layernorm that follows is the first of the next block, or the model's last.
             weight, bias = (params.ln1w[l + 1], params.ln1b[l + 1]) if l + 1 < L else (params.lnfw, params.lnfb)
             kernels.residual_layernorm_forward(acts.residual, *norm, acts.residual2, acts.proj, params.fcprojb[l],
                                                weight, bias)                                                     # (N, C)
@@ -72,6 +71,7 @@ class Decoder(generate_gpt2.Decoder):
         return acts.ln
 
     def logits_on_device(self, rows):
+        kernels.use(self.device)
         logits = self.device.empty((len(rows), self.config.vocab_size))
         linear_forward(logits, rows, self.params.wte[:self.config.vocab_size], self.no_bias)                     # (n, V)
         return logits
@@ -90,7 +90,7 @@ class Decoder(generate_gpt2.Decoder):
 def main():
     options = parse_options(
         "Generate text with GPT-2 on a GPU.",
-        device=dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the GPU's kernels on the CPU, slowly"))
+        device=dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the same kernels on the CPU (slow)"))
     prompt = read_prompt(options)
     device = open_device(options.device, "float32")
     config, params = load_model(options.model)

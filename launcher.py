@@ -1,26 +1,31 @@
-"""How CUDA kernels are launched: every argument is held against the declaration in the kernel's own source.
+"""Launching CUDA kernels with checked arguments, and the base class of both devices.
 
-A GPU would not check: to it an array is an address, and one of the wrong type or length is read and overwritten in silence.
+A GPU checks nothing: to a kernel an array is an address, and an array of the wrong type or length is read or overwritten
+silently. So `parse_signatures` reads the declaration of every kernel from its CUDA source, array shapes included, and
+`Device.launch` checks the arguments against it.
 """
 import functools
 import math
 import operator
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+DeviceArray = Any                           # numpy.ndarray on the CPU, cupy.ndarray on a GPU
+Shape = int | tuple[int, ...]
 C_TYPES = {name: np.dtype(dtype) for name, dtype in {
     "float": np.float32, "double": np.float64, "int": np.int32, "unsigned": np.uint32, "unsigned int": np.uint32,
     "long long": np.int64, "unsigned long long": np.uint64, "size_t": np.uint64, "unsigned char": np.uint8}.items()}
-MAX_GRID = (2 ** 31 - 1, 65535, 65535)      # what every GPU can launch
+MAX_GRID = (2 ** 31 - 1, 65535, 65535)      # the limits that hold for every GPU
 MAX_BLOCK = (1024, 1024, 64)
-MAX_THREADS = 1024                          # of a block
+MAX_THREADS = 1024                          # per block
 MAX_SHARED_BYTES = 48 * 1024
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Kernels as their source declares them
+# Kernel signatures, and the check of a launch's arguments
 
 KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\((\d+)\) )?(\w+)\(')
 DECLARATION = re.compile(r"(const )?(\w[\w ]*?)\s*(\*?)\s*(?:__restrict__ )?(\w+)")
@@ -28,17 +33,17 @@ SHAPE = re.compile(r"\(([\w ,*+-]+)\)( or empty)?")
 
 
 class Parameter(NamedTuple):
-    """A number, or an array with its shape in the comment behind it: `float* out,  // (N, 3*C) or empty`."""
+    """A parameter of a kernel: a number, or an array with its shape in a comment: `float* out,  // (N, 3*C) or empty`."""
     name: str
     dtype: np.dtype
     is_array: bool
     is_const: bool
     shape: str = ""             # "N, 3*C", in terms of the kernel's integer parameters
-    or_empty: bool = False      # may have size 0 instead, and then is passed as a null pointer
+    or_empty: bool = False      # may have size 0 instead; it is then passed as a null pointer
 
 
-def parse_signatures(source):
-    """The kernels that a CUDA source declares: {name: Kernel}. Raises ValueError for one whose arguments it could not check."""
+def parse_signatures(source: str) -> dict[str, "Kernel"]:
+    """The kernels that a CUDA source declares, by name. Raises ValueError for one whose arguments could not be checked."""
     kernels = {}
     for match in KERNEL.finditer(source):
         max_threads, name = match.groups()
@@ -54,21 +59,23 @@ def parse_signatures(source):
                     raise ValueError(f"{name}: unknown type in {declaration!r}, expected one of {', '.join(C_TYPES)}")
                 const, c_type, star, parameter = parts.groups()
                 if star and (not shape or len(declarations) > 1):
-                    raise ValueError(f"{name}: expected {parameter} on a line of its own with its shape behind it: // (N, C)")
+                    raise ValueError(f"{name}: expected {parameter} on its own line, followed by its shape: // (N, C)")
                 parameters.append(Parameter(parameter, C_TYPES[c_type], bool(star), bool(const),
                                             *((shape[1], bool(shape[2])) if star else ())))
             if closed:
                 break
         kernels[name] = Kernel(name, parameters, int(max_threads or MAX_THREADS))
-    if len(kernels) != len(re.findall(r"^[^/\n]*__global__", source, re.MULTILINE)):
-        raise ValueError(f'a kernel beside {", ".join(kernels) or "none"} is not declared as: extern "C" __global__ void name(')
+    found = len(re.findall(r"^[^/\n]*__global__", source, re.MULTILINE))
+    if len(kernels) != found:
+        raise ValueError(f'found {found} kernels, only {len(kernels)} ({", ".join(kernels) or "none"}) declared as expected: '
+                         'extern "C" __global__ void name(')
     return kernels
 
 
 class Kernel:
-    """A kernel as its source declares it, and the check of a launch's arguments."""
+    """The signature of a kernel, and the check of a launch's arguments against it."""
 
-    def __init__(self, name, parameters, max_threads):
+    def __init__(self, name: str, parameters: list[Parameter], max_threads: int):
         self.name = name
         self.parameters = parameters
         self.max_threads = max_threads
@@ -79,17 +86,17 @@ class Kernel:
         names = [p.name for _, p, _, _ in self.integers]
         for _, p in self.arrays:
             for unknown in set(re.findall(r"[a-zA-Z_]\w*", p.shape)).difference(names):
-                raise ValueError(f"{name}: the shape ({p.shape}) of {p.name} names {unknown}, which is no integer parameter")
-        # Compiled once, a function from the integer arguments to the sizes of the arrays, and one to their shapes.
+                raise ValueError(f"{name}: the shape ({p.shape}) of {p.name} names {unknown}, expected an integer parameter")
+        # Compiled once: a function from the integer arguments to the sizes of the arrays, and one to their shapes.
         sizes = "".join("*".join(f"({length})" for length in p.shape.split(",")) + ", " for _, p in self.arrays)
         shapes = "".join(f"({p.shape},), " for _, p in self.arrays)
         self.sizes = eval(f"lambda {', '.join(names)}: ({sizes})")
         self.shapes = eval(f"lambda {', '.join(names)}: ({shapes})")
 
-    def check(self, args, device):
-        """The arguments as a kernel takes them: an address for each array, a NumPy scalar of the declared type for each number.
+    def check(self, args: Sequence, device: "Device") -> list:
+        """The arguments as the kernel takes them: an array by its address, a number as NumPy scalar of the declared type.
 
-        A training step spends a few microseconds here on each of its hundreds of launches. Raises TypeError or ValueError.
+        It takes a few microseconds per launch; a training step has hundreds of launches. Raises TypeError or ValueError.
         """
         if len(args) != len(self.parameters):
             raise TypeError(f"{self.name}: {len(args)} arguments, expected {len(self.parameters)}: "
@@ -102,7 +109,8 @@ class Kernel:
             except TypeError:
                 raise TypeError(f"{self.name}: {p.name} is {describe(args[i])}, expected an integer") from None
             if not lowest <= integer <= highest:
-                raise ValueError(f"{self.name}: {p.name} is {integer}, expected {lowest} to {highest}: it is declared {p.dtype}")
+                raise ValueError(f"{self.name}: {p.name} is {integer}, expected {lowest} to {highest}: "
+                                 f"it is declared {p.dtype}")
             integers.append(integer)
             values[i] = p.dtype.type(integer)
         for i, p in self.floats:
@@ -117,10 +125,10 @@ class Kernel:
                 expected = str(self.shapes(*integers)[n]) + " or empty" * p.or_empty
                 raise ValueError(f"{self.name}: {p.name} has shape {array.shape}, expected ({p.shape}) = {expected}")
             if not device.contiguous(array):
-                raise ValueError(f"{self.name}: {p.name} has strides {array.strides} for shape {array.shape}, expected it to be "
-                                 "C-contiguous")
+                raise ValueError(f"{self.name}: {p.name} has strides {array.strides} for shape {array.shape}, expected a "
+                                 "C-contiguous array")
             if not p.is_const and not device.writable(array):
-                raise ValueError(f"{self.name}: {p.name} is read-only, expected one to write to")
+                raise ValueError(f"{self.name}: {p.name} is read-only, expected a writable array")
             values[i] = device.address(array) if array.size else 0
         return values
 
@@ -130,18 +138,18 @@ def type_name(kind):
 
 
 def describe(value):
-    """What an argument is: "numpy.ndarray of float64", "str 'abc'"."""
+    """An argument in words: "numpy.ndarray of float64", "str 'abc'"."""
     return f"{type_name(type(value))} " + (f"of {value.dtype}" if hasattr(value, "shape") else repr(value))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Devices
+# The base class of devices
 
 class Device:
-    """What both devices share: kernels known by name, launched with arguments that were checked.
+    """What both devices share: loading kernels by name, and launching them with checked arguments.
 
-    A device adds the type of its arrays, `Array`, a method `compile`, and what can be asked of an array: `address`,
-    `contiguous` and `writable`.
+    Subclasses add the type of their arrays, `Array`; the functions `address`, `contiguous` and `writable` of an array; and the
+    methods that device.CudaDevice documents: memory, arrays, compiling, matrix products, timing.
     """
 
     def __init__(self):
@@ -149,11 +157,11 @@ class Device:
         self.layers = {}        # name -> the two sources that it is compiled from
         self.functions = {}     # name -> function of (grid, block, values, shared_bytes), once compiled
 
-    def load(self, sources):
-        """Make known the kernels of these CUDA sources. The first source stands in front of each of the others.
+    def load(self, sources: Sequence[str]) -> None:
+        """Register the kernels of CUDA sources. The first source is the preamble: it is put in front of each of the others.
 
-        Each of the others is compiled once one of its kernels is launched. Raises ValueError for a declaration that launches
-        could not be checked against.
+        A source is compiled at the first launch of one of its kernels. Raises ValueError for a kernel whose arguments could not
+        be checked.
         """
         preamble, *layers = sources
         for layer in layers:
@@ -162,10 +170,10 @@ class Device:
                     self.kernels[name], self.layers[name] = kernel, (preamble, layer)
                     self.functions.pop(name, None)
 
-    def launch(self, kernel_name, grid, block, *args, shared_bytes=0):
-        """Start a kernel on `grid` blocks of `block` threads, each a number or a tuple of up to three.
+    def launch(self, kernel_name: str, grid: Shape, block: Shape, *args, shared_bytes: int = 0) -> None:
+        """Launch a kernel on `grid` blocks of `block` threads, each a number or a tuple of up to three.
 
-        Raises TypeError or ValueError, before anything runs, if the arguments are not those that its source declares.
+        Raises TypeError or ValueError, before anything runs, if the arguments do not match the declaration in its source.
         """
         kernel = self.kernels.get(kernel_name)
         if kernel is None:
@@ -178,8 +186,8 @@ class Device:
             self.functions.update(self.compile(preamble, layer, [self.kernels[name] for name in names]))
         self.functions[kernel_name](grid, block, values, shared_bytes)
 
-    def check_product(self, c, a, b):
-        """Raise TypeError or ValueError unless c = a @ b is a product that `gemm` can do."""
+    def check_product(self, c: DeviceArray, a: DeviceArray, b: DeviceArray) -> None:
+        """Raise TypeError or ValueError unless `gemm` can compute c = a @ b."""
         for name, array in (("c", c), ("a", a), ("b", b)):
             if not isinstance(array, self.Array) or array.dtype != np.float32:
                 raise TypeError(f"gemm: {name} is {describe(array)}, expected {type_name(self.Array)} of float32")
@@ -189,22 +197,23 @@ class Device:
                                  f"batch of them, with contiguous rows{'' if array is c else ' or columns'}")
         if not (c.shape[-2:] == (a.shape[-2], b.shape[-1]) and a.shape[-1] == b.shape[-2]
                 and c.shape[:-2] == a.shape[:-2] == b.shape[:-2]):
-            raise ValueError(f"gemm: c {c.shape}, a {a.shape} and b {b.shape} do not fit together")
+            raise ValueError(f"gemm: c {c.shape}, a {a.shape} and b {b.shape} do not match")
 
 
 def has_whole_rows(matrices):
-    """Whether the rows are contiguous and do not overlap."""
+    """Whether the rows of float32 matrices are contiguous and do not overlap."""
     return matrices.strides[-1] == 4 and (matrices.shape[-2] == 1 or matrices.strides[-2] >= 4 * matrices.shape[-1])
 
 
 @functools.lru_cache(maxsize=None)
 def launch_shape(name, max_threads, grid, block, shared_bytes):
-    """grid and block as tuples of three, if every GPU can launch them; else ValueError. Launches repeat, so it is remembered."""
+    """grid and block as tuples of three. ValueError if not every GPU can launch them. Cached, because launches repeat."""
     grid, block = ((*((size,) if isinstance(size, (int, np.integer)) else size), 1, 1)[:3] for size in (grid, block))
     if not all(0 < blocks <= most for blocks, most in zip(grid, MAX_GRID)):
         raise ValueError(f"{name}: a grid of {grid} blocks, expected at least 1 and at most {MAX_GRID}")
     if not (all(0 < threads <= most for threads, most in zip(block, MAX_BLOCK)) and math.prod(block) <= max_threads):
-        raise ValueError(f"{name}: a block of {block} threads, expected at least 1, at most {MAX_BLOCK} and {max_threads} in all")
+        raise ValueError(f"{name}: a block of {block} threads, expected at least 1, at most {MAX_BLOCK} and "
+                         f"{max_threads} in all")
     if not 0 <= shared_bytes <= MAX_SHARED_BYTES:
         raise ValueError(f"{name}: {shared_bytes} bytes of shared memory, expected 0 to {MAX_SHARED_BYTES}")
     return grid, block

@@ -56,7 +56,7 @@ class GPT2:
 
     def set_params(self, params):
         """Copy the parameters from `params`, Tensors of NumPy arrays of the same shapes."""
-        self.device.fill(self.params.flat, params.flat)
+        self.device.copy_to_device(self.params.flat, params.flat)
 
     def get_params(self):
         """A copy of the parameters, Tensors of NumPy arrays."""
@@ -64,8 +64,8 @@ class GPT2:
 
     def set_moments(self, m, v):
         """Copy the optimizer's moments from two flat NumPy arrays, in the order of the parameters."""
-        self.device.fill(self.adam_m, m)
-        self.device.fill(self.adam_v, v)
+        self.device.copy_to_device(self.adam_m, m)
+        self.device.copy_to_device(self.adam_v, v)
 
     def get_moments(self):
         """Copies of the optimizer's two moments, flat NumPy arrays in the order of the parameters."""

@@ -1,4 +1,4 @@
-"""A device that runs CUDA kernels on the CPU, compiled by g++ from the very source a GPU gets. README.md says what for."""
+"""A device that runs CUDA kernels on the CPU, compiled by g++ from the same source that a GPU gets. See README.md."""
 import atexit
 import contextlib
 import ctypes
@@ -11,80 +11,83 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from launcher import Device
 from cli import UserError
 from files import atomic_file, main_memory
+from launcher import Device, DeviceArray, Shape
 
 FOLDER = Path(__file__).resolve().parent
 COMPILER = "g++"
-# As in CUDA, a product may be fused into a sum, sums are not reordered, and floats may be read as structures of floats.
+# As in CUDA, a product may be fused into a sum, sums are not reordered, and floats may be read as structs of floats.
 FLAGS = ["-std=c++17", "-g", "-march=native", "-ffp-contract=fast", "-fno-strict-aliasing", "-fPIC", "-shared"]
 FAST = ["-O2"]
 SANITIZE = ["-O0", "-fsanitize=address,signed-integer-overflow,integer-divide-by-zero,shift,bounds,alignment,null"]
 SHARED = re.compile(r"(extern )?__shared__ (__align__\(\d+\) )?(\w[\w ]*) (\w+(?:\[[^]]*\])*(?:, *\w+(?:\[[^]]*\])*)*);")
-ALIGNMENT = 16      # bytes: what a float4 needs; a copy of an array lies no better than the array itself
-MARGIN = 2 ** 20    # bytes before and behind an array that are out of bounds, when sanitizing
-UNSET = 0xFF        # floats of such bytes are NaN, integers -1
-ERROR_LINES = 10    # shown of what the compiler says
+ALIGNMENT = 16      # bytes, as a float4 requires; a guarded copy of an array is misaligned exactly as the array is
+MARGIN = 2 ** 20    # out-of-bounds bytes before and after an array, when sanitizing
+UNSET = 0xFF        # floats made of such bytes are NaN, integers -1
+ERROR_LINES = 10    # of the compiler's output, shown at most
 
 
 class KernelError(RuntimeError):
-    """A kernel does not compile, or does what CUDA forbids. The message names the kernel and the place."""
+    """A kernel does not compile, or does something that CUDA forbids. The message names the kernel and the line."""
 
 
 class CpuDevice(Device):
-    """The CPU as a CUDA device, its arrays being NumPy's. A kernel has run when its launch returns.
+    """The CPU as a CUDA device. Its arrays are NumPy's; calls are synchronous: a kernel has run when its launch returns.
 
-    reverse: run the threads of a block from the last to the first, which may show that a barrier is missing.
-    sanitize: check every access for its bounds and every integer operation for overflow.
+    reverse: run the threads of a block from the last to the first, which can reveal a missing barrier.
+    sanitize: check the bounds of every memory access, and every integer operation for overflow.
+
+    The methods are those of device.CudaDevice.
     """
     Array = np.ndarray
 
-    def __init__(self, reverse=False, sanitize=False):
+    def __init__(self, reverse: bool = False, sanitize: bool = False):
         super().__init__()
         if sys.platform == "win32":
             raise UserError("--device cpu needs Linux or macOS; on Windows, run it in WSL")
-        machine()   # now, and not once a run has begun, if there is no compiler
+        machine()   # raises UserError now, not in the middle of a run, if there is no compiler
         self.name = "CPU (CUDA compiled by g++)"
         self.reverse = reverse
         self.sanitize = sanitize
         self.places = {}    # source -> the line at which it starts in a Python file, and the file
 
-    def memory(self):
-        """Bytes free, and in all."""
+    def memory(self) -> tuple[int, int] | None:
+        """Free and total memory in bytes. None where the system does not tell."""
         return main_memory()
 
-    def peak_flops(self):
+    def peak_flops(self) -> None:
         return None
 
     # Arrays
 
-    def zeros(self, shape, dtype=np.float32):
+    def zeros(self, shape: Shape, dtype=np.float32) -> DeviceArray:
         return np.zeros(shape, dtype)
 
-    def empty(self, shape, dtype=np.float32):
-        """An array of NaN, or of -1 for integers: nobody should count on what is in it."""
+    def empty(self, shape: Shape, dtype=np.float32) -> DeviceArray:
+        """An array of NaN, or of -1 for integers, so that reading uninitialized memory shows in the result."""
         array = np.empty(shape, dtype)
         array.reshape(-1).view(np.uint8)[:] = UNSET
         return array
 
-    def to_device(self, array):
+    def to_device(self, array: np.ndarray) -> DeviceArray:
         return np.array(array, order="C")
 
-    def fill(self, array, values):
+    def copy_to_device(self, array: DeviceArray, values: np.ndarray) -> None:
         array[...] = values
 
-    def to_host(self, array):
+    def to_host(self, array: DeviceArray) -> np.ndarray:
         return array.copy()
 
-    def uploader(self, shape, dtype):
+    def uploader(self, shape: Shape, dtype) -> Callable[[np.ndarray], DeviceArray]:
         return self.to_device
 
-    def argsort(self, array):
+    def argsort(self, array: DeviceArray) -> DeviceArray:
         return np.argsort(array, kind="stable").astype(np.int32)
 
     address = operator.attrgetter("ctypes.data")
@@ -93,15 +96,15 @@ class CpuDevice(Device):
 
     # Computing
 
-    def gemm(self, c, alpha, a, b, beta):
+    def gemm(self, c: DeviceArray, alpha: float, a: DeviceArray, b: DeviceArray, beta: float) -> None:
         self.check_product(c, a, b)
-        with np.errstate(all="ignore"):     # infinity and NaN come out without a warning, as on a GPU
+        with np.errstate(all="ignore"):     # no warnings about infinity and NaN, as on a GPU
             product = np.float32(alpha) * (a @ b)
             c[...] = product if beta == 0 else product + np.float32(beta) * c
 
-    def load(self, sources):
+    def load(self, sources: Sequence[str]) -> None:
         super().load(sources)
-        path = Path(sys._getframe(1).f_code.co_filename)    # whoever calls has the sources in a file, most likely
+        path = Path(sys._getframe(1).f_code.co_filename)    # the caller's file, which most likely contains the sources
         text = path.read_text() if path.exists() else ""
         for source in sources:
             if source in text:
@@ -127,7 +130,7 @@ class CpuDevice(Device):
         return {kernel.name: self.function(kernel, library, file) for kernel in kernels}
 
     def function(self, kernel, library, file):
-        """A function that runs a kernel of the library, compiled from that file, on values that were checked."""
+        """A function that runs a kernel of the library, compiled from that file, on checked values."""
         entry = library[f"launch_{kernel.name}"]
         entry.restype = ctypes.c_char_p
         slots = np.dtype({"names": [p.name for p in kernel.parameters],
@@ -149,15 +152,15 @@ class CpuDevice(Device):
 
     # Timing
 
-    def event(self):
+    def event(self) -> float:
         return time.perf_counter()
 
-    def seconds(self, start, stop):
+    def seconds(self, start: float, stop: float) -> float:
         return stop - start
 
 
 def shared_memory(declaration):
-    """What a match of SHARED, a declaration of arrays in shared memory, becomes on the CPU."""
+    """The replacement for a match of SHARED, a declaration of arrays in shared memory."""
     is_extern, alignment, c_type, arrays = declaration.groups()
     if is_extern:
         name = arrays.removesuffix("[]")
@@ -169,21 +172,21 @@ def shared_memory(declaration):
 
 @contextlib.contextmanager
 def guarded_arrays(kernel, values, library, file):
-    """The values with copies of the arrays in them, around which all memory is out of bounds. The results are copied back.
+    """The values with every array replaced by a copy in the middle of out-of-bounds memory. The results are copied back.
 
-    An array that is passed twice is copied once, so that a kernel may work in place; but arrays must not overlap otherwise.
-    A KernelError that comes from a sanitizer is told the line, and the name of the array if it is about an access.
+    An array that is passed twice is copied once, so that a kernel can work in place; arrays must not overlap otherwise. Adds the
+    line to a KernelError from a sanitizer, and the name of the array if a memory access failed.
     """
     poison, unpoison = library["__asan_poison_memory_region"], library["__asan_unpoison_memory_region"]
     poison.argtypes = unpoison.argtypes = ctypes.c_void_p, ctypes.c_size_t
     faulty_address = ctypes.c_size_t.in_dll(library, "faulty_address")
     faulty_calls = (ctypes.c_ssize_t * 16).in_dll(library, "faulty_calls")
     faulty_calls[0] = 0
-    arrays = {}     # address -> bytes and name
+    arrays = {}     # address -> size in bytes, and name
     for (i, p), size in zip(kernel.arrays, kernel.sizes(*(int(values[i]) for i, *_ in kernel.integers))):
         if values[i]:
             arrays[values[i]] = max(arrays.get(values[i], (0, "")), (size * p.dtype.itemsize, p.name))
-    copies = {}     # address -> address of the copy, and the memory it is in the middle of
+    copies = {}     # address -> address of the copy, and the memory around it
     for address, (nbytes, _) in arrays.items():
         memory = np.empty(nbytes + 2 * MARGIN, np.uint8)
         copy = memory.ctypes.data + MARGIN
@@ -211,7 +214,7 @@ def guarded_arrays(kernel, values, library, file):
 
 
 def source_lines(library, file, instructions):
-    """The lines of the file that instructions of the library were compiled from: "kernels_gpu.py:66"."""
+    """The source lines of instructions of the library, as far as they are in the file: "kernels_gpu.py:66"."""
     command = ["addr2line", "-i", "-e", library._name, *(hex(instruction) for instruction in instructions if instruction)]
     places = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     lines = [os.path.basename(place).split(" ")[0] for place in places]
@@ -220,7 +223,7 @@ def source_lines(library, file, instructions):
 
 @functools.cache
 def machine():
-    """What the compiler says of itself and of the processor it compiles for."""
+    """The compiler's predefined macros: they identify it and the processor it compiles for. UserError if there is no compiler."""
     try:
         return subprocess.run([COMPILER, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True).stdout
     except FileNotFoundError:
@@ -230,7 +233,7 @@ def machine():
 
 @functools.cache
 def build_folder():
-    """Where the compiled libraries are kept: beside this file or, if nobody may write there, for as long as this process runs."""
+    """The folder of compiled libraries: beside this file or, if it cannot be written, temporary for this process."""
     folder = FOLDER / "build"
     with contextlib.suppress(OSError):
         folder.mkdir(exist_ok=True)
@@ -242,7 +245,7 @@ def build_folder():
 
 
 def build(text, name, flags):
-    """The path of a library compiled from C++ text, which may have been compiled before. Raises UserError, KernelError."""
+    """The path of a library compiled from C++ text, which may be cached. Raises UserError or KernelError."""
     headers = [path.read_text() for path in sorted(FOLDER.glob("*.h"))]
     key = hashlib.sha256("\0".join([machine(), *headers, *flags, text]).encode()).hexdigest()[:16]
     library = build_folder() / f"{name}-{key}.so"
