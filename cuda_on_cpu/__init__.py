@@ -174,8 +174,8 @@ def shared_memory(declaration):
 def guarded_arrays(kernel, values, library, file):
     """The values with every array replaced by a copy in the middle of out-of-bounds memory. The results are copied back.
 
-    An array that is passed twice is copied once, so that a kernel can work in place; arrays must not overlap otherwise. Adds the
-    line to a KernelError from a sanitizer, and the name of the array if a memory access failed.
+    An array that is passed twice is copied once, so that a kernel can work in place; arrays must not overlap otherwise. If a
+    sanitizer raises KernelError, the line is added to it and, for a memory access, the name of the array.
     """
     poison, unpoison = library["__asan_poison_memory_region"], library["__asan_unpoison_memory_region"]
     poison.argtypes = unpoison.argtypes = ctypes.c_void_p, ctypes.c_size_t
@@ -223,7 +223,7 @@ def source_lines(library, file, instructions):
 
 @functools.cache
 def machine():
-    """The compiler's predefined macros: they identify it and the processor it compiles for. UserError if there is no compiler."""
+    """The compiler's predefined macros: they identify it and the target processor. UserError if there is no compiler."""
     try:
         return subprocess.run([COMPILER, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True).stdout
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-// As much of CUDA C as it takes to compile a kernel with g++ and run it on the CPU. README.md says what that is good for.
+// The part of CUDA C that is needed to compile a kernel with g++ and run it on the CPU. See README.md.
 //
-// The blocks of a grid run one after another. Each thread of a block is a fiber: a stack of its own, on which it runs until
-// it has to wait, at a barrier or for its warp. It then switches to the stack of the next thread that can go on.
+// The blocks of a grid run one after another. Each thread of a block is a fiber with its own stack. It runs until it has to
+// wait, at a barrier or for its warp, and then switches to the stack of the next thread that is ready.
 #pragma once
 #include <math.h>
 #include <stdarg.h>
@@ -11,13 +11,13 @@
 #include <sys/mman.h>
 #include <utility>
 #include "switch_stack.h"
-#undef INFINITY     // unknown to NVRTC, NVIDIA's compiler of programs that are compiled as they run
+#undef INFINITY     // NVRTC, NVIDIA's run-time compiler, does not define it, nor NAN
 #undef NAN
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The language
 
-#define __global__ __attribute__((visibility("hidden")))     // or a kernel called write would be the C library's function
+#define __global__ __attribute__((visibility("hidden")))     // or a kernel named write would replace the C library's function
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
@@ -48,12 +48,12 @@ static const int warpSize = 32;
 namespace cuda_on_cpu {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The state of a launch, and how one is given up
+// The state of a launch, and aborting it
 
-constexpr int MAX_THREADS = 1024, MAX_DYNAMIC_SHARED = 48 * 1024;      // of a block, on every GPU
-constexpr int GUARD = 64;                                               // bytes behind the dynamic shared memory
-constexpr size_t STACK = 128 * 1024, STACK_GUARD = 16 * 1024;           // bytes; the guard may not be touched
-constexpr int UNSET = 0xFF;                                             // floats of such bytes are NaN, integers -1
+constexpr int MAX_THREADS = 1024, MAX_DYNAMIC_SHARED = 48 * 1024;      // per block, on every GPU
+constexpr int GUARD = 64;                                               // bytes after the dynamic shared memory
+constexpr size_t STACK = 128 * 1024, STACK_GUARD = 16 * 1024;           // bytes; touching the guard is a segmentation fault
+constexpr int UNSET = 0xFF;                                             // floats made of such bytes are NaN, integers -1
 
 enum State { FRESH, READY, RUNNING, AT_BARRIER, IN_WARP, DONE };
 
@@ -66,13 +66,13 @@ struct Thread {
     uint3 index;
     State state;
     Fiber* fiber;           // once it has started
-    int line;               // of the source, at which it waits
-    unsigned mask;          // the lanes it waits for, a bit each
+    int line;               // of the source, where it waits
+    unsigned mask;          // the lanes it waits for, one bit each
     bool waits() const { return state == AT_BARRIER || state == IN_WARP; }
 };
 
-// Every lane offers a value; the last to arrive copies them all. So the first lane to go on may offer its next value while
-// the others still have to read this one.
+// Every lane offers a value; the last to arrive copies them all. So a lane that resumes early can offer its next value while
+// others still have to read this one.
 struct Warp {
     unsigned live, arrived;
     unsigned participants[32];
@@ -81,16 +81,16 @@ struct Warp {
 
 static const char *kernel_name, *file, *arguments;
 static void (*kernel)(const char* arguments);
-static int size, step;                      // threads of a block, and from one to the next: 1, or -1 for the reverse order
+static int size, step;                      // threads of a block; 1, or -1 to run them in reverse order
 static Thread threads[MAX_THREADS];
 static Warp warps[MAX_THREADS / 32];
-static int current, live, at_barrier;       // the running thread, and how many have not returned and wait at a barrier
+static int current, live, at_barrier;       // the running thread; how many have not returned; how many wait at a barrier
 static Fiber fibers[MAX_THREADS], launcher, *idle[MAX_THREADS], *running;
 static int fiber_count, idle_count;
 static char message[1000];
 
-// Shared memory. What a kernel declares `__shared__ T name` is handed to the compiler as `static Shared<T>`, which tells where
-// it lies when the first thread comes by. What it declares `extern __shared__` lies in dynamic_shared.
+// Shared memory. A declaration `__shared__ T name` is compiled as `static Shared<T>`, which registers its address when the
+// first thread reaches it. A declaration `extern __shared__` is compiled as a pointer to dynamic_shared.
 static struct { void* start; size_t bytes; } shared[1024];
 static int shared_count;
 alignas(16) static char dynamic_shared[MAX_DYNAMIC_SHARED + GUARD];
@@ -109,7 +109,7 @@ static void switch_to(Fiber* fiber) {
     switch_stack(&from->stack_pointer, fiber->stack_pointer);
 }
 
-// Ends the launch with a message. The fibers are left as they are; the next launch starts their stacks anew.
+// Aborts the launch with a message. The fibers are left as they are; the next launch resets their stacks.
 __attribute__((format(printf, 1, 2))) static void fail(const char* format, ...) {
     int length = snprintf(message, sizeof message, "%s: block (%u, %u, %u): ", kernel_name, blockIdx.x, blockIdx.y, blockIdx.z);
     va_list values;
@@ -142,7 +142,7 @@ static void fail_waiting(const char* what) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Whose turn it is
+// Scheduling the threads
 
 static void run_threads();
 
@@ -154,7 +154,7 @@ static Fiber* take_fiber() {
         mprotect(fiber->stack, STACK_GUARD, PROT_NONE);
     }
     ASAN_UNPOISON_MEMORY_REGION(fiber->stack + STACK_GUARD, STACK - STACK_GUARD);
-    // Stacks that all began at the same distance from a page's start would compete for the same lines of the cache.
+    // The stacks start at different offsets within a page, or they would compete for the same cache lines.
     void** saved = (void**)(fiber->stack + STACK) - 8 * (fiber_count++ % 32) - SAVED_WORDS;
     memset(saved, 0, SAVED_WORDS * sizeof *saved);
     saved[RETURN_ADDRESS] = (void*)run_threads;
@@ -162,8 +162,7 @@ static Fiber* take_fiber() {
     return fiber;
 }
 
-// The first thread in the block's order, from `start` to before `stop` and beginning after the current one, that can go on; -1
-// if there is none.
+// The next thread after the current one that is ready, in the block's order and cyclically within [start, stop). -1 if none is.
 static int next_thread(int start, int stop) {
     for (int i = start, next = current; i < stop; i++) {
         next += step;
@@ -174,7 +173,7 @@ static int next_thread(int start, int stop) {
     return -1;
 }
 
-// A warp goes on as far as it can before the next one's turn comes: so far ahead that a missing barrier shows.
+// A warp runs as far as it can before the next one runs: far enough ahead to reveal a missing barrier.
 static int next_thread() {
     int start = current / 32 * 32, next = next_thread(start, start + 32 < size ? start + 32 : size);
     return next < 0 ? next_thread(0, size) : next;
@@ -214,7 +213,7 @@ static void barrier(int line) {
     let_others_run();
 }
 
-// Completes the exchange among the lanes of `mask`, if all of them have come that have not returned.
+// Completes the exchange among the lanes of `mask`, if all that have not returned have arrived.
 static void complete_exchange(int warp_index, unsigned mask) {
     Warp& warp = warps[warp_index];
     unsigned lanes = mask & warp.live;
@@ -246,7 +245,7 @@ static Warp& exchange(unsigned mask, uint64_t value, int line) {
     return warp;
 }
 
-// The current thread has returned: nobody waits for it any longer.
+// The current thread has returned: others stop waiting for it.
 static void finish() {
     Warp& warp = warps[current / 32];
     threads[current].state = DONE;
@@ -259,8 +258,8 @@ static void finish() {
     if (--live > 0 && at_barrier == live) release_barrier();
 }
 
-// What every fiber does: run threads from start to end. A thread that waits keeps its fiber, and another fiber runs the
-// next; so the threads of a kernel that never waits run on a single one, at the speed of a loop.
+// The main loop of a fiber: it runs one thread after another. A thread that waits keeps its fiber, and another fiber runs the
+// next thread. So if a kernel never waits, all threads run on a single fiber, at the speed of a loop.
 static void run_threads() {
     for (;;) {
         kernel(arguments);
@@ -296,7 +295,7 @@ static void run_block(int dynamic_bytes) {
     if (!*message && !guard_untouched(dynamic_bytes)) fail("writes past its %d bytes of dynamic shared memory", dynamic_bytes);
 }
 
-// shape: gridDim, blockDim, and the bytes of dynamic shared memory. Returns what went wrong; an empty string if nothing did.
+// shape: gridDim, blockDim, and the bytes of dynamic shared memory. Returns an error message, or an empty string.
 static const char* launch(const char* name, const char* source_file, void (*body)(const char*), const char* args,
                           const int* shape, bool reverse) {
     kernel_name = name;
@@ -307,7 +306,8 @@ static const char* launch(const char* name, const char* source_file, void (*body
     blockDim = {(unsigned)shape[3], (unsigned)shape[4], (unsigned)shape[5]};
     size = shape[3] * shape[4] * shape[5];
     step = reverse ? -1 : 1;
-    for (int i = 0; i < size; i++) threads[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+    for (int i = 0; i < size; i++)
+        threads[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     for (Warp& warp : warps) warp.arrived = 0;
     at_barrier = 0;
     running = &launcher;
@@ -322,14 +322,14 @@ static const char* launch(const char* name, const char* source_file, void (*body
     return message;
 }
 
-// Calls a kernel with the arguments that lie, eight bytes apart, at `args`.
+// Calls a kernel with the arguments at `args`, which are eight bytes apart.
 template <class... Parameters, size_t... i>
 static void call(void (*function)(Parameters...), const char* args, std::index_sequence<i...>) {
     function(*(Parameters*)(args + 8 * i)...);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Intrinsics. As the default of an argument, __builtin_LINE() is the line of the call.
+// Intrinsics. As a default argument, __builtin_LINE() is the line of the call.
 
 template <class T> static T shuffle(unsigned mask, T value, int source, int line) {
     static_assert(sizeof value <= 8, "a shuffle hands over 4 or 8 bytes");
@@ -356,7 +356,7 @@ static unsigned ballot(unsigned mask, bool predicate, int line) {
 inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::barrier(line); }
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) { cuda_on_cpu::exchange(mask, 0, line); }
 
-// A lane reads one of its own segment of `width` lanes: `source` itself if that lies in the segment.
+// A lane reads from a lane of its own segment of `width` lanes.
 template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = 32, int line = __builtin_LINE()) {
     int lane = cuda_on_cpu::current % 32, segment = lane / width * width;
     return cuda_on_cpu::shuffle(mask, value, segment + (source & (width - 1)), line);

@@ -1,16 +1,16 @@
-// Where a sanitizer finds an access out of bounds or an overflow, the compiled kernel calls one of these functions. (Those
-// that the sanitizers bring along would end the process.)
+// The handlers that a compiled kernel calls where a sanitizer finds an out-of-bounds access or an overflow. (The sanitizers'
+// own handlers would end the process.)
 #pragma once
 
 extern "C" {
 
-// The first option allows the sanitizer to come late, with a library, into a process that was started without it.
+// The first option lets a library bring the sanitizer into a process that was started without it.
 const char* __asan_default_options() {
     return "verify_asan_link_order=0:detect_leaks=0:handle_segv=0:handle_sigbus=0:handle_sigfpe=0";
 }
 
-// For Python, which knows the names of the arrays, and finds the lines: the address that was accessed, and the instructions
-// that called one another, from the innermost on, counted from the start of the library.
+// For Python, which finds the array's name and the source lines: the address that was accessed, and the call stack, innermost
+// first, as offsets from the start of the library.
 const char* faulty_address;
 intptr_t faulty_calls[16];
 extern const char library_start[] asm("__ehdr_start") __attribute__((visibility("hidden")));
@@ -18,7 +18,7 @@ extern const char library_start[] asm("__ehdr_start") __attribute__((visibility(
 static void report(const char* does, const char* address) {
     faulty_address = address;
     memset(faulty_calls, 0, sizeof faulty_calls);
-    void** frame = (void**)__builtin_frame_address(0);      // the caller's frame, and the address to return to in the caller
+    void** frame = (void**)__builtin_frame_address(0);      // the saved frame pointer of the caller, and the return address
     for (int i = 0; i < 16 && frame[1]; i++, frame = (void**)frame[0]) faulty_calls[i] = (char*)frame[1] - 1 - library_start;
     cuda_on_cpu::fail("thread (%u, %u, %u) %s", threadIdx.x, threadIdx.y, threadIdx.z, does);
 }

@@ -1,7 +1,7 @@
-// Leave on this stack the registers that a function must preserve, go to the other stack, and take up those that were left
-// there. The C library's swapcontext makes a system call on top, and takes a hundred times as long.
+// Push the callee-saved registers, switch to the other stack, and pop the registers saved there. The C library's swapcontext
+// also makes a system call, and takes a hundred times as long.
 //
-// A new stack starts with SAVED_WORDS words, all 0 but the one at RETURN_ADDRESS: the function to begin with.
+// A new stack starts with SAVED_WORDS words. All are 0 except the one at RETURN_ADDRESS: the function to start.
 #pragma once
 
 extern "C" void switch_stack(void** save_stack_pointer, void* stack_pointer) asm("cuda_on_cpu_switch_stack");
