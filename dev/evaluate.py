@@ -1,10 +1,10 @@
-"""Score a model on HellaSwag: how often it finds the right one of four endings the most likely.
+"""Score a model on HellaSwag: how often does it rank the right one of four endings as the most likely?
 
     python dev/prepare_hellaswag.py                                       once: writes data/hellaswag_val.bin
     python dev/evaluate.py --model out
     python dev/evaluate.py --model gpt2 --device cuda --batch-size 64
 
-The score is llm.c's acc_norm; hellaswag.py says how it is computed. Guessing scores 0.25, GPT-2 124M 0.2955 by llm.c's notes.
+The score is llm.c's acc_norm, defined in hellaswag.py. Guessing scores 0.25 and, according to llm.c's notes, GPT-2 124M 0.2955.
 """
 import math
 import sys
@@ -18,21 +18,21 @@ import numpy as np
 import generate_gpt2
 import generate_gpt2_gpu
 import kernels_cpu
-from model_files import load_model
-from device import open_device
 from cli import OneLineParser, bounded, run_program
+from device import open_device
 from files import DATA_DIR
 from generate_gpt2 import CLASSIFIER_ROWS
 from gpt2 import chunks
-from hellaswag import count_correct, read_examples
+from hellaswag import TokenLosses, count_correct, read_examples
+from model_files import load_model
 
 OUT_OF_MEMORY_HINT = "choose a smaller --model or --batch-size"
 
 
-def token_losses_of(decoder):
-    """The function token_losses of hellaswag.completion_losses for a Decoder, on whichever device it is."""
+def make_token_losses(decoder: generate_gpt2.Decoder | generate_gpt2_gpu.Decoder) -> TokenLosses:
+    """Return the function token_losses that hellaswag.completion_losses needs, for a Decoder on any device."""
     def token_losses(tokens, targets):
-        decoder.length = 0      # it forgets the batch before
+        decoder.length = 0      # empties the KV cache
         rows, targets = decoder.forward(tokens), targets.reshape(-1)
         return np.concatenate([decoder.losses(rows[part], targets[part]) for part in chunks(len(rows), CLASSIFIER_ROWS)])
     return token_losses
@@ -41,12 +41,12 @@ def token_losses_of(decoder):
 def main():
     parser = OneLineParser(description="Score a model on HellaSwag.")
     add = parser.add_flag
-    add("--model", required=True, help="a folder as Hugging Face's or as train_gpt2.py leaves it, a .safetensors file, llm.c's "
-        ".bin, or a name on the Hugging Face hub: gpt2, gpt2-medium, distilgpt2, ...")
+    add("--model", required=True, help="a folder (Hugging Face's format, as train_gpt2.py writes it), a .safetensors file, an "
+        "llm.c .bin, or a name on the Hugging Face hub: gpt2, gpt2-medium, distilgpt2, ...")
     add("--hellaswag", metavar="FILE", default=DATA_DIR / "hellaswag_val.bin", help="examples from dev/prepare_hellaswag.py")
     add("--device", default="cpu", help="cpu, cuda, or cuda:1 for the second GPU")
-    add("--batch-size", default=4, type=bounded(int, 1), help="endings to score at once, of which each example has four")
-    add("--threads", type=bounded(int, 1), help="CPU threads (default: one for each core)")
+    add("--batch-size", default=4, type=bounded(int, 1), help="endings scored at once; an example has four")
+    add("--threads", type=bounded(int, 1), help="CPU threads (default: one per core)")
     options = parser.parse_args()
 
     threads = kernels_cpu.use_threads(options.threads)
@@ -60,7 +60,7 @@ def main():
         decoder = generate_gpt2.Decoder(config, params, options.batch_size, threads)
 
     started = time.perf_counter()
-    correct = count_correct(token_losses_of(decoder), examples, options.batch_size, config.max_seq_len)
+    correct = count_correct(make_token_losses(decoder), examples, options.batch_size, config.max_seq_len)
     seconds = time.perf_counter() - started
     n, accuracy = len(examples), correct / len(examples)
     standard_error = math.sqrt(accuracy * (1 - accuracy) / n)
@@ -68,7 +68,8 @@ def main():
           f"{n / seconds:,.1f} examples/s")
     too_long = sum(example.length > config.max_seq_len for example in examples)
     if too_long > 0:
-        print(f"{too_long:,} examples are longer than the model's context, {config.max_seq_len:,} tokens: it read their end")
+        print(f"{too_long:,} examples are longer than the model's context, {config.max_seq_len:,} tokens; only their ends were "
+              "read")
 
 
 if __name__ == "__main__":

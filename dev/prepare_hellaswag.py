@@ -1,11 +1,11 @@
-"""Turn HellaSwag into the file of examples on which train_gpt2.py and dev/evaluate.py score a model.
+"""Turn HellaSwag into the file of examples that train_gpt2.py and dev/evaluate.py use to score a model.
 
-    python dev/prepare_hellaswag.py                                   downloads its 10,042 validation examples
-    python dev/prepare_hellaswag.py --input FILE --output short.bin   takes those of a file that is here
+    python dev/prepare_hellaswag.py                                   downloads the 10,042 validation examples
+    python dev/prepare_hellaswag.py --input FILE --output short.bin   uses a local file
 
-A line of the file is a JSON object with a text "ctx", a list "endings" of four texts and "label", the index of the right one.
-As in llm.c, the texts are encoded as they are, an ending with a space before it. The first thousand lines, in a file of their
-own, give a quicker and rougher score.
+Each line of the file is a JSON object: "ctx" (a string), "endings" (a list of four strings) and "label" (the index of the right
+ending). As in llm.c, the strings are encoded unchanged, except that a space is put before each ending. For a faster but less
+precise score, use a file with only the first thousand lines.
 """
 import http.client
 import json
@@ -15,34 +15,37 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import OneLineParser, ProgressBar, UserError, run_program
+from cli import OneLineParser, UserError, progress_bar, run_program
 from files import DATA_DIR, sha256
-from hellaswag import COMPLETIONS, EXAMPLE_WORDS, LARGEST, Example, write_examples
+from gpt2 import ceil_div
+from hellaswag import COMPLETIONS, EXAMPLE_WORDS, MAX_UINT16, Example, write_examples
 from tokenizer import gpt2_encoding
 
-# Size and SHA-256 as in the index of checksums of Hugging Face's datasets library.
+# Size and SHA-256 according to the checksums in Hugging Face's datasets library.
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SIZE = 12_246_618
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-DOWNLOAD_SECONDS = 5      # without a connection the answer should not keep anyone waiting
-PIECE = 65_536
+DOWNLOAD_SECONDS = 5      # without a connection, fail soon
+PIECE_BYTES = 65_536
 OUT_OF_MEMORY_HINT = "give fewer examples"
-MOST_TOKENS = LARGEST // 2 - EXAMPLE_WORDS - 1 - COMPLETIONS    # of an example's texts together
+MAX_EXAMPLE_TOKENS = MAX_UINT16 // 2 - EXAMPLE_WORDS - 1 - COMPLETIONS    # in an example
 
 
 def main():
-    parser = OneLineParser(description="Write a file of HellaSwag's examples.")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="a JSONL file to use instead of the download")
+    parser = OneLineParser(description="Write a file of HellaSwag examples.")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="use this JSONL file instead of downloading one")
     parser.add_argument("--output", type=Path, metavar="FILE", default=DATA_DIR / "hellaswag_val.bin",
                         help="the file to write (default: hellaswag_val.bin in the folder data beside the programs)")
     options = parser.parse_args()
     prepare(options.input, options.output)
 
 
-def prepare(input_file, output_file):
-    """Write the examples of a JSONL file, or with None those of the download.
+def prepare(input_file: Path | None, output_file: Path) -> None:
+    """Convert a JSONL file to a file of examples.
 
-    Raises UserError if they cannot be had, a line is no example, or the file cannot be written.
+    input_file: a local file (None: download the public one)
+
+    Raises UserError if the input is not available, a line is not an example, or the output cannot be written.
     """
     contents = download() if input_file is None else read(input_file)
     examples = parse(contents, URL if input_file is None else input_file)
@@ -51,14 +54,14 @@ def prepare(input_file, output_file):
 
 
 def download():
-    """The public file, bytes. Raises UserError if it cannot be had or is another."""
+    """Return the contents of the public file. Raises UserError if the download fails or its SHA-256 is wrong."""
     by_hand = "download it by hand and run python dev/prepare_hellaswag.py --input FILE"
     pieces = []
     try:
-        with urllib.request.urlopen(URL, timeout=DOWNLOAD_SECONDS) as response, ProgressBar("downloading", SIZE) as bar:
-            for _ in range(-(-SIZE // PIECE)):
-                pieces.append(response.read(PIECE))
-                bar.advance(len(pieces[-1]))
+        with urllib.request.urlopen(URL, timeout=DOWNLOAD_SECONDS) as response, progress_bar("downloading", SIZE, "B") as bar:
+            for _ in range(ceil_div(SIZE, PIECE_BYTES)):
+                pieces.append(response.read(PIECE_BYTES))
+                bar.update(len(pieces[-1]))
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"cannot download {URL} ({getattr(error, 'reason', error)}); {by_hand}") from error
     contents = b"".join(pieces)
@@ -69,7 +72,7 @@ def download():
 
 
 def read(path):
-    """The contents of a file, bytes. Raises UserError if it cannot be read."""
+    """Return the contents of a file. Raises UserError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -77,24 +80,24 @@ def read(path):
 
 
 def parse(contents, name):
-    """The Examples of the lines of a JSONL file. Raises UserError that names the line which is none."""
+    """Return the Examples in the contents (bytes) of a JSONL file. Raises UserError, with the line's number, for a bad line."""
     encoding = gpt2_encoding()
     lines = contents.removesuffix(b"\n").split(b"\n")
-    if len(lines) > LARGEST:
-        raise UserError(f"{name} has {len(lines):,} lines, expected at most {LARGEST:,} examples; give fewer")
+    if len(lines) > MAX_UINT16:
+        raise UserError(f"{name} has {len(lines):,} lines, expected at most {MAX_UINT16:,} examples; give fewer")
     examples = []
-    with ProgressBar("encoding", len(lines)) as bar:
+    with progress_bar("encoding", len(lines), " lines") as bar:
         for number, line in enumerate(lines, 1):
             try:
                 examples.append(parse_line(line, encoding))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{name}, line {number:,}: {error}; expected an example of HellaSwag's JSONL") from error
-            bar.advance()
+            bar.update()
     return examples
 
 
 def parse_line(line, encoding):
-    """The Example of one line. Raises ValueError that says what is wrong, or RecursionError where it is nested too deeply."""
+    """Return the Example in one line. Raises ValueError, or RecursionError for JSON that is nested too deeply."""
     try:
         item = json.loads(line.decode())
     except json.JSONDecodeError as error:
@@ -108,11 +111,12 @@ def parse_line(line, encoding):
         raise ValueError(f"not {COMPLETIONS} texts in 'endings'")
     if type(label) is not int or not 0 <= label < COMPLETIONS:
         raise ValueError(f"not 0 to {COMPLETIONS - 1} in 'label' (the test examples have none)")
-    example = Example(encoding.encode_ordinary(context),
-                      [encoding.encode_ordinary(" " + ending) for ending in endings], label)    # GPT-2's words begin with it
+    # An ending gets a space before it, because GPT-2's tokens for words begin with one.
+    completions = [encoding.encode_ordinary(" " + ending) for ending in endings]
+    example = Example(encoding.encode_ordinary(context), completions, label)
     tokens = len(example.context) + sum(map(len, example.completions))
-    if tokens > MOST_TOKENS:
-        raise ValueError(f"{tokens:,} tokens, more than {MOST_TOKENS:,}, for which there is room")
+    if tokens > MAX_EXAMPLE_TOKENS:
+        raise ValueError(f"{tokens:,} tokens, more than the {MAX_EXAMPLE_TOKENS:,} that the format can hold")
     return example
 
 

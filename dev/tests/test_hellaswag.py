@@ -27,7 +27,7 @@ import train_gpt2_gpu
 from model_files import load_model, save_model
 from dataloader import write_tokens
 from dev import evaluate, prepare_hellaswag
-from dev.evaluate import token_losses_of
+from dev.evaluate import make_token_losses
 from cli import UserError
 from files import DATA_DIR
 from hellaswag import Example, completion_losses, count_correct, read_examples, write_examples
@@ -52,7 +52,7 @@ def assert_same_choices(losses, expected):
 
 
 def token_losses_on_the_cpu(batch_size=BATCH):
-    return token_losses_of(generate_gpt2.Decoder(CONFIG, PARAMS, batch_size, threads=2))
+    return make_token_losses(generate_gpt2.Decoder(CONFIG, PARAMS, batch_size, threads=2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_choices_of_transformers(tmp_path, batch_size):
 
 def test_choices_of_transformers_on_a_device(on):
     decoder = generate_gpt2_gpu.Decoder(CONFIG, PARAMS, BATCH, on)
-    losses = completion_losses(token_losses_of(decoder), EXAMPLES[:FEW], BATCH, CONFIG.max_seq_len)
+    losses = completion_losses(make_token_losses(decoder), EXAMPLES[:FEW], BATCH, CONFIG.max_seq_len)
     assert_same_choices(losses, EXPECTED[:FEW])
 
 
@@ -473,7 +473,7 @@ def test_training_scores_the_model(run_main, tmp_path, examples_file, program):
     with open(tmp_path / "out" / "log.csv") as file:
         scores = {row["step"]: float(row["hellaswag"]) for row in csv.DictReader(file) if row["hellaswag"]}
     decoder = generate_gpt2.Decoder(*load_model(tmp_path / "out"), BATCH, threads=2)
-    correct = count_correct(token_losses_of(decoder), EXAMPLES, BATCH, 20)
+    correct = count_correct(make_token_losses(decoder), EXAMPLES, BATCH, 20)
     assert list(scores) == ["2", "3"] and scores["3"] == correct / 50
     assert f"step 3/3 |  hellaswag {correct / 50:9.6f} ({correct} of 50)\n" in finished.out
 
@@ -526,7 +526,7 @@ def test_scores_of_transformers(run_main, tmp_path):
     config, params = load_model(tmp_path / "model")
     examples = read_examples(tmp_path / "made.bin", config.vocab_size)
     decoder = generate_gpt2.Decoder(config, params, 16, threads=2)
-    assert_same_choices(completion_losses(token_losses_of(decoder), examples, 16, config.max_seq_len), expected)
+    assert_same_choices(completion_losses(make_token_losses(decoder), examples, 16, config.max_seq_len), expected)
 
     correct = sum(int(losses.argmin()) == item["label"] for losses, item in zip(expected, scored))
     finished = run_main(evaluate, "--model", tmp_path / "model", "--hellaswag", tmp_path / "made.bin")

@@ -432,7 +432,7 @@ SAFETENSORS = {
                      ("lacks wte.weight, wpe.weight, h.0.ln_1.weight", "and 18 more")),
     "a layer missing": (safetensors({name: tensor for name, tensor in without().items() if not name.startswith("h.1.")}),
                         ("layers", "1, expected 2")),
-    "unknown": (safetensors(with_tensors(h__0__attn__q_norm=numbers(8))), ("holds h.0.attn.q_norm, which GPT-2 has not",)),
+    "unknown": (safetensors(with_tensors(h__0__attn__q_norm=numbers(8))), ("holds h.0.attn.q_norm, which GPT-2 does not have",)),
     "wrong shape": (safetensors(with_tensors(ln_f__bias=numbers(9))), ("ln_f.bias is F32 (9,), expected", "(8,)")),
     "not transposed": (safetensors(with_tensors(h__0__mlp__c_fc__weight=numbers(32, 8))),
                        ("h.0.mlp.c_fc.weight", "(32, 8)", "(8, 32)")),
