@@ -1,10 +1,9 @@
 """Draw one training step on one page: which kernels are called, in which order, and which memory they read and write.
 
-    python dev/draw_step.py                   writes dev/training_step.png, as dev/figures.py does among others
+    python dev/draw_step.py                   writes dev/training_step.png (dev/figures.py draws it, too)
 
-The picture is made from the calls themselves, recorded in a step of a tiny model (recorder.py), so it shows what train_gpt2.py
-does and not what somebody remembers of it. The calls and sizes are written into the file, too, as the text `Description`: a
-test holds them against those of today.
+The picture is drawn from a recording of a real step of a tiny model (recorder.py), so it shows what train_gpt2.py actually
+does. The calls and sizes are also stored in the file, as the PNG text `Description`: a test fails when they change.
 """
 import sys
 from itertools import groupby
@@ -24,25 +23,25 @@ from train_gpt2 import CLASSIFIER_ROWS, compile_kernels
 
 OUT_OF_MEMORY_HINT = "close other programs"
 PICTURE = HERE.with_name("training_step.png")
-CONFIG, B, T = model_config("d12"), 4, 1024     # whose sizes are drawn: GPT-2 124M
+CONFIG, B, T = model_config("d12"), 4, 1024     # GPT-2 124M, whose sizes are drawn
 PARAMS, ACTS, SCRATCH = SIZES = (parameter_shapes(CONFIG), activation_shapes(CONFIG, B, T),
                                  scratch_shapes(CONFIG, B, T, CLASSIFIER_ROWS))
 TURN = "fused_classifier"                       # where forward becomes backward
-LAYER = 1                                       # the one that stands for all: the first is a little different
+LAYER = 1                                       # the layer that is drawn: the first differs slightly
 
-# Inches, from the top left. At README width an inch has some 105 pixels.
+# Inches, from the top left. At README width an inch is about 105 pixels.
 LEFT, MIDDLE, RIGHT = (0.2, 2.2), (2.6, 1.8), (4.5, 3.3)      # columns: x and width
-DOWN, UP = 0.36, 7.64                           # where the step flows
-LINE = 0.148                                   # from one line of a card to the next
-CARD, ROW = 0.19 + 2 * LINE, 0.56               # heights of a call and of its row
+DOWN, UP = 0.36, 7.64                           # where the line of the step's flow runs
+LINE = 0.148                                   # height of a line of a card
+CARD, ROW = 0.19 + 2 * LINE, 0.56               # height of a call's card and of its row
 CORNER = 0.04
 FONT = "DejaVu Sans Mono"
-LETTER = 0.602 / 72                             # width of one of its letters, for each point of its size
+LETTER = 0.602 / 72                             # width of a letter per point of font size
 SMALL, MEDIUM, LARGE = 7.2, 8.2, 9.2
 
-# Every color reads on a white page and on a black one: letters stand on grounds of their own, or are INK.
+# Every color reads on white and on black: letters have a background of their own, or are INK.
 CARD_GROUND, CARD_EDGE, CARD_TEXT, CARD_LABEL = "#3b4858", "#5d6c7d", "#ffffff", "#b4c0cc"
-COLORS = {                                     # buffer -> its ground and its letters
+COLORS = {                                     # buffer -> background, letters
     "params": ("#a8c7fa", "#0a2351"),
     "acts": ("#9fdcae", "#073b1a"),
     "grads": ("#f9b4a2", "#5b1606"),
@@ -55,7 +54,7 @@ MEANINGS = {
     "acts": "activations, kept for backward",
     "grads": "gradients of the parameters",
     "scratch": "reused from layer to layer",
-    "adam": "the optimizer's moments",
+    "adam": "AdamW's moments",
     "batch": "tokens and targets",
 }
 
@@ -66,8 +65,8 @@ MEANINGS = {
 def mirror(forward, backward):
     """Pairs (forward call, its backward call or None) in the order of the forward pass.
 
-    A kernel's twin has its name but for the end, and there need not be one. Raises ValueError if the calls of backward are not
-    the twins of forward's in the reverse order.
+    The twin of X_forward is X_backward, if there is such a kernel. Raises ValueError unless the calls of backward are the twins
+    of forward's in reverse order.
     """
     twins = [twin if hasattr(kernels, twin := call.kernel.replace("_forward", "_backward")) else None for call in forward]
     expected, found = [twin for twin in reversed(twins) if twin], [call.kernel for call in backward]
@@ -78,15 +77,16 @@ def mirror(forward, backward):
 
 
 class Step:
-    """The calls of a step of the tiny model as they are drawn: of all layers one.
+    """The calls of a step of the tiny model as they are drawn, with one layer in place of all.
 
-    pairs: of forward and backward calls, see `mirror`, in three parts: before the layers, one layer, after the layers
+    pairs: forward and backward calls, see `mirror`, in three parts: before the layers, one layer, after the layers
     turn: the call between forward and backward
-    update: the calls after the backward pass, once for each kernel
-    first_layer: (name, name in its stead in the first layer) where those differ
-    description: all that is drawn, in words
+    update: the calls after the backward pass, one per kernel
+    updates: kernel -> number of its calls in the update
+    first_layer: (name, its name in the first layer) where they differ
+    description: all calls and sizes, as text
 
-    Raises ValueError if the calls cannot be drawn so: backward does not mirror forward, or the layers differ.
+    Raises ValueError if backward does not mirror forward, or if the layers differ.
     """
 
     def __init__(self, calls):
@@ -99,7 +99,7 @@ class Step:
             raise ValueError(f"layers were visited in the order {list(groups)}")
         self.first_layer, *others = (differences(group, groups[LAYER]) for group in groups.values())
         if any(others):
-            raise ValueError(f"the layers differ, and one cannot stand for all: {others}")
+            raise ValueError(f"the layers differ, so one cannot stand for all: {others}")
         before, after = pairs[:pairs.index(groups[0][0])], pairs[pairs.index(groups[TINY.num_layers - 1][-1]) + 1:]
         self.pairs = before, groups[LAYER], after
         self.update = list({call.kernel: call for call in calls[first_of_update:]}.values())
@@ -109,21 +109,21 @@ class Step:
 
 
 def todays_step():
-    """The Step that train_gpt2.py takes."""
+    """The Step that train_gpt2.py takes now."""
     calls, _, _ = record_step(*tiny_step())
     return Step(calls)
 
 
 def differences(group, other):
-    """(other's name, group's name) wherever two layers' pairs of calls have different arrays.
+    """(other's name, group's name) wherever the calls of two layers have different arrays.
 
-    Raises ValueError if they call other kernels.
+    Raises ValueError if they call different kernels.
     """
     found = {}
     for calls, other_calls in zip(group, other, strict=True):
         for call, other_call in zip(calls, other_calls):
             if (call and call.kernel) != (other_call and other_call.kernel):
-                raise ValueError("the layers differ, and one cannot stand for all")
+                raise ValueError("the layers differ, so one cannot stand for all")
             if call:
                 for array, other_array in zip(call.arrays, other_call.arrays, strict=True):
                     if label(array, call) != label(other_array, other_call):
@@ -132,7 +132,7 @@ def differences(group, other):
 
 
 def label(array, call):
-    """An array's name in the picture; within a layer those of the same layer do without its number."""
+    """An array's name in the picture: with its layer only if that is not the layer of the call."""
     if array.layer is None or array.layer == call.layer:
         return array.tensor
     if call.layer is None:
@@ -140,21 +140,24 @@ def label(array, call):
     return f"{array.tensor}[l-{call.layer - array.layer}]"
 
 
-def color_of(array):
-    return COLORS[array.buffer.removesuffix("_m").removesuffix("_v")]
+def colors_of(buffer):
+    return COLORS[buffer.partition("_")[0]]     # adam_m and adam_v are adam's
 
 
-def megabytes(nbytes):
-    """In words, to two digits or more."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB" if nbytes >= 1e7 else \
-        f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.0f} KB"
+def format_bytes(nbytes):
+    """To at least two digits."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB"
+    if nbytes >= 1e5:
+        return f"{nbytes / 1e6:.{0 if nbytes >= 1e7 else 1}f} MB"
+    return f"{nbytes / 1e3:.0f} KB"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# How it is drawn
+# Drawing
 
 class Page:
-    """A figure without axes, to draw on in inches from its top left."""
+    """A figure without visible axes. Coordinates are inches from its top left."""
 
     def __init__(self, width, height):
         from matplotlib.figure import Figure
@@ -168,26 +171,26 @@ class Page:
                        | settings)
 
     def box(self, x, y, width, height, ground="none", edge="none", corner=CORNER, **settings):
-        """A rectangle with round corners, with its top left at x, y."""
+        """A rectangle with round corners and its top left at (x, y)."""
         from matplotlib.patches import FancyBboxPatch
         self.axes.add_patch(FancyBboxPatch((x + corner, y + corner), width - 2 * corner, height - 2 * corner, facecolor=ground,
                                            edgecolor=edge, **{"boxstyle": f"round,pad={corner}", "linewidth": 0.8} | settings))
 
     def flow(self, *points):
-        """A line through points (x, y), behind all else, with a head at the last, up or down."""
+        """A line through points (x, y), behind everything else, with an arrowhead at the last one."""
         *_, (_, before), (x, y) = points
         self.axes.plot(*zip(*points), color=INK, linewidth=1.2, solid_joinstyle="round", zorder=-1)
         self.axes.plot(x, y, "v" if y > before else "^", color=INK, markersize=5, zorder=-1)
 
     def loop(self, y, rows, heading, middle="", right=""):
-        """A frame around so many rows, the first of which is at height y."""
+        """A frame around `rows` rows of calls, starting at height y, with texts in its top edge."""
         self.box(0.07, y - 0.2, WIDTH - 0.14, rows * ROW + 0.2, edge=INK, corner=0.08, linewidth=0.8, zorder=-2)
         self.text(DOWN + 0.1, y - 0.1, heading)
         self.text(center(MIDDLE), y - 0.1, middle, ha="center")
         self.text(UP - 0.1, y - 0.1, right, ha="right")
 
     def chip(self, x, y, text, colors):
-        """A name on the ground of its buffer, its middle at height y. Returns where the next may begin."""
+        """A name on the background of its buffer, centered at height y. Returns the x of the next chip."""
         ground, letters = colors
         width = LETTER * SMALL * len(text) + 0.07
         self.box(x, y - 0.065, width, 0.13, ground, corner=0.025, linewidth=0)
@@ -195,7 +198,7 @@ class Page:
         return x + width + 0.035
 
     def card(self, column, y, call, times=1):
-        """One call: its kernel, what it writes and what it reads besides."""
+        """One call: its kernel, the arrays it writes and those it only reads."""
         x, width = column
         lines = [(verb, arrays) for verb, arrays in (("writes", call.written), ("reads", call.read)) if arrays]
         self.box(x, y, width, CARD - (2 - len(lines)) * LINE, CARD_GROUND, CARD_EDGE)
@@ -208,7 +211,7 @@ class Page:
             at = x + 0.43
             for array in arrays:
                 name = array.buffer if times > 1 else label(array, call)
-                at = self.chip(at, line, ("+" if array.written and array.read else "") + name, color_of(array))
+                at = self.chip(at, line, ("+" if array.written and array.read else "") + name, colors_of(array.buffer))
 
 
 def center(column):
@@ -220,8 +223,9 @@ def edge(column):
 
 
 def draw(step, path):
-    """Write the picture of a Step."""
-    before, layer, after = step.pairs       # of the last, what makes logits and takes their gradient is part of `backward`
+    """Draw a Step and write the PNG."""
+    before, layer, after = step.pairs
+    # backward() itself computes the logits, chunk by chunk.
     of_all_rows, of_chunks = ([pair for pair in after if pair[0].phase == phase] for phase in ("forward", "backward"))
     update_top = 1.64
     top = update_top + len(step.update) * (ROW - LINE) + 0.28
@@ -240,25 +244,25 @@ def draw(step, path):
     for i, (buffer, meaning) in enumerate(MEANINGS.items()):
         at, y = x + (i % 3) * 2.6, 0.7 + i // 3 * 0.19
         page.text(page.chip(at, y, buffer, COLORS[buffer]) + 0.02, y, meaning)
-    page.text(x, 1.08, "+ before a name: what it held before counts, it is added to or changed in place")
-    page.text(x, 1.24, "dln is the gradient of lnf, ln2 or ln1; dfch that of fch_gelu, then of fch; "
-              "dresidual that of the stream, at first 0")
+    page.text(x, 1.08, "+ before a name: the kernel adds to the array or changes it in place")
+    page.text(x, 1.24, "dln is the gradient of lnf, ln2 or ln1; dfch of fch_gelu, then of fch; "
+              "dresidual of the residual stream, initially 0")
 
-    # The columns, and the flow through them: down, around, up, and back to the beginning.
+    # The columns, and the flow through them: down, across, up, and back to the start.
     loop, turn = update_top + (CARD - LINE) / 2, turn_top + CARD / 2
     page.flow((RIGHT[0], loop), (DOWN, loop), (DOWN, top - 0.05))
     page.flow((DOWN, top), (DOWN, turn), (UP, turn), (UP, update_top + CARD + ROW - 2 * LINE + 0.05))
     page.text(DOWN + 0.1, loop + 0.12, "the next step, with the new parameters")
-    for x, y, heading in ((DOWN + 0.1, top, "forward"), (MIDDLE[0], top, "what it leaves"),
-                          (RIGHT[0], top, "backward: read upwards"), (RIGHT[0], update_top, "update")):
+    for x, y, heading in ((DOWN + 0.1, top, "forward"), (MIDDLE[0], top, "kept for backward"),
+                          (RIGHT[0], top, "backward: read upward"), (RIGHT[0], update_top, "update")):
         page.text(x, y - 0.12, heading, size=LARGE, weight="bold")
     for i, call in enumerate(reversed(step.update)):
         page.card(RIGHT, update_top + i * (ROW - LINE), call, step.updates[call.kernel])
 
-    # The calls, forward beside backward, and between them what the one leaves for the other.
-    exceptions = "".join(f"; where l = 0, {name} is {instead}" for name, instead in step.first_layer)
+    # The calls, forward beside backward, and between them the activations that forward keeps for backward.
+    exceptions = "".join(f"; for l = 0, {name} is {instead}" for name, instead in step.first_layer)
     page.loop(layers_top, len(layer), "for l in range(L):", f"L = {CONFIG.num_layers}{exceptions}", "reversed(range(L)):")
-    page.loop(chunks_top, len(of_chunks) + 1, f"for {CLASSIFIER_ROWS} of the N = B*T rows at a time, in backward():")
+    page.loop(chunks_top, len(of_chunks) + 1, f"for each chunk of {CLASSIFIER_ROWS} of the N = B*T rows, in backward():")
     for first, pairs in ((top, before), (layers_top, layer), (after_top, of_all_rows), (chunks_top, of_chunks)):
         for i, (forward, backward) in enumerate(pairs):
             y = first + i * ROW
@@ -275,7 +279,7 @@ def draw(step, path):
 
 
 def draw_kept(page, y, call):
-    """What a forward call leaves for the backward pass, as bars to scale, around height y."""
+    """Draw the activations that a forward call keeps for the backward pass, as bars to scale, centered at height y."""
     x, _ = MIDDLE
     largest = max(map(prod, ACTS.values()))
     kept = [array for array in call.written if array.buffer == "acts"]
@@ -285,26 +289,26 @@ def draw_kept(page, y, call):
         page.text(x + 0.55, line, array.name, ha="right")
         bar = max(0.7 * size / largest, 0.01)
         page.box(x + 0.61, line - 0.055, bar, 0.11, COLORS[array.buffer][0], corner=0, linewidth=0)
-        page.text(x + 0.61 + bar + 0.05, line, megabytes(4 * size))
+        page.text(x + 0.61 + bar + 0.05, line, format_bytes(4 * size))
 
 
 def draw_memory(page, y):
-    """All that a step needs, as one bar to scale."""
+    """Draw the memory of a step as one bar to scale."""
     params, acts, scratch = (4 * sum(map(prod, shapes.values())) for shapes in SIZES)
     total = memory_needed(CONFIG, ACTS, SCRATCH)
     x, scale = LEFT[0], (edge(RIGHT) - LEFT[0]) / total
-    page.text(x, y, f"memory: {megabytes(total)}", size=LARGE, weight="bold")
+    page.text(x, y, f"memory: {format_bytes(total)}", size=LARGE, weight="bold")
     for buffer, size in (("params", params), ("grads", params), ("adam_m", params), ("adam_v", params), ("acts", acts),
                          ("scratch", scratch)):
-        ground, letters = COLORS[buffer.split("_")[0]]
+        ground, letters = colors_of(buffer)
         page.box(x, y + 0.12, scale * size - 0.02, 0.38, ground, corner=0, linewidth=0)
-        for line, text in ((0.24, buffer), (0.38, megabytes(size))):
+        for line, text in ((0.24, buffer), (0.38, format_bytes(size))):
             letter_size = min(SMALL - 0.7, (scale * size - 0.08) / (LETTER * len(text)))
             page.text(x + scale * size / 2 - 0.01, y + line, text, letters, letter_size, ha="center")
         x += scale * size
     at = LEFT[0]
     for name, shape in SCRATCH.items():
-        at = page.chip(at, y + 0.66, f"{name} {megabytes(4 * prod(shape))}", COLORS["scratch"]) + 0.03
+        at = page.chip(at, y + 0.66, f"{name} {format_bytes(4 * prod(shape))}", COLORS["scratch"]) + 0.03
 
 
 def main():

@@ -1,11 +1,11 @@
-"""Draw the figures of dev/derivations, each of which is a function here (DRAWINGS), and dev/training_step.png (draw_step.py).
+"""Draw the figures of dev/derivations, one function per figure (DRAWINGS), and dev/training_step.png (draw_step.py).
 
-    python train_gpt2.py                    leaves a trained model in `out`
-    python dev/figures.py                   draws them all
+    python train_gpt2.py                    saves a trained model in `out`
+    python dev/figures.py                   draws all figures
     python dev/figures.py --model FOLDER    with the attention of another model
 
-What they show is taken from the program: its tables of tensors, its kernels, and the costs from the pages' own cost blocks,
-`page_costs`. How they look is in style.py.
+The numbers come from the program itself: its tables of tensors, its kernels, and the costs in the pages' own code blocks
+(`page_costs`). style.py sets how the figures look.
 """
 import contextlib
 import doctest
@@ -34,24 +34,25 @@ from train_gpt2 import CLASSIFIER_ROWS, GPT2, compile_kernels
 PAGES = Path(__file__).parent / "derivations"
 OUT_OF_MEMORY_HINT = "choose a smaller --model"
 
-CENTERD = dict(horizontalalignment="center", verticalalignment="center")
+CENTERED = dict(horizontalalignment="center", verticalalignment="center")
 
-# The processors of the roofline: FLOPs and bytes a second. Two cores of README's Xeon; NVIDIA's data sheet of the H100 SXM.
+# The processors of the roofline: FLOP/s and bytes/s. Two cores of BENCHMARK.md's Xeon; NVIDIA's data sheet of the H100 SXM.
 CPU = "2 CPU cores"
 PROCESSORS = {CPU: (385e9, 30e9), "H100, float32": (67e12, 3.35e12), "H100, TF32": (495e12, 3.35e12)}
 PROMPT = "ROMEO:\nO my love, my wife!\nDeath hath no power."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the pages say about costs
+# Costs, from the pages
 
 def example_blocks(text):
-    """The contents of a page's ```pycon blocks, in order."""
+    """A page's ```pycon blocks, in order."""
     return re.findall(r"^```pycon\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def page_costs():
-    """Call -> (calls in a step, FLOPs, bytes moved) for GPT-2 124M at B=4 T=1024: `cost` of every page's section "Cost"."""
+    """Call -> (calls in a step, FLOPs, bytes moved) for GPT-2 124M at B=4 T=1024: `cost` in the "Cost" section of every page.
+    """
     costs = {}
     for page in sorted(PAGES.glob("*.md")):
         _, _, section = page.read_text(encoding="utf-8").partition("\n## Cost\n")
@@ -65,13 +66,13 @@ def page_costs():
 
 
 def print_costs(cost):
-    """A line for each call -> (calls in a step, FLOPs, bytes moved)."""
+    """Print one line per call. cost: call -> (calls in a step, FLOPs, bytes moved)."""
     for call, (calls, flops, moved) in cost.items():
         print(f"{call:24} {calls:2} x  {flops / 1e9:7.3f} GFLOP  {moved / 1e6:7.1f} MB  {flops / moved:7.2f} FLOP/byte")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One function for each figure: (pyplot, the Config and parameters of a trained model) -> the figure
+# One function per figure: (pyplot, (Config and parameters of a trained model)) -> the figure
 
 def draw_gelu(pyplot, model):
     x = np.linspace(-4, 4, 801, dtype=np.float32).reshape(1, -1)
@@ -101,13 +102,13 @@ def draw_layernorm(pyplot, model):
     for axes, matrix, title, sign in zip(panels, [*terms, sum(terms)], titles, ["+", "+", "=", ""]):
         heatmap(axes, matrix)
         axes.set(xticks=[], yticks=[], title=title)
-        axes.text(1.1, 0.5, sign, transform=axes.transAxes, fontsize=16, **CENTERD)
+        axes.text(1.1, 0.5, sign, transform=axes.transAxes, fontsize=16, **CENTERED)
     panels[0].set(xlabel="norm[i]", ylabel="inp[j]")
     return figure
 
 
 def heatmap(axes, matrix):
-    """A matrix of numbers from -1 to 1: blue above zero, orange below, and the nearer to zero the more transparent."""
+    """Draw a matrix of numbers from -1 to 1: blue above zero, orange below, more transparent the closer to zero."""
     from matplotlib.colors import to_rgb
     pixels = np.empty((*matrix.shape, 4))
     pixels[..., :3] = np.where(matrix[..., None] > 0, to_rgb(BLUE), to_rgb(ORANGE))
@@ -124,13 +125,13 @@ def draw_attention_tiles(pyplot, model):
     for tile in range(tiles):
         start, stop = tile * size, (tile + 1) * size
         axes.add_patch(Rectangle((0, start), stop, size, facecolor=FAINT, edgecolor="none",
-                                 label="computed with its tile, then set to 0" if tile == 0 else None))
+                                 label="computed with its tile, then masked" if tile == 0 else None))
         axes.add_patch(Polygon([(0, start), (start, start), (stop, stop), (0, stop)], facecolor=BLUE, edgecolor="none",
-                               label="a weight: j ≤ i" if tile == 0 else None))
+                               label="attention weight: j ≤ i" if tile == 0 else None))
         axes.add_patch(Rectangle((0, start), stop, size, facecolor="none", edgecolor=INK, linewidth=1.2))
         axes.text(stop + 10, start + size / 2, f"tile {tile}", verticalalignment="center")
-    for x, ends, text in ((1.3 * T, (0.35 * T, T), "forward goes\nthrough the tiles\nfrom the first"),
-                          (1.85 * T, (T, 0.35 * T), "backward\nfrom the last")):
+    for x, ends, text in ((1.3 * T, (0.35 * T, T), "forward:\nfirst tile\nto last"),
+                          (1.85 * T, (T, 0.35 * T), "backward:\nlast tile\nto first")):
         axes.annotate("", (x, ends[1]), (x, ends[0]), arrowprops=dict(arrowstyle="->", color=INK, linewidth=1.2))
         axes.text(x + 12, 0.68 * T, text, verticalalignment="center")
     edges = range(0, T + 1, size)
@@ -160,16 +161,16 @@ def draw_attention(pyplot, model):
         axes.set_title(f"layer {l}, head {h}: the {kind}")
         axes.set_xticks(range(len(labels)), labels, rotation=90, parse_math=False)
         axes.set_yticks(range(len(labels)), labels, parse_math=False)
-        axes.set_xlabel("looks at")
-    panels[0].set_ylabel("position")
+        axes.set_xlabel("key position")
+    panels[0].set_ylabel("query position")
     panels[1].tick_params(left=False)
     return figure
 
 
 def evenness(p):
-    """The entropy of a head's weights (T, T), as a share of what it could be: 1 if all are equal, 0 if one is all there is.
+    """The entropy of a head's weights p (T, T) as a fraction of the maximum: 1 if a row's weights are equal, 0 if one is 1.
 
-    It is the mean over the positions, but for the first two, which have little to choose from.
+    Averaged over the positions. The first two are left out: they have too few keys to be concentrated or even.
     """
     return np.mean([-np.sum(row * np.log(np.maximum(row, 1e-30))) / np.log(n) for n, row in enumerate(p, 1) if n > 2])
 
@@ -178,9 +179,9 @@ def draw_initialization(pyplot, model):
     depths = (1, 2, 4, 6, 12, 24, 36, 48)
     figure, axes = pyplot.subplots(figsize=(WIDTH, 3.4))
     for scaled, color, label in ((False, ORANGE, "all weights from N(0, 0.02)"),
-                                  (True, BLUE, "projections smaller by 1/sqrt(2L)")):
+                                  (True, BLUE, "residual projections scaled by 1/sqrt(2L)")):
         axes.plot(depths, [stream_deviation(depth, scaled) for depth in depths], color=color, marker="o", label=label)
-    axes.set(xlabel="blocks, L", ylabel="deviation of the residual\nstream after the last", xticks=depths[2:], ylim=(0, None))
+    axes.set(xlabel="blocks, L", ylabel="std of the residual stream\nafter the last block", xticks=depths[2:], ylim=(0, None))
     axes.legend(loc="upper left")
     return figure
 
@@ -213,24 +214,24 @@ def draw_memory(pyplot, model):
             "scratch": gigabytes(scratch),
         }
         rows, _ = scratch["logits"]
-        spared = gigabytes({"weights of attention": (1 if recompute else config.num_layers, B, config.num_heads, T, T),
-                            "logits": (B * T - rows, config.padded_vocab_size)})
+        avoided = gigabytes({"attention weights": (1 if recompute else config.num_layers, B, config.num_heads, T, T),
+                             "logits": (B * T - rows, config.padded_vocab_size)})
         bars, total = [], 0
         for size, color in zip(sizes.values(), (BLUE, ORANGE, PURPLE, GREEN, RED)):
             bars.append(axes.barh(y, size, left=total, height=0.6, color=color))
             total += size
-        bars.append(axes.barh(y, spared, left=total, height=0.6, facecolor="none", edgecolor=INK, linestyle="dashed"))
-        instead = f", not {total + spared:.1f}" if spared > 0.1 else ""
-        axes.text(total + spared + 0.05, y, f"{total:.1f}{instead}", verticalalignment="center")
+        bars.append(axes.barh(y, avoided, left=total, height=0.6, facecolor="none", edgecolor=INK, linestyle="dashed"))
+        instead = f", not {total + avoided:.1f}" if avoided > 0.1 else ""
+        axes.text(total + avoided + 0.05, y, f"{total:.1f}{instead}", verticalalignment="center")
     axes.set_yticks(range(len(batches)), batches)
     axes.set(xlabel="GB of memory for a step of GPT-2 124M", xlim=(0, 9))
-    axes.legend(bars, [*sizes, "spared: attention's weights, logits"], loc="upper center", bbox_to_anchor=(0.45, 1.32),
+    axes.legend(bars, [*sizes, "avoided: attention weights, logits"], loc="upper center", bbox_to_anchor=(0.45, 1.32),
                 ncols=3)
     return figure
 
 
 def gigabytes(shapes):
-    """Of a table of float32 tensors, name -> shape."""
+    """The size of a table of float32 tensors, name -> shape."""
     return 4 * sum(map(prod, shapes.values())) / 1e9
 
 
@@ -250,7 +251,7 @@ def draw_roofline(pyplot, model):
         axes.plot(intensities, np.full(len(intensities), y), "o", color=ORANGE if share == 1 else BLUE, markersize=7)
         for x, text in enumerate((f"{share:.1%}", f"{1000 * sum(seconds):,.0f}" if any(seconds) else "–")):
             columns.text(x, y, text, horizontalalignment="right", verticalalignment="center")
-    for x, heading in enumerate(("of peak\nFLOP/s", "ms a step,\nat least")):
+    for x, heading in enumerate(("of peak\nFLOP/s", "ms/step,\nat least")):
         columns.text(x, len(names) - 0.2, heading, horizontalalignment="right")
     columns.set(xlim=(-0.6, 1))
     columns.set_axis_off()
@@ -262,9 +263,9 @@ def draw_roofline(pyplot, model):
 
 
 def least_seconds(flops, moved):
-    """The time that neither the arithmetic nor the memory of the two cores can undercut."""
-    most_flops, bandwidth = PROCESSORS[CPU]
-    return max(flops / most_flops, moved / bandwidth)
+    """A lower bound on a call's time on the two cores: its FLOPs at peak rate or its bytes at full bandwidth."""
+    peak_flops, bandwidth = PROCESSORS[CPU]
+    return max(flops / peak_flops, moved / bandwidth)
 
 
 DRAWINGS = {
@@ -279,19 +280,19 @@ DRAWINGS = {
 
 
 def draw(name, model, folder):
-    """Write one figure into a folder. Raises UserError if that cannot be written."""
+    """Write one figure into a folder. Raises UserError if it cannot be written."""
     style.draw(lambda pyplot: DRAWINGS[name](pyplot, model), folder / name)
 
 
 def main():
     parser = OneLineParser(description="Draw the figures of dev/derivations, and dev/training_step.png.")
-    parser.add_flag("--model", default=Path("out"), type=Path, help="folder of the trained model whose attention is drawn")
+    parser.add_flag("--model", default=Path("out"), type=Path, help="folder of a trained model, to draw its attention")
     options = parser.parse_args()
     if not options.model.is_dir():
-        raise UserError(f"there is no folder {options.model}; let python train_gpt2.py make it, or name that of a trained "
-                        "model with --model")
+        raise UserError(f"there is no folder {options.model}; run python train_gpt2.py to train a model, or name a trained one "
+                        "with --model")
     config, params = load_model(options.model)
-    encode(tokenizer_for(config, options.model), PROMPT, config.max_seq_len)     # if only to complain before anything is drawn
+    encode(tokenizer_for(config, options.model), PROMPT, config.max_seq_len)     # fails before anything is drawn
     compile_kernels()
     for name in DRAWINGS:
         draw(name, (config, params), PAGES)

@@ -1,11 +1,11 @@
-"""How what dev/ draws for this project's pages looks: without a background, in colors for a white page and for a dark one.
+"""The look of the figures: no background, and colors that read on a white and on a dark page.
 
-What is written in a picture stands in its file as the text `Description`, too, so that a test can read it.
+All text in a picture is also stored in its file, as the PNG text `Description`, so that a test can read it.
 """
 from files import atomic_file
 
-# Each has a contrast of about 4 with white and with GitHub's dark page, #0d1117.
-INK, FAINT = "#7a7f87", "#7a7f8755"     # the second is part transparent, for grids and areas that matter less
+# Each has a contrast ratio of about 4 against white and against GitHub's dark background, #0d1117.
+INK, FAINT = "#7a7f87", "#7a7f8755"     # FAINT is partly transparent, for grids and minor areas
 BLUE, ORANGE, GREEN, PURPLE, RED = "#2b7de0", "#be6700", "#238a4b", "#a35bd0", "#d6504b"
 STYLE = {
     "font.size": 11, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.titlecolor": INK,
@@ -13,7 +13,7 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "lines.linewidth": 2, "grid.color": FAINT,
     "figure.constrained_layout.use": True,
 }
-WIDTH, DPI = 8, 200     # inches; a README shows about 900 pixels, on many screens in twice that resolution
+WIDTH, DPI = 8, 200     # inches; a README shows about 900 pixels, and high-resolution screens show twice as many
 
 
 def draw(make_figure, path):
@@ -30,9 +30,9 @@ def draw(make_figure, path):
 
 
 def save(figure, path, description):
-    """Write a Matplotlib figure and say so. In 256 colors it takes a third of the room, and looks the same."""
+    """Write a Matplotlib figure as a PNG of 256 colors, which look the same and make the file three times smaller."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image, PngImagePlugin       # which Matplotlib itself writes with
+    from PIL import Image, PngImagePlugin       # Matplotlib depends on it
     figure.set_dpi(DPI)
     figure.patch.set_alpha(0)
     for axes in figure.axes:
