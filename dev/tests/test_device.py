@@ -1,7 +1,7 @@
-"""The launcher's checks, and what both devices have to do alike.
+"""The launcher's checks, and the behavior that both devices share.
 
-A test that needs a GPU is skipped where there is none. What `CudaDevice` does can be seen there too, on a stand-in for
-CuPy: NumPy arrays, a cuBLAS that computes from addresses and leading dimensions, and streams that write down what they do.
+A test that needs a GPU is skipped if there is none. `CudaDevice` is tested without a GPU too, on a fake CuPy: NumPy arrays, a
+cuBLAS that computes from addresses and leading dimensions, and streams that record what they are told to do.
 """
 import ctypes
 import inspect
@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from cli import UserError
 from cuda_on_cpu import CpuDevice
 from device import CudaDevice, open_device
 from launcher import parse_signatures
-from cli import UserError
 
 KERNEL = r"""
 // Some words (with parentheses) before it.
@@ -37,7 +37,7 @@ LAUNCH = "extern \"C\" __global__ void copy(\n    float* out,  // (N)\n    const
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A stand-in for CuPy
+# A fake CuPy
 
 class FakeArray(np.ndarray):
     data = property(lambda self: SimpleNamespace(ptr=self.ctypes.data))
@@ -53,7 +53,7 @@ class FakeArray(np.ndarray):
 
 
 def column_major(address, rows, columns, leading_dimension, transposed=False):
-    """A matrix the way cuBLAS sees it: its rows x columns numbers, or those of its transpose, stored column by column."""
+    """A matrix (rows, columns) as cuBLAS sees it: stored in column-major order, or as its transpose in column-major order."""
     if transposed:
         return column_major(address, columns, rows, leading_dimension).T
     numbers = np.frombuffer((ctypes.c_float * (leading_dimension * (columns - 1) + rows)).from_address(address), np.float32)
@@ -80,7 +80,7 @@ class FakeCublas:
 
 
 class FakeStream:
-    """Writes down what it is told to do: "copy", what the test adds, and after what of another stream to go on."""
+    """Records what it is told to do: "copy", entries that the test adds, and what of another stream it waits for."""
 
     def __init__(self):
         self.log = []
@@ -93,7 +93,7 @@ class FakeStream:
 
 
 class FakeEvent:
-    comes_after = ()    # what a stream had been told to do when the event was last recorded
+    comes_after = ()    # the stream's log when the event was last recorded
 
     def record(self, stream):
         self.comes_after = tuple(stream.log)
@@ -103,7 +103,7 @@ class FakeEvent:
 
 
 class FakeCupy:
-    """The module cupy, of a machine with `gpus` GPUs with `free` bytes each."""
+    """The module cupy on a machine with `gpus` GPUs, each with `free` bytes of free memory."""
     ndarray = FakeArray
 
     def __init__(self, gpus=2, capability="80", free=2 ** 30):
@@ -157,8 +157,9 @@ class FakeCupy:
 
 @pytest.fixture
 def fake_cupy(monkeypatch):
-    """Puts a FakeCupy where `import` finds it."""
+    """Installs a FakeCupy for `import cupy` to find."""
     def install(**options):
+        monkeypatch.setattr(CudaDevice, "index", None)
         cupy = FakeCupy(**options)
         libs = SimpleNamespace(cublas=FakeCublas)
         for name, module in {"cupy": cupy, "cupyx": SimpleNamespace(empty_pinned=np.empty), "cupy_backends.cuda.libs": libs,
@@ -202,18 +203,18 @@ def test_a_declaration():
 
 @pytest.mark.parametrize("source, message", [
     ('extern "C" __global__ void k(\n    float* x,\n    int N) {}',
-     "k: expected x on a line of its own with its shape behind it: // (N, C)"),
+     "k: expected x on its own line, followed by its shape: // (N, C)"),
     ('extern "C" __global__ void k(\n    float* x, float* y,  // (N)\n    int N) {}',
-     "k: expected x on a line of its own with its shape behind it: // (N, C)"),
+     "k: expected x on its own line, followed by its shape: // (N, C)"),
     ('extern "C" __global__ void k(\n    float* x,  // (N, M)\n    int N) {}',
-     "k: the shape (N, M) of x names M, which is no integer parameter"),
+     "k: the shape (N, M) of x names M, expected an integer parameter"),
     ('extern "C" __global__ void k(half* x) {}',
      "k: unknown type in 'half* x', expected one of float, double, int, unsigned, unsigned int, long long, unsigned long long, "
      "size_t, unsigned char"),
     ('extern "C" __global__ void k(int n) {}\n__global__ void other(int n) {}',
-     'a kernel beside k is not declared as: extern "C" __global__ void name('),
+     'found 2 kernels, only 1 (k) declared as expected: extern "C" __global__ void name('),
 ])
-def test_a_declaration_that_could_not_be_checked(source, message):
+def test_an_invalid_declaration(source, message):
     with raises(ValueError, message):
         parse_signatures(source)
 
@@ -222,7 +223,7 @@ def test_a_declaration_that_could_not_be_checked(source, message):
 # Arguments
 
 class Arguments(dict):
-    """Arguments of `scale` that are all right, but for those given."""
+    """Valid arguments of `scale`, except for the changes."""
 
     def __init__(self, **changes):
         super().__init__(out=np.zeros((3, 8), np.float32), tokens=np.zeros(3, np.int32), weight=np.zeros(4),
@@ -239,7 +240,7 @@ def read_only(array):
     return array
 
 
-def test_right_arguments():
+def test_valid_arguments():
     args = Arguments()
     values = args.check()
     assert values[:4] == [args[name].ctypes.data for name in ("out", "tokens", "weight", "counts")]
@@ -248,15 +249,15 @@ def test_right_arguments():
 
 
 @pytest.mark.parametrize("changes", [
-    dict(out=np.zeros(24, np.float32)),                                 # the same numbers in another shape
+    dict(out=np.zeros(24, np.float32)),                                 # another shape of the same size
     dict(weight=np.zeros(0)),
     dict(N=np.int64(3), factor=1, offset=np.float32(1), skip=2 ** 63),
     dict(tokens=read_only(np.zeros(3, np.int32))),                      # is only read
     dict(N=0, out=np.zeros(0, np.float32), tokens=np.zeros(0, np.int32)),
 ])
-def test_other_right_arguments(changes):
+def test_other_valid_arguments(changes):
     values = Arguments(**changes).check()
-    assert not values[2] == 0 or "weight" in changes    # an empty array arrives as a null pointer
+    assert not values[2] == 0 or "weight" in changes    # an empty array is passed as a null pointer
 
 
 @pytest.mark.parametrize("changes, kind, message", [
@@ -271,9 +272,9 @@ def test_other_right_arguments(changes):
     (dict(weight=np.zeros(5)), ValueError, "weight has shape (5,), expected (C) = (4,) or empty"),
     (dict(tokens=np.zeros(0, np.int32)), ValueError, "tokens has shape (0,), expected (N) = (3,)"),
     (dict(out=np.zeros((8, 3), np.float32).T), ValueError,
-     "out has strides (4, 12) for shape (3, 8), expected it to be C-contiguous"),
-    (dict(weight=np.zeros(8)[::2]), ValueError, "weight has strides (16,) for shape (4,), expected it to be C-contiguous"),
-    (dict(counts=read_only(np.zeros(10, np.uint64))), ValueError, "counts is read-only, expected one to write to"),
+     "out has strides (4, 12) for shape (3, 8), expected a C-contiguous array"),
+    (dict(weight=np.zeros(8)[::2]), ValueError, "weight has strides (16,) for shape (4,), expected a C-contiguous array"),
+    (dict(counts=read_only(np.zeros(10, np.uint64))), ValueError, "counts is read-only, expected a writable array"),
     (dict(N=3.0), TypeError, "N is float 3.0, expected an integer"),
     (dict(N="3"), TypeError, "N is str '3', expected an integer"),
     (dict(N=2 ** 31), ValueError, "N is 2147483648, expected -2147483648 to 2147483647: it is declared int32"),
@@ -281,7 +282,7 @@ def test_other_right_arguments(changes):
     (dict(factor="1"), TypeError, "factor is str '1', expected a number"),
     (dict(factor=np.zeros(1, np.float32)), TypeError, "factor is numpy.ndarray of float32, expected a number"),
 ])
-def test_wrong_arguments(changes, kind, message):
+def test_invalid_arguments(changes, kind, message):
     with pytest.raises(kind, match=f"^scale: {re.escape(message)}$" if message else "^scale: out is "):
         Arguments(**changes).check()
 
@@ -312,7 +313,7 @@ def test_an_array_of_the_other_device(fake_cupy):
     (1, 0, 0, "a block of (0, 1, 1) threads, expected at least 1, at most (1024, 1024, 64) and 1024 in all"),
     (1, 1, 49153, "49153 bytes of shared memory, expected 0 to 49152"),
 ])
-def test_a_launch_that_not_every_gpu_can_do(device, grid, block, shared_bytes, message):
+def test_a_launch_beyond_the_limits_of_some_gpu(device, grid, block, shared_bytes, message):
     device.load(["", LAUNCH])
     with raises(ValueError, f"copy: {message}"):
         device.launch("copy", grid, block, device.zeros(1), device.zeros(1), 1, shared_bytes=shared_bytes)
@@ -331,7 +332,7 @@ def test_an_unknown_kernel(device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What both devices do alike
+# What both devices have in common
 
 def normal(*shape):
     return np.random.default_rng(len(shape)).standard_normal(shape, dtype=np.float32)
@@ -341,7 +342,7 @@ def normal(*shape):
 @pytest.mark.parametrize("transpose_b", [False, True])
 @pytest.mark.parametrize("transpose_a", [False, True])
 def test_gemm_of_single_rows_and_columns(device, m, k, n, transpose_a, transpose_b):
-    """Their strides do not tell a matrix from its transpose."""
+    """From their strides, a matrix and its transpose look the same."""
     a, b = normal(*((k, m) if transpose_a else (m, k))), normal(*((n, k) if transpose_b else (k, n)))
     c, a_array, b_array = device.zeros((m, n)), device.to_device(a), device.to_device(b)
     a, a_array, b, b_array = (array.T if transposed else array for array, transposed in (
@@ -355,7 +356,7 @@ def test_gemm_of_single_rows_and_columns(device, m, k, n, transpose_a, transpose
 @pytest.mark.parametrize("transpose_a", [False, True])
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_gemm(device, batch, transpose_a, transpose_b, beta):
-    """On parts of larger arrays: rows and batches may lie apart, as those of a head's queries do."""
+    """On parts of larger arrays: there can be gaps between rows and between batches, as between the queries of a head."""
     m, n, k = 5, 7, 4
     a, b = normal(*batch, *((k, m) if transpose_a else (m, k))), normal(*batch, *((n, k) if transpose_b else (k, n)))
     c = normal(*batch, m, n)
@@ -376,15 +377,15 @@ def test_gemm(device, batch, transpose_a, transpose_b, beta):
 
 @pytest.mark.parametrize("change, kind, message", [
     (dict(a=np.zeros((5, 4))), TypeError, "gemm: a is .* of float64, expected .* of float32"),
-    (dict(a=np.zeros((5, 3))), ValueError, r"gemm: c \(5, 7\), a \(5, 3\) and b \(4, 7\) do not fit together"),
+    (dict(a=np.zeros((5, 3))), ValueError, r"gemm: c \(5, 7\), a \(5, 3\) and b \(4, 7\) do not match"),
     (dict(a=np.zeros((2, 5, 4))), ValueError, r"gemm: a has shape \(2, 5, 4\) and strides \(80, 16, 4\), expected a matrix.*"),
     (dict(b=np.zeros((8, 14)).T[::2, ::2]), ValueError, r"gemm: b has shape .* and strides .*, expected a matrix.*"),
     (dict(c=np.zeros((7, 5)).T), ValueError, r"gemm: c has shape \(5, 7\) and strides \(4, 20\), expected a matrix.*"),
     (dict(b=np.broadcast_to(np.zeros(7), (4, 7))), ValueError, r"gemm: b has shape \(4, 7\) and strides \(0, 4\), expected .*"),
     (dict(c=np.zeros((5, 14))[:, ::2]), ValueError, r"gemm: c has shape \(5, 7\) and strides \(56, 8\), expected a matrix.*"),
-    (dict(b=np.zeros((7, 4))), ValueError, r"gemm: c \(5, 7\), a \(5, 4\) and b \(7, 4\) do not fit together"),
+    (dict(b=np.zeros((7, 4))), ValueError, r"gemm: c \(5, 7\), a \(5, 4\) and b \(7, 4\) do not match"),
 ])
-def test_a_product_that_does_not_fit(fake_cupy, change, kind, message):
+def test_an_invalid_product(fake_cupy, change, kind, message):
     fake_cupy()
     for device in (CpuDevice(), open_device("cuda", "float32")):
         args = dict(c=np.zeros((5, 7)), a=np.zeros((5, 4)), b=np.zeros((4, 7))) | change
@@ -397,7 +398,7 @@ def test_a_product_that_does_not_fit(fake_cupy, change, kind, message):
 
 
 def strided_copy(array):
-    """float32 of the same shape, with half the strides of the float64."""
+    """A float32 array of the same shape, with half the strides of the float64 array."""
     base = np.zeros(array.size * 2, np.float32)
     return np.lib.stride_tricks.as_strided(base, array.shape, [stride // 2 for stride in array.strides])
 
@@ -424,7 +425,7 @@ def test_arrays(device):
 
 
 def test_uploads(device):
-    """An array stays as it is until the next call but one."""
+    """An array keeps its contents until the second next call."""
     upload = device.uploader((2, 3), np.int32)
     uploaded = []
     for i in range(7):
@@ -434,9 +435,9 @@ def test_uploads(device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The GPU's device, on the stand-in
+# CudaDevice on the fake CuPy
 
-def test_the_stand_in_has_the_signatures_of_cublas():
+def test_the_fake_cublas_has_the_signatures_of_the_real_one():
     pytest.importorskip("cupy", reason="CuPy is not installed")
     from cupy_backends.cuda.libs import cublas
     for name in ("gemmEx", "gemmStridedBatchedEx"):
@@ -466,7 +467,7 @@ def test_an_upload_waits_for_the_kernels_that_used_its_buffer(fake_cupy):
     [copies] = cupy.streams
     arrays = []
     for i in range(8):
-        cupy.stream.log.append(f"kernels {i}")      # they may use what uploads i - 1 and i - 2 returned
+        cupy.stream.log.append(f"kernels {i}")      # they may use the arrays of uploads i - 1 and i - 2
         arrays.append(upload(np.zeros(3, np.int32)))
         before_copy, copy = copies.log[-2:]
         assert copy == "copy" and cupy.stream.log[-1] == tuple(copies.log)      # later kernels wait for the copy
@@ -477,7 +478,7 @@ def test_an_upload_waits_for_the_kernels_that_used_its_buffer(fake_cupy):
 
 def test_peak_flops(fake_cupy):
     fake_cupy(capability="80")
-    assert open_device("cuda", "float32").peak_flops() == pytest.approx(19.5e12, rel=0.01)    # as NVIDIA states for the A100
+    assert open_device("cuda", "float32").peak_flops() == pytest.approx(19.5e12, rel=0.01)    # NVIDIA's figure for the A100
     assert open_device("cuda", "tf32").peak_flops() == pytest.approx(156e12, rel=0.01)
     fake_cupy(capability="130")
     assert open_device("cuda", "float32").peak_flops() is None
@@ -496,7 +497,7 @@ def test_tf32(fake_cupy, monkeypatch):
 def test_out_of_memory(fake_cupy):
     fake_cupy(free=2 ** 29)
     device = open_device("cuda:1", "float32")
-    with raises(MemoryError, "Fake GPU 1: 8,192 MiB asked for, 768 MiB of 16,384 MiB free"):
+    with raises(MemoryError, "Fake GPU 1: 8,192 MiB requested, 768 MiB of 16,384 MiB free"):
         device.empty((2 ** 21, 2 ** 10))
 
 
@@ -517,6 +518,15 @@ def test_no_such_device(fake_cupy, name, dtype, status, message):
     assert caught.value.status == status
 
 
+def test_a_process_uses_one_gpu(fake_cupy):
+    """CuPy allocates and launches on one current GPU: with a second one, arrays of the first would be used on the second."""
+    fake_cupy()
+    for dtype in ("float32", "tf32"):
+        open_device("cuda:1", dtype)
+    with raises(ValueError, "cuda:0: this process already uses cuda:1; start one process per GPU"):
+        open_device("cuda", "float32")
+
+
 def test_cuda_without_a_gpu(fake_cupy):
     fake_cupy(gpus=0)
     with raises(UserError, "--device cuda needs an NVIDIA GPU and its driver (cudaErrorNoDevice: no CUDA-capable device is "
@@ -535,4 +545,4 @@ def test_devices_have_the_same_methods():
     def methods(kind):
         return {name for name in dir(kind) if not name.startswith("_")}
     assert methods(CpuDevice) - methods(CudaDevice) == {"Array", "function"}
-    assert methods(CudaDevice) - methods(CpuDevice) == {"allocate"}
+    assert methods(CudaDevice) - methods(CpuDevice) == {"allocate", "index"}

@@ -1,4 +1,4 @@
-"""Generating text with the CUDA kernels: the decoder against the training program's forward pass, the program against its twin."""
+"""Generating text with the CUDA kernels: the decoder against the training program, the program against generate_gpt2.py."""
 import math
 import re
 from functools import partial
@@ -10,10 +10,11 @@ from test_generate import (CONFIGS, REFERENCE, THREADS, assert_cached_equals_ful
 
 import generate_gpt2
 import generate_gpt2_gpu
-from model_files import load_model, save_model
+from cuda_on_cpu import CpuDevice
 from generate_gpt2 import generate, mean_loss
 from generate_gpt2_gpu import Decoder
 from gpt2 import Config
+from model_files import load_model, save_model
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -25,7 +26,7 @@ def test_cached_forward_equals_full_forward(on, name, B, parts):
 
 @pytest.mark.parametrize("same_prompt", [True, False])
 def test_growing_texts(on, same_prompt):
-    """Beyond the context too, and from one prompt, which is read once, or from several."""
+    """Also past the end of the context. All texts start with the same prompt, which is read once, or with different ones."""
     config, B = CONFIGS["odd"], 3
     T = config.max_seq_len
     params, texts = random_params(config), random_texts(config, B, 2 * T)
@@ -57,8 +58,32 @@ def test_mean_loss(on, n):
     assert math.isclose(mean_loss(Decoder(config, params, 1, on), tokens), on_the_cpu, rel_tol=1e-6)
 
 
+def test_two_decoders_on_two_devices():
+    """Each runs its kernels on its own device, although the kernels have one device at a time."""
+    class Counting(CpuDevice):
+        launches = 0
+
+        def launch(self, *args, **options):
+            self.launches += 1
+            super().launch(*args, **options)
+
+    config = CONFIGS["odd"]
+    params, tokens = random_params(config), np.array(random_texts(config, 1, 3), dtype=np.int32)
+    devices = Counting(), Counting()
+    decoders = [Decoder(config, params, 1, device) for device in devices]
+    calls = (lambda decoder: decoder.forward(tokens), lambda decoder: decoder.logits(decoder.acts.ln),
+             lambda decoder: decoder.losses(decoder.acts.ln, tokens[0]))
+    for call in calls:
+        before = [device.launches for device in devices]
+        call(decoders[0])
+        after = [device.launches for device in devices]
+        assert after[0] > before[0] and after[1] == before[1]
+        call(decoders[1])
+        assert devices[0].launches == after[0] and devices[1].launches - after[1] == after[0] - before[0]
+
+
 def test_program(run_main, device_flag, tmp_path):
-    """It writes the text and finds the loss that its twin does."""
+    """It writes the same text and finds the same loss as generate_gpt2.py."""
     config = Config(16, 50257, 50304, num_layers=2, num_heads=2, channels=6)
     model = "--model", tmp_path / "model"
     save_model(model[1], config, random_params(config, scale=20))
@@ -66,8 +91,9 @@ def test_program(run_main, device_flag, tmp_path):
     finished = run_main(generate_gpt2_gpu, *flags, *device_flag)
     assert finished.status == 0 and finished.out == run_main(generate_gpt2, *flags).out and "tok/s" in finished.err
     (tmp_path / "text.txt").write_text("To be, or not to be")
-    losses = [float(re.search("loss ([0-9.]+) nats", run_main(program, *model, "--perplexity", tmp_path / "text.txt", *flags).out)[1])
+    scored = [run_main(program, *model, "--perplexity", tmp_path / "text.txt", *flags)
               for program, flags in ((generate_gpt2, ()), (generate_gpt2_gpu, device_flag))]
+    losses = [float(re.search("loss ([0-9.]+) nats", finished.out)[1]) for finished in scored]
     assert math.isclose(*losses, rel_tol=1e-6)
 
 

@@ -1,11 +1,11 @@
 """
-The CUDA kernels against the slow float64 implementation (kernels_float64.py) and against the CPU kernels.
+The CUDA kernels against the naive float64 implementation (kernels_float64.py) and against the CPU kernels.
 
     python -m pytest dev/tests/test_kernels_gpu.py        as tests; -s also prints the worst error of every output
 
-Every test runs on three devices: on the CPU with all memory accesses checked, on the CPU with a block's threads run from
-the last to the first (cuda_on_cpu), and on the GPU, where there is one. What is compared and how, what starts as NaN and
-what from other numbers than zero is as in test_kernels.py.
+Every test runs on three devices: on the CPU with all memory accesses checked, on the CPU with the threads of a block in
+reverse order (both cuda_on_cpu), and on the GPU if there is one. The comparisons are those of test_kernels.py: arrays that
+a kernel overwrites start as NaN, arrays that it adds to start from other numbers than zero.
 """
 import inspect
 import sys
@@ -16,9 +16,9 @@ import kernels_gpu
 import numpy as np
 import pytest
 import test_kernels as cpu
+from cli import UserError
 from cuda_on_cpu import CpuDevice
 from device import open_device
-from cli import UserError
 from test_kernels import BETA1, BETA2, EMPTY, EPSILON, LEARNING_RATE, Accumulator, Case, collect, normal, unset
 
 OUTPUTS = {
@@ -34,7 +34,7 @@ OUTPUTS = {
 BOUND = cpu.BOUND
 BOUNDS = {"attention_backward": cpu.BOUNDS["attention_backward"]}
 DEVICES = {
-    "cpu-sanitized": lambda: CpuDevice(sanitize=True),      # first: to the others, a wrong address may be the end
+    "cpu-sanitized": lambda: CpuDevice(sanitize=True),      # first: on the others, a wrong address can crash the process
     "cpu-reversed": lambda: CpuDevice(reverse=True),
     "cuda": lambda: open_device("cuda", "float32"),
 }
@@ -42,7 +42,7 @@ DEVICES = {
 
 @pytest.fixture(scope="module", params=DEVICES)
 def run(request):
-    """run(kernel, args): output name -> array of one call of a kernel, on one device after another."""
+    """run(kernel, args) calls a kernel and returns its outputs, name -> array. One device after another."""
     if request.param == "cpu-sanitized" and sys.platform != "linux":
         pytest.skip("AddressSanitizer reports to Python on Linux only")
     try:
@@ -55,14 +55,13 @@ def run(request):
 # Calling the kernels
 
 class Runner:
-    """The kernels of kernels_gpu.py on one device, behind the interface of kernels_float64.py."""
+    """The kernels of kernels_gpu.py on one device, with the interface of kernels_float64.py."""
 
     def __init__(self, device):
         self.device = device
-        kernels_gpu.use(device)
 
     def __call__(self, kernel, args):
-        """Arrays among the arguments move to the device, results move back."""
+        """Copy the arrays among the arguments to the device, and the results back."""
         kernels_gpu.use(self.device)
         args = {name: self.device.to_device(arg) if isinstance(arg, np.ndarray) else arg for name, arg in args.items()}
         values = getattr(self, kernel)(**args)
@@ -121,7 +120,7 @@ class Runner:
         return out
 
     def attention_cached_forward(self, qkv, B, NH, position):
-        """Of qkv (B, S, 3C), what is before `position` is in the cache already; what the cache does not hold yet is NaN."""
+        """The positions of qkv (B, S, 3C) before `position` are already in the KV cache; the rest of the cache is NaN."""
         qkv = self.device.to_host(qkv)
         S, HS = qkv.shape[1], qkv.shape[2] // (3 * NH)
         room = np.full((2, B, NH, 3, HS), np.nan)
@@ -132,7 +131,7 @@ class Runner:
         new = self.device.to_device(qkv[:, position:].reshape(len(out), -1))
         kernels_gpu.attention_cached_forward(out, keys, values, new, position)
         for cache in map(self.device.to_host, (keys, values)):
-            assert np.isnan(cache[:, :, S:]).all(), "nothing may be written past the new tokens"
+            assert np.isnan(cache[:, :, S:]).all(), "the cache must not be written past the new tokens"
         return out, keys[:, :, :S].copy(), values[:, :, :S].copy()
 
     def attention_forward(self, qkv, B, T, NH):
@@ -174,7 +173,7 @@ class Runner:
         return norm
 
     def adamw_update(self, params, grads, m, v, grad_scale, norm=8.0, grad_clip=None, **settings):
-        """A grad_scale below 1 is made by a grad_clip that is as much shorter than the norm."""
+        """A grad_scale below 1 comes from a grad_clip that is smaller than the norm by that factor."""
         grad_clip = grad_scale * norm if grad_clip is None else grad_clip
         norm = self.device.to_device(np.full(1, norm, dtype=np.float32))
         kernels_gpu.adamw_update(params, grads, m, v, norm, grad_clip=grad_clip, **settings)
@@ -201,7 +200,7 @@ class Added(Accumulator):
 
 
 class Exact:
-    """kernels_float64.py, and the fused kernels made of its parts."""
+    """kernels_float64.py, and the fused kernels composed from its functions."""
 
     def __getattr__(self, kernel):
         return getattr(exact, kernel)
@@ -240,9 +239,9 @@ def check(kernel, actual, expected, bound=None):
     cpu.check(kernel, actual, expected, bound or BOUNDS.get(kernel, BOUND))
 
 
-# The cases: every kernel at sizes that take each of its ways, most of them awkward. 1,100 channels are more than a block of
-# 256 threads takes in one round, 1,100 rows more than are summed in one launch; rows whose length is a multiple of 4 are
-# read 16 bytes at a time, the others 4.
+# The cases: every kernel at sizes that cover each of its branches, most of them awkward. 1,100 channels are more than a block
+# of 256 threads handles in one round, 1,100 rows more than are summed in one launch. Rows whose length is a multiple of 4 are
+# read with vectorized 16-byte loads, the others with 4-byte loads.
 
 def residual_layernorm_cases(N, C):
     args = dict(inp1=3 * normal(N, C) + 1, inp2=normal(N, C, seed=1), inp2_bias=normal(C), weight=normal(C, seed=1),
@@ -293,10 +292,10 @@ CASES = (
     + collect(cpu.adamw_cases, (1, 1, 0.1, 1.0), (1003, 1, 0.0, 1.0), (1004, 10, 0.1, 0.25), (2052, 2, 0.1, 1.0))
 )
 
-# One of a moderate size for each kernel, for what need not be tried at every size.
+# One case of moderate size per kernel, for tests that need not cover every size.
 CASE = {case.kernel: case.args for case in CASES if case.sizes in (
-    "B3-T13-C21", "N13-C36", "N13-C36-OC109", "N4-C36-OC109", "B1-S14-NH3-HS12-position13", "B1-T13-NH3-HS12", "N13-V65-Vp128-spread30", "N1000", "size1000",
-    "size1004-step10-decay0.1-scale0.25")}
+    "B3-T13-C21", "N13-C36", "N13-C36-OC109", "N4-C36-OC109", "B1-S14-NH3-HS12-position13", "B1-T13-NH3-HS12",
+    "N13-V65-Vp128-spread30", "N1000", "size1000", "size1004-step10-decay0.1-scale0.25")}
 assert CASE.keys() == OUTPUTS.keys()
 
 
@@ -320,7 +319,7 @@ def report():
         print(f"{kernel:26} {output:8} {error:11.1e}  {BOUNDS.get(kernel, BOUND):7.0e}")
 
 
-# What holds for every kernel
+# Properties of every kernel
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in OUTPUTS if kernel in cpu.OUTPUTS])
 def test_against_the_cpu_kernels(run, kernel):
@@ -330,7 +329,7 @@ def test_against_the_cpu_kernels(run, kernel):
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in OUTPUTS if hasattr(kernels_cpu, kernel)])
 def test_arguments_are_those_of_the_cpu_kernels(kernel):
-    """In the same order, but for what is the GPU's alone: scratch at the end, and numbers that stay on the device."""
+    """In the same order, except for those that only the GPU has: scratch at the end, and numbers that stay on the device."""
     arguments = inspect.signature(getattr(kernels_gpu, kernel)).parameters.keys()
     of_cpu = inspect.signature(getattr(kernels_cpu, kernel).py_func).parameters.keys()
     shared = [name for name in arguments if name not in ("norm", "scores", "dscores", "grad_clip")]
@@ -345,18 +344,18 @@ def test_same_input_gives_the_same_bits(run, kernel):
 
 
 def test_order_of_threads_does_not_change_a_bit():
-    """What depends on which thread comes first is a race, a missing barrier for example."""
+    """A result that depends on which thread runs first is a race: a missing barrier, for example."""
     for kernel, args in CASE.items():
         forward, backward = (Runner(CpuDevice(reverse=reverse))(kernel, args) for reverse in (False, True))
         cpu.assert_same_bits(forward, backward)
 
 
 def spoilt(kernel, value):
-    """(name, args) with one element of one floating-point input set to value, for each such input."""
+    """(name, args) for each floating-point input, with one of its elements set to value."""
     for name, array in CASE[kernel].items():
         if isinstance(array, np.ndarray) and array.dtype == np.float32:
             array = array.copy()
-            # Halfway in, but among what is read: token 2, position 6, a column of the vocabulary.
+            # In the middle, but an element that is read: token 2, position 6, a column of the vocabulary.
             array[tuple(2 if name == "wte" else size // 2 if size < 128 else 40 for size in array.shape)] = value
             yield name, {**CASE[kernel], name: array}
 
@@ -364,11 +363,11 @@ def spoilt(kernel, value):
 @pytest.mark.parametrize("kernel", OUTPUTS)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_what_is_not_finite_comes_out(run, kernel, value):
+def test_nan_and_infinity_come_out(run, kernel, value):
     """NaN or infinity in one element of an input reaches every element of the outputs that it reaches in float64.
 
-    And no other, except in attention: there NaN also reaches some elements which it is multiplied into with a weight of
-    zero. Infinities may do as much harm as NaN.
+    NaN reaches no other elements, except in attention, where NaN times a weight of zero is NaN. For infinity that is not
+    checked: it can become NaN on the way, and spread in the same manner.
     """
     for name, args in spoilt(kernel, value):
         actual, exactly = run(kernel, args), expected(kernel, args)
@@ -376,21 +375,21 @@ def test_what_is_not_finite_comes_out(run, kernel, value):
         for output in exactly:
             missed = np.isfinite(actual[output]) & ~np.isfinite(exactly[output])
             extra = ~np.isfinite(actual[output]) & np.isfinite(exactly[output])
-            assert not missed.any(), f"{value} in {name} vanished from {missed.sum()} elements of {output}"
+            assert not missed.any(), f"{value} in {name} is missing from {missed.sum()} elements of {output}"
             if np.isnan(value) and "attention" not in kernel:
                 assert not extra.any(), f"{value} in {name} spread to {extra.sum()} elements of {output}"
 
 
-# What holds for one kernel
+# Properties of single kernels
 
 def test_layernorm_of_numbers_far_from_zero(run):
-    """With a mean of 1000 times the deviation, E[x^2] - E[x]^2 would have no correct digit left."""
+    """With a mean of 1,000 standard deviations, E[x^2] - E[x]^2 would have no correct digit left."""
     args = dict(inp=normal(13, 768) + 1000, weight=normal(768), bias=normal(768, seed=1))
     check("layernorm_forward", run("layernorm_forward", args), expected("layernorm_forward", args), 1e-4)
 
 
 def test_odd_rows_need_no_alignment(run):
-    """Tensors that follow one of odd length start at any multiple of 4 bytes."""
+    """A tensor that follows one of odd length can start at any multiple of 4 bytes."""
     C, device = 21, run.device
     args = cpu.collect(cpu.layernorm_cases, (13, C))[0].args
     buffers = {name: device.to_device(np.append(np.float32(0), array)) for name, array in args.items()}
@@ -411,7 +410,7 @@ def test_matmul_backward_without_bias(run):
 
 @pytest.mark.parametrize("changed", [1, 64, 100])
 def test_attention_never_looks_ahead(run, changed):
-    """What comes out before a position is the same, bit for bit, whatever stands at that position and after it."""
+    """The outputs before a position are the same, bit for bit, for any inputs at that position and after it."""
     B, T, NH = 1, 132, 3
     qkv = normal(B * T, 36 * 3)
     later = qkv.copy()
@@ -423,7 +422,7 @@ def test_attention_never_looks_ahead(run, changed):
 
 
 def test_attention_with_large_scores(run):
-    """Scores of several hundred: exp of them would overflow if the largest were not taken off first."""
+    """Scores of several hundred: their exp would overflow if the largest were not subtracted first."""
     args = dict(qkv=10 * normal(65, 36 * 3), B=1, T=65, NH=3)
     check("attention_forward", run("attention_forward", args), expected("attention_forward", args))
     args["dout"] = normal(65, 36)
@@ -431,8 +430,8 @@ def test_attention_with_large_scores(run):
 
 
 @pytest.mark.parametrize("position", [8191, 12288])
-def test_more_tokens_cached_than_shared_memory_has_room_for(run, position):
-    """The values are all around 3, for an average of 8,000 around 0 would be rounding alone."""
+def test_more_cached_tokens_than_fit_into_shared_memory(run, position):
+    """All values are near 3: the mean of 8,000 values near 0 would be mostly rounding error."""
     qkv = normal(1, position + 1, 3 * 4)
     qkv[..., 2 * 4:] += 3
     args = dict(qkv=qkv, B=1, NH=1, position=position)
@@ -440,7 +439,7 @@ def test_more_tokens_cached_than_shared_memory_has_room_for(run, position):
 
 
 def test_gelu_over_its_whole_range(run):
-    """Element by element, since a few large numbers would hide the others: both tails, and either side of zero."""
+    """Both tails, and both sides of zero. Element by element, since a few large numbers would hide the others."""
     x = np.concatenate([np.linspace(-30, 30, 601), 10.0 ** np.arange(-30, 0), -(10.0 ** np.arange(-30, 0))])
     x = x.astype(np.float32).reshape(1, -1)
     one = np.ones_like(x)
@@ -469,7 +468,7 @@ def test_padding_gets_no_probability_and_no_gradient(run, padding):
 
 
 def test_classifier_over_the_whole_range_of_exp(run):
-    """Probabilities down to 1e-37, each held to its own size, and the largest logit met first or last."""
+    """Probabilities down to 1e-37, each with a relative bound. The largest logit comes first or last."""
     V = 8001
     logits = np.linspace(0, -85, V, dtype=np.float32).reshape(1, -1)
     for args in (dict(logits=logits, targets=np.array([V - 1], dtype=np.int32), dloss=1.0, V=V),
@@ -480,7 +479,7 @@ def test_classifier_over_the_whole_range_of_exp(run):
 
 
 def test_classifier_with_large_logits(run):
-    """A target that is certain costs nothing, one that is ruled out costs the whole distance."""
+    """A certain target has loss 0, an impossible one the whole difference of the logits."""
     logits = np.full((2, 128), -80, dtype=np.float32)
     logits[:, 3] = 80
     args = dict(logits=logits, targets=np.array([3, 4], dtype=np.int32), dloss=1.0, V=100)
@@ -492,7 +491,7 @@ def test_classifier_with_large_logits(run):
 
 
 def test_global_norm_of_unequal_numbers(run):
-    """A large number followed by a million small ones, each of which a float32 sum of squares would round away."""
+    """One large number, then a million small ones: a float32 sum of squares would round each of them away."""
     grads = np.full(1000003, 1e-4, dtype=np.float32)
     grads[0] = 1
     check("global_norm", run("global_norm", dict(grads=grads)), expected("global_norm", dict(grads=grads)), 1e-7)
@@ -507,8 +506,8 @@ def test_adamw_without_gradient_only_decays(run):
 
 
 @pytest.mark.parametrize("norm, grad_clip, scale", [(0.5, 1.0, 1.0), (1.0, 1.0, 1.0), (4.0, 1.0, 0.25), (4.0, 0.0, 1.0)])
-def test_adamw_clips_only_what_is_longer(run, norm, grad_clip, scale):
-    """A shorter gradient is not stretched, and a grad_clip of 0 clips nothing."""
+def test_adamw_clips_only_longer_gradients(run, norm, grad_clip, scale):
+    """A shorter gradient is not scaled up, and a grad_clip of 0 disables clipping."""
     args = CASE["adamw_update"]
     actual = run("adamw_update", {**args, "norm": norm, "grad_clip": grad_clip})
     check("adamw_update", actual, expected("adamw_update", {**args, "grad_scale": scale}))
