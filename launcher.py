@@ -205,7 +205,7 @@ def has_whole_rows(matrices):
     return matrices.strides[-1] == 4 and (matrices.shape[-2] == 1 or matrices.strides[-2] >= 4 * matrices.shape[-1])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def launch_shape(name, max_threads, grid, block, shared_bytes):
     """grid and block as tuples of three. ValueError if not every GPU can launch them. Cached, because launches repeat."""
     grid, block = ((*((size,) if isinstance(size, (int, np.integer)) else size), 1, 1)[:3] for size in (grid, block))

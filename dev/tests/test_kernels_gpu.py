@@ -10,11 +10,12 @@ a kernel overwrites start as NaN, arrays that it adds to start from other number
 import inspect
 import sys
 
+import numpy as np
+import pytest
+
 import kernels_cpu
 import kernels_float64 as exact
 import kernels_gpu
-import numpy as np
-import pytest
 import test_kernels as cpu
 from cli import UserError
 from cuda_on_cpu import CpuDevice
