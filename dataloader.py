@@ -17,7 +17,6 @@ from files import HEADER_BYTES, atomic_file, make_header, read_header
 
 TOKENS_MAGIC = 20240520
 TOKENS_VERSION = 1
-MAGIC = TOKENS_MAGIC      # TODO: delete once generate_gpt2.py imports TOKENS_MAGIC
 TOKEN_BYTES = 2
 FINGERPRINT_TOKENS = 65536     # at each end of a shard
 REPAIR_HINT = "write it again with prepare_text.py or prepare_tinyshakespeare.py"

@@ -17,13 +17,12 @@ import numpy as np
 
 import generate_gpt2
 import generate_gpt2_gpu
-import kernels_cpu
 from cli import OneLineParser, bounded, run_program
 from device import open_device
 from files import DATA_DIR
-from generate_gpt2 import CLASSIFIER_ROWS
 from gpt2 import chunks
 from hellaswag import TokenLosses, count_correct, read_examples
+from kernels_cpu import CLASSIFIER_ROWS, use_threads
 from model_files import load_model
 
 OUT_OF_MEMORY_HINT = "choose a smaller --model or --batch-size"
@@ -49,7 +48,7 @@ def main():
     add("--threads", type=bounded(int, 1), help="CPU threads (default: one per core)")
     options = parser.parse_args()
 
-    threads = kernels_cpu.use_threads(options.threads)
+    threads = use_threads(options.threads)
     device = None if options.device == "cpu" else open_device(options.device, "float32")
     config, params = load_model(options.model)
     examples = read_examples(options.hellaswag, config.vocab_size)

@@ -1,5 +1,4 @@
-"""The token file format byte by byte, the order of the batches, and a readable error for every way a file can be wrong."""
-
+"""The token file format byte by byte, the order of the batches, and a one-line error for every invalid file."""
 import json
 import struct
 import sys
@@ -7,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from dataloader import DataLoader, write_tokens
 from cli import UserError
+from dataloader import DataLoader, write_tokens
 
 VOCAB_SIZE = 50257
 
@@ -18,7 +17,7 @@ def header(magic=20240520, version=1, num_tokens=0):
 
 
 def write_counting_file(path, first, num_tokens):
-    """Tokens first, first + 1, ...: a batch then shows where it was read."""
+    """Write the tokens first, first + 1, ..., so that a batch shows where it was read."""
     write_tokens(path, range(first, first + num_tokens))
     return path
 
@@ -30,7 +29,7 @@ def test_file_format_byte_by_byte(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["tokens.bin"]  # no temporary file left
 
 
-def test_failed_write_leaves_the_old_file(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = write_counting_file(tmp_path / "tokens.bin", 0, 10)
     before = path.read_bytes()
     with pytest.raises((OverflowError, ValueError)):
@@ -40,15 +39,15 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not replace a file that is open")
-def test_new_file_replaces_the_old_one_in_one_step(tmp_path):
+def test_file_is_replaced_atomically(tmp_path):
     path = write_counting_file(tmp_path / "tokens.bin", 0, 13)
     loader = DataLoader(path, 2, 3, VOCAB_SIZE)
     write_counting_file(path, 100, 13)
-    assert loader.next_batch()[0][0, 0] == 0  # who opened the old file still reads it, not a mixture
+    assert loader.next_batch()[0][0, 0] == 0  # a loader that opened the old file still reads the old tokens
     assert DataLoader(path, 2, 3, VOCAB_SIZE).next_batch()[0][0, 0] == 100
 
 
-def test_folder_that_cannot_be_made(tmp_path):
+def test_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="cannot write .*tokens.bin.*choose another folder"):
         write_tokens(tmp_path / "file" / "tokens.bin", [1])
@@ -62,7 +61,7 @@ def test_batches(tmp_path):
     assert targets.tolist() == [[1, 2, 3], [4, 5, 6]]
     for array in inputs, targets:
         assert array.dtype == np.int32 and array.flags.c_contiguous and array.flags.writeable
-    inputs[:] = -1  # its own memory: neither the targets nor the file change
+    inputs[:] = -1  # must change neither the targets nor the file
     assert targets.tolist() == [[1, 2, 3], [4, 5, 6]]
     assert loader.next_batch()[0][0, 0] == 6
     loader.reset()
@@ -70,13 +69,13 @@ def test_batches(tmp_path):
 
 
 @pytest.mark.parametrize("num_tokens, steps", [(12, 1), (13, 2), (18, 2), (19, 3)])
-def test_one_file_wraps_when_too_few_tokens_remain(tmp_path, num_tokens, steps):
+def test_epoch_ends_when_too_few_tokens_remain(tmp_path, num_tokens, steps):
     loader = DataLoader(write_counting_file(tmp_path / "tokens.bin", 0, num_tokens), 2, 3, VOCAB_SIZE)
     starts = [int(loader.next_batch()[0][0, 0]) for _ in range(steps + 1)]
     assert starts == [6 * step for step in range(steps)] + [0]
 
 
-def test_shards_follow_each_other_by_name(tmp_path):
+def test_shards_are_sorted_by_name(tmp_path):
     write_counting_file(tmp_path / "train_1.bin", 100, 13)
     write_counting_file(tmp_path / "train_0.bin", 0, 12)
     write_counting_file(tmp_path / "val_0.bin", 900, 12)
@@ -88,11 +87,11 @@ def test_shards_follow_each_other_by_name(tmp_path):
     assert loader.next_batch()[0][0, 0] == 0
 
 
-def test_ranks_together_read_the_single_process_stream(tmp_path):
+def test_all_ranks_together_read_what_one_process_reads(tmp_path):
     path = write_counting_file(tmp_path / "tokens.bin", 0, 3 * 2 * 4 * 5 + 1)
     single = DataLoader(path, 2, 4, VOCAB_SIZE)
     ranks = [DataLoader(path, 2, 4, VOCAB_SIZE, rank, 3) for rank in range(3)]
-    for step in range(7):  # the file holds five steps, so this wraps
+    for step in range(7):  # more than the five steps in the file
         for rank in ranks:
             for mine, expected in zip(rank.next_batch(), single.next_batch()):
                 np.testing.assert_array_equal(mine, expected)
@@ -103,8 +102,8 @@ def first_tokens(loader, steps):
 
 
 @pytest.mark.parametrize("shuffle_seed", [None, 7])
-@pytest.mark.parametrize("steps", range(12))
-def test_state_can_be_saved_and_set(tmp_path, steps, shuffle_seed):
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 6, 11])
+def test_state_can_be_saved_and_restored(tmp_path, steps, shuffle_seed):
     for i in range(3):
         write_counting_file(tmp_path / f"{i}.bin", 100 * i, 13)
     loader, resumed = (DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE, shuffle_seed=shuffle_seed) for _ in range(2))
@@ -113,30 +112,31 @@ def test_state_can_be_saved_and_set(tmp_path, steps, shuffle_seed):
     assert first_tokens(resumed, 20) == first_tokens(loader, 20)
 
 
-def test_shuffled_order_of_files(tmp_path):
-    """Every round visits every file once, in an order of its own that the seed decides, and reads each from first to last."""
+def test_shuffled_order_of_shards(tmp_path):
+    """Every epoch visits every shard once, in an order that depends on the seed and the epoch. A shard is read in order."""
     for i in range(5):
         write_counting_file(tmp_path / f"{i}.bin", 100 * i, 13)
     steps = first_tokens(DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE, shuffle_seed=0), 40)
     assert [later - earlier for earlier, later in zip(steps[::2], steps[1::2])] == [6] * 20
-    rounds = [steps[start:start + 10:2] for start in range(0, 40, 10)]
-    assert all(sorted(files) == [0, 100, 200, 300, 400] for files in rounds) and len(set(map(tuple, rounds))) > 2
+    epochs = [steps[start:start + 10:2] for start in range(0, 40, 10)]
+    assert all(sorted(shards) == [0, 100, 200, 300, 400] for shards in epochs) and len(set(map(tuple, epochs))) > 2
     assert steps == first_tokens(DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE, shuffle_seed=0), 40)
     assert steps != first_tokens(DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE, shuffle_seed=1), 40)
 
 
-def test_order_is_made_once_a_round(tmp_path, monkeypatch):
+def test_order_is_computed_once_per_epoch(tmp_path, monkeypatch):
     for i in range(3):
         write_counting_file(tmp_path / f"{i}.bin", 100 * i, 25)
-    made = []
-    monkeypatch.setattr(np.random, "default_rng", lambda seed, original=np.random.default_rng: made.append(seed) or original(seed))
+    seeds = []
+    default_rng = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or default_rng(seed))
     loader, unshuffled = (DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE, shuffle_seed=seed) for seed in (12345, None))
     for _ in range(5 * 3 * 4):
         loader.next_batch(), unshuffled.next_batch()
-    assert made == [[12345, epoch] for epoch in range(5)]
+    assert seeds == [[12345, epoch] for epoch in range(5)]
 
 
-def test_fingerprint_is_of_the_tokens(tmp_path):
+def test_fingerprint_depends_on_the_tokens_only(tmp_path):
     def fingerprint(first, *lengths):
         folder = tmp_path / f"{first}-{lengths}"
         for i, length in enumerate(lengths):
@@ -154,21 +154,22 @@ def test_path_with_glob_characters(tmp_path):
 
 BAD_FILES = {
     "empty": (b"", "has 0 bytes, expected a header of 1,024"),
-    "header cut short": (header()[:1000], "has 1,000 bytes, expected a header of 1,024"),
-    "other magic": (header(magic=20240801, num_tokens=7) + bytes(14), "begins with 20240801, expected the magic number 20240520"),
+    "truncated header": (header()[:1000], "has 1,000 bytes, expected a header of 1,024"),
+    "other magic": (header(magic=20240801, num_tokens=7) + bytes(14),
+                    "begins with 20240801, expected the magic number 20240520"),
     "other version": (header(version=2, num_tokens=7) + bytes(14), "of version 2, expected version 1"),
     "truncated": (header(num_tokens=7) + bytes(13), "has 1,037 bytes, expected 1,038 for the 7 tokens"),
     "too long": (header(num_tokens=7) + bytes(16), "has 1,040 bytes, expected 1,038 for the 7 tokens"),
     "negative count": (header(num_tokens=-1), "has 1,024 bytes, expected 1,022 for the -1 tokens"),
     "no tokens": (header(num_tokens=0), "holds no tokens"),
-    "token past the vocabulary": (header(num_tokens=7) + struct.pack("<7H", 0, 1, 50256, 50257, 2, 3, 4),
+    "token outside the vocabulary": (header(num_tokens=7) + struct.pack("<7H", 0, 1, 50256, 50257, 2, 3, 4),
                                   "holds token 50,257 at position 3, expected tokens below the model's vocabulary of 50,257"),
     "shorter than a step": (header(num_tokens=6) + bytes(12), "holds 6 tokens, expected at least 7 for one step"),
 }
 
 
 @pytest.mark.parametrize("contents, message", BAD_FILES.values(), ids=BAD_FILES)
-def test_error_names_file_finding_and_remedy(tmp_path, contents, message):
+def test_invalid_file(tmp_path, contents, message):
     path = tmp_path / "tokens.bin"
     path.write_bytes(contents)
     with pytest.raises(UserError) as caught:
@@ -197,7 +198,7 @@ def test_no_file_matches(tmp_path):
         DataLoader(tmp_path / "none_*.bin", 2, 3, VOCAB_SIZE)
 
 
-def test_folder_in_place_of_a_file(tmp_path):
+def test_folder_instead_of_a_file(tmp_path):
     (tmp_path / "folder.bin").mkdir()
     with pytest.raises(UserError, match="cannot read .*folder.bin"):
         DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE)

@@ -1,7 +1,8 @@
-"""Models on disk: what is read is what was written, by this program and by others; and whatever is damaged is one line.
+"""Models on disk: round trips, files written by other programs, and a one-line error for every damaged file.
 
-The files of others are written here by hand, from the formats' descriptions, or by transformers: dev/reference_transformers
-is committed, and the tests named for transformers make more with the Python in TRANSFORMERS_PYTHON, if that has it.
+The other programs' files are written here by hand, according to the formats' specifications, or by transformers:
+dev/reference_transformers is committed. The tests with transformers in their name write more, if the Python in
+TRANSFORMERS_PYTHON has transformers.
 """
 import contextlib
 import errno
@@ -21,10 +22,10 @@ import numpy as np
 import pytest
 
 import model_files
-from model_files import load_model, save_llmc, save_model
-from conftest import REFERENCE_SCRIPT
 from cli import UserError
+from conftest import REFERENCE_SCRIPT
 from gpt2 import Config, Tensors, parameter_shapes
+from model_files import load_model, save_llmc, save_model
 from tokenizer import VOCABULARY_SHA256, fetch_vocabulary, gpt2_encoding
 from train_gpt2 import GPT2
 
@@ -42,7 +43,7 @@ def random_params(config, seed=0):
 
 
 def assert_same(loaded, config, params):
-    """Bit for bit, padding included."""
+    """Bitwise equal, including the padding."""
     assert loaded[0] == config
     assert loaded[1].flat.dtype == np.float32 and type(loaded[1].flat) is np.ndarray
     for name, tensor in params.items():
@@ -67,7 +68,7 @@ def files_in(folder):
 # Files written by hand
 
 def hugging_face_tensors(params, config, prefix=""):
-    """Name -> array, spelled out once more. Hugging Face's Conv1D multiplies by weights of (input, output) channels."""
+    """Name -> array, written out independently of model_files. Hugging Face's Conv1D weights are (input, output)."""
     tensors = {"wte.weight": params.wte[:config.vocab_size], "wpe.weight": params.wpe}
     for l in range(config.num_layers):
         tensors |= {
@@ -83,7 +84,7 @@ def hugging_face_tensors(params, config, prefix=""):
 
 
 def safetensors(tensors, change=lambda header: None, padding=0):
-    """A safetensors file of {name: array, or (dtype's name, array)}. `change` may edit its header, a dict."""
+    """The contents of a safetensors file of name -> array or (dtype name, array). `change` may edit the header, a dict."""
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, tensor in tensors.items():
         dtype, tensor = tensor if isinstance(tensor, tuple) else ("F32", tensor)
@@ -96,7 +97,7 @@ def safetensors(tensors, change=lambda header: None, padding=0):
 
 
 def config_json(config, **changes):
-    """The config.json that transformers writes, less what concerns training."""
+    """The config.json that transformers writes, without the settings for training."""
     settings = {"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "layer_norm_epsilon": 1e-05,
                 "model_type": "gpt2", "n_ctx": config.max_seq_len, "n_positions": config.max_seq_len, "n_embd": config.channels,
                 "n_head": config.num_heads, "n_layer": config.num_layers, "n_inner": None, "scale_attn_weights": True,
@@ -117,11 +118,12 @@ def write_folder(folder, config=SMALL, tensors=None, **config_changes):
     params = random_params(config)
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_bytes(config_json(config, **config_changes))
-    (folder / "model.safetensors").write_bytes(safetensors(hugging_face_tensors(params, config) if tensors is None else tensors))
+    tensors = hugging_face_tensors(params, config) if tensors is None else tensors
+    (folder / "model.safetensors").write_bytes(safetensors(tensors))
     return params
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the memory in /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_model_is_not_in_memory_twice(tmp_path):
     config = Config(max_seq_len=64, vocab_size=128, padded_vocab_size=128, num_layers=8, num_heads=8, channels=512)
     params = Tensors(parameter_shapes(config))
@@ -135,7 +137,7 @@ def test_model_is_not_in_memory_twice(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is read is what was written
+# Round trips
 
 @pytest.mark.parametrize("config", [SMALL, Config(7, 128, 128, 1, 1, 1), Config(2, 129, 256, 3, 3, 9)], ids=str)
 def test_folder_round_trip(tmp_path, config):
@@ -146,14 +148,14 @@ def test_folder_round_trip(tmp_path, config):
     assert_same(load_model(str(tmp_path / "model" / "model.safetensors")), config, params)
 
 
-def test_saved_file_is_laid_out_as_the_format_says(tmp_path):
+def test_saved_file_follows_the_format(tmp_path):
     save_model(tmp_path, SMALL, random_params(SMALL))
     contents = (tmp_path / "model.safetensors").read_bytes()
     start = 8 + struct.unpack("<Q", contents[:8])[0]
     header = json.loads(contents[8:start])
-    assert start % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}  # which transformers insists on
+    assert start % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}  # transformers requires it
     expected = hugging_face_tensors(random_params(SMALL), SMALL, prefix="transformer.")
-    assert list(header) != [] and set(header) == set(expected)
+    assert set(header) == set(expected)
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         assert entry["dtype"] == "F32" and tuple(entry["shape"]) == expected[name].shape
@@ -161,7 +163,7 @@ def test_saved_file_is_laid_out_as_the_format_says(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()).items() >= json.loads(config_json(SMALL, n_ctx="absent")).items()
 
 
-def test_buffer_longer_than_the_parameters_is_saved_without_the_rest(tmp_path):
+def test_only_the_parameters_of_a_longer_buffer_are_saved(tmp_path):
     params = random_params(SMALL)
     longer = Tensors(params.shapes, allocate=lambda size: np.concatenate([params.flat, np.ones(7, np.float32)]))
     save_model(tmp_path / "folder", SMALL, longer)
@@ -170,7 +172,7 @@ def test_buffer_longer_than_the_parameters_is_saved_without_the_rest(tmp_path):
     assert_same(load_model(tmp_path / "model.bin"), SMALL, params)
 
 
-def test_gpt2_vocabulary_brings_its_tokenizer(tmp_path):
+def test_model_with_gpt2s_vocabulary_is_saved_with_its_tokenizer(tmp_path):
     try:
         fetch_vocabulary()
     except UserError as error:
@@ -183,7 +185,7 @@ def test_gpt2_vocabulary_brings_its_tokenizer(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 50256
 
 
-def test_vocabulary_that_cannot_be_had_does_not_cost_the_model(tmp_path, monkeypatch, capsys):
+def test_model_is_saved_even_if_the_vocabulary_is_unavailable(tmp_path, monkeypatch, capsys):
     def unreachable():
         raise UserError("GPT-2's vocabulary is missing")
     monkeypatch.setattr(model_files, "fetch_vocabulary", unreachable)
@@ -195,7 +197,7 @@ def test_vocabulary_that_cannot_be_had_does_not_cost_the_model(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
-@pytest.mark.parametrize("padding", [0, 1])  # with one of them, no number in the file is aligned
+@pytest.mark.parametrize("padding", [0, 1])  # with one of them, the data is unaligned
 def test_names_of_any_file(tmp_path, prefix, padding):
     params = random_params(SMALL)
     tensors = hugging_face_tensors(params, SMALL, prefix)
@@ -209,7 +211,7 @@ def test_names_of_any_file(tmp_path, prefix, padding):
 
 
 def test_half_precision(tmp_path):
-    """Every dtype in one file, and every one of bfloat16's bit patterns."""
+    """All dtypes in one file, and all bit patterns of bfloat16."""
     config = Config(256, 5, 128, 1, 2, 256)
     tensors = hugging_face_tensors(random_params(config), config)
     halves = {name: ("F16", tensor.astype(np.float16)) if "c_" in name else tensor for name, tensor in tensors.items()}
@@ -245,12 +247,12 @@ def test_llmc_float32(tmp_path):
     assert (tmp_path / "ours.bin").read_bytes() == llmc()
     loaded = load_model(tmp_path / "ours.bin")
     assert_same(loaded, SMALL, params)
-    loaded[1].flat[...] = 0     # as training would: the parameters are mapped, yet the file stays as it is
+    loaded[1].flat[...] = 0     # as training might: the parameters are memory-mapped, but the file must not change
     assert (tmp_path / "ours.bin").read_bytes() == llmc()
 
 
 def test_llmc_bfloat16(tmp_path):
-    """Parameters to eight bits; those that have no more, to the bit."""
+    """Saving rounds to eight bits; saving rounded values is exact."""
     params = random_params(SMALL)
     save_llmc(tmp_path / "once.bin", SMALL, params, version=5)
     rounded = load_model(tmp_path / "once.bin")[1]
@@ -261,7 +263,7 @@ def test_llmc_bfloat16(tmp_path):
 
 
 def test_rounding_to_bfloat16():
-    """To nearest, ties to even; infinities and NaN stay what they are."""
+    """To nearest, ties to even; infinities and NaN stay."""
     bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x80000000], np.uint32)
     expected = [0x3F80, 0x3F82, 0x3F81, 0x3F80, 0x7F80, 0xFF80, 0x7F80, 0x8000]
     assert model_files.bfloat16_bits(bits.view(np.float32)).tolist() == expected
@@ -306,7 +308,7 @@ def test_transformers_loads_what_is_saved_here(transformers, tmp_path, config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One line
+# Errors of one line
 
 def error_of(path):
     with pytest.raises(UserError) as caught:
@@ -317,32 +319,28 @@ def error_of(path):
 
 
 def assert_says(message, *parts):
-    """All of the parts, in this order."""
+    """The message contains all parts, in this order."""
     assert re.search(".*".join(re.escape(str(part)) for part in parts), message), (message, parts)
 
 
 CONFIGS = {
     "another architecture": (dict(model_type="llama"), ("config.json", "model_type", "llama", "'gpt2'")),
-    "no architecture": (dict(model_type="absent"), ("model_type", "None", "'gpt2'")),
     "other activation": (dict(activation_function="relu"), ("activation_function", "relu", "gelu_new or gelu_pytorch_tanh")),
     "other epsilon": (dict(layer_norm_epsilon=1e-6), ("layer_norm_epsilon", "1e-06", "1e-05")),
-    "epsilon NaN": (dict(layer_norm_epsilon=float("nan")), ("layer_norm_epsilon", "nan", "1e-05")),
     "unscaled attention": (dict(scale_attn_weights=False), ("scale_attn_weights", "False", "True")),
     "scaled by layer": (dict(scale_attn_by_inverse_layer_idx=True), ("scale_attn_by_inverse_layer_idx", "True", "False")),
     "other width": (dict(n_inner=24), ("n_inner", "24", "None or 32")),
     "no size": (dict(n_layer="absent"), ("n_layer", "None", "whole number")),
     "size NaN": (dict(n_embd=float("nan")), ("n_embd", "nan", "whole number")),
-    "size infinite": (dict(n_embd=float("inf")), ("n_embd", "inf", "whole number")),
     "size true": (dict(n_head=True), ("n_head", "True", "whole number")),
     "size zero": (dict(vocab_size=0), ("vocab_size", "0", "from 1")),
-    "size negative": (dict(n_positions=-1), ("n_positions", "-1", "from 1")),
-    "size astronomical": (dict(n_embd=10**4000), ("n_embd", "whole number")),
-    "size a text of two lines": (dict(n_embd="a\nb\u2028c"), ("n_embd", r"'a\nb\u2028c'", "whole number")),
+    "size of 4,001 digits": (dict(n_embd=10**4000), ("n_embd", "whole number")),
+    "size of two lines": (dict(n_embd="a\nb\u2028c"), ("n_embd", r"'a\nb\u2028c'", "whole number")),
     "indivisible heads": (dict(n_head=3), ("n_embd", "8", "multiple of n_head, 3")),
     "more layers": (dict(n_layer=3), ("layers", "2, expected 3", "n_layer")),
     "very many layers": (dict(n_layer=2**31 - 1), ("layers", "2, expected 2,147,483,647")),
     "larger vocabulary": (dict(vocab_size=6), ("wte.weight", "(5, 8)", "expected", "(6, 8)")),
-    "as large as can be": (dict(n_embd=2**30, n_positions=2**31 - 1, vocab_size=2**31 - 1),
+    "largest sizes": (dict(n_embd=2**30, n_positions=2**31 - 1, vocab_size=2**31 - 1),
                            ("wte.weight", "(5, 8)", "wpe.weight", "(3, 8)")),
 }
 
@@ -356,16 +354,15 @@ def test_config_of_another_model(tmp_path, changes, parts):
 @pytest.mark.parametrize("changes", [dict(activation_function="gelu_pytorch_tanh"), dict(n_inner=32), dict(n_ctx="absent"),
                                      *({name: "absent"} for name in ("activation_function", "layer_norm_epsilon",
                                                                      "scale_attn_weights", "n_inner"))], ids=str)
-def test_config_in_other_words(tmp_path, changes):
+def test_equivalent_config(tmp_path, changes):
     params = write_folder(tmp_path, **changes)
     assert_same(load_model(tmp_path), SMALL, params)
 
 
 NOT_JSON = {
-    "empty": (b"", ("is not JSON",)),
-    "no JSON": (b'{"model_type": gpt2}', ("is not JSON", "line 1 column 16")),
-    "no UTF-8": (b'{"model_type": "\xff"}', ("is not JSON", "utf-8")),
-    "no object": (b'["gpt2"]', ("['gpt2']", "expected a JSON object")),
+    "syntax": (b'{"model_type": gpt2}', ("is not JSON", "line 1 column 16")),
+    "not UTF-8": (b'{"model_type": "\xff"}', ("is not JSON", "utf-8")),
+    "not an object": (b'["gpt2"]', ("['gpt2']", "expected a JSON object")),
     "deep": (b"[" * 100_000, ("is not JSON",)),
     "many digits": (b'{"n_layer": ' + b"9" * 100_000 + b"}", ("is not JSON", "digits")),
     "long": (b" " * (2**20 + 1), ("1,048,577 bytes", "at most 1,048,576")),
@@ -373,13 +370,10 @@ NOT_JSON = {
 
 
 @pytest.mark.parametrize("contents, parts", NOT_JSON.values(), ids=NOT_JSON)
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_damaged_json(tmp_path, name, contents, parts):
+def test_damaged_json(tmp_path, contents, parts):
     write_folder(tmp_path)
-    if name != "config.json":
-        (tmp_path / "model.safetensors").unlink()
-    (tmp_path / name).write_bytes(contents)
-    assert_says(error_of(tmp_path), tmp_path / name, *parts)
+    (tmp_path / "config.json").write_bytes(contents)
+    assert_says(error_of(tmp_path), tmp_path / "config.json", *parts)
 
 
 def without(*names):
@@ -391,7 +385,7 @@ def with_tensors(**tensors):
 
 
 def edited(name, **changes):
-    """A file whose header is wrong about one tensor."""
+    """A file with changes to one tensor's entry in the header."""
     return safetensors(without(), lambda header: header[name].update(changes))
 
 
@@ -404,21 +398,19 @@ HEADER_BYTES, = struct.unpack("<Q", WHOLE[:8])
 
 SAFETENSORS = {
     "empty": (b"", ("b''", "expected a safetensors file")),
-    "a few bytes": (WHOLE[:7], ("begins with", "expected a safetensors file")),
     "truncated header": (WHOLE[:100], ("has 100 bytes", f"{HEADER_BYTES:,} of them are its header")),
     "truncated data": (WHOLE[:-1], (f"has {len(WHOLE) - 1:,} bytes", f"expected {len(WHOLE):,}", "download")),
     "trailing bytes": (WHOLE + b"\0", (f"has {len(WHOLE) + 1:,} bytes", f"expected {len(WHOLE):,}")),
     "header of 2**64 - 1": (b"\xff" * 8 + WHOLE[8:], ("18,446,744,073,709,551,615 of them are its header",)),
     "header over the limit": (struct.pack("<Q", 2**20 + 1) + b"{}".ljust(2**20 + 1), ("at most 1,048,576",)),
-    "header no JSON": (WHOLE[:8] + WHOLE[8:].replace(b'"', b"'"), ("header", "is not JSON")),
-    "header no UTF-8": (WHOLE.replace(b"wpe", b"\xff\xfe\xfd"), ("header", "is not JSON")),
+    "header not JSON": (WHOLE[:8] + WHOLE[8:].replace(b'"', b"'"), ("header", "is not JSON")),
     "header empty": (struct.pack("<Q", 2) + b"{}", ("layers", "0, expected 2")),
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 498\n", ("Git LFS", "git lfs pull")),
-    "entry no object": (safetensors(without(), lambda header: header.update(x=3)), ("header", "3 for x", "expected a dtype")),
+    "entry not an object": (safetensors(without(), lambda header: header.update(x=3)),
+                            ("header", "3 for x", "expected a dtype")),
     "entry incomplete": (safetensors(without(), lambda header: header["wte.weight"].pop("shape")), ("wte.weight", "a shape")),
-    "offsets no numbers": (edited("wte.weight", data_offsets=["0", 160]), ("wte.weight", "data_offsets")),
     "offsets reversed": (edited("wte.weight", data_offsets=[160, 0]), ("wte.weight", "data_offsets")),
-    "offsets astronomical": (edited("ln_f.bias", data_offsets=[0, 10**4299]), ("ln_f.bias", "data_offsets")),
+    "offsets of 4,300 digits": (edited("ln_f.bias", data_offsets=[0, 10**4299]), ("ln_f.bias", "data_offsets")),
     "offsets beyond the file": (edited("ln_f.bias", data_offsets=[len(WHOLE) - 8 - HEADER_BYTES - 32, 2**62]),
                                 ("bytes", "expected 4,611,")),
     "offsets negative": (edited("wte.weight", data_offsets=[-160, 0]), ("wte.weight", "byte -160", "expected 0")),
@@ -430,16 +422,14 @@ SAFETENSORS = {
     "missing": (safetensors(without("wte.weight", "h.1.mlp.c_fc.bias")), ("lacks wte.weight, h.1.mlp.c_fc.bias;",)),
     "many missing": (safetensors({"h.0.ln_1.bias": numbers(8), "h.1.ln_1.bias": numbers(8)}),
                      ("lacks wte.weight, wpe.weight, h.0.ln_1.weight", "and 18 more")),
-    "a layer missing": (safetensors({name: tensor for name, tensor in without().items() if not name.startswith("h.1.")}),
-                        ("layers", "1, expected 2")),
-    "unknown": (safetensors(with_tensors(h__0__attn__q_norm=numbers(8))), ("holds h.0.attn.q_norm, which GPT-2 does not have",)),
-    "wrong shape": (safetensors(with_tensors(ln_f__bias=numbers(9))), ("ln_f.bias is F32 (9,), expected", "(8,)")),
+    "unknown": (safetensors(with_tensors(h__0__attn__q_norm=numbers(8))),
+                ("holds h.0.attn.q_norm, which GPT-2 does not have",)),
     "not transposed": (safetensors(with_tensors(h__0__mlp__c_fc__weight=numbers(32, 8))),
                        ("h.0.mlp.c_fc.weight", "(32, 8)", "(8, 32)")),
-    "wrong dtype": (safetensors(with_tensors(ln_f__bias=("I8", np.ones(8, np.int8)))), ("ln_f.bias is I8", "F32 or F16 or BF16")),
-    "odd dtype": (edited("ln_f.bias", dtype="\n"), ("ln_f.bias is '\\n'", "F32 or F16 or BF16")),
+    "wrong dtype": (safetensors(with_tensors(ln_f__bias=("I8", np.ones(8, np.int8)))),
+                    ("ln_f.bias is I8", "F32 or F16 or BF16")),
     "twice": (safetensors(without() | {"transformer.wte.weight": numbers(5, 8)}), ("wte.weight", "a second time")),
-    "another classifier": (safetensors(without() | {"lm_head.weight": numbers(5, 8)}), ("lm_head.weight", "differs", "tied")),
+    "untied classifier": (safetensors(without() | {"lm_head.weight": numbers(5, 8)}), ("lm_head.weight", "differs", "tied")),
 }
 
 
@@ -459,7 +449,7 @@ def test_wrong_names_and_shapes_are_listed_together(tmp_path):
                 "(3, 8)", "ln_f.bias is F32 (7,)", "(8,)")
 
 
-def test_shapes_that_do_not_tell_the_model(tmp_path):
+def test_shapes_that_imply_no_config(tmp_path):
     path = tmp_path / "model.safetensors"
     for tensors in (without(), without("wpe.weight"), with_tensors(wte__weight=numbers(5)),
                     with_tensors(wte__weight=numbers(5, 0))):
@@ -471,8 +461,8 @@ SHARDS = {
     "elsewhere": ("../model.safetensors", ("weight_map", "../model.safetensors", "this folder")),
     "absolute": ("/model.safetensors", ("weight_map", "/model.safetensors", "this folder")),
     "a pickle": ("pytorch_model.bin", ("weight_map", "pytorch_model.bin", ".safetensors")),
-    "no text": (3, ("weight_map", "3", ".safetensors")),
-    "not there": ("model-1.safetensors", ("cannot read", "model-1.safetensors", "No such file", "download")),
+    "not a string": (3, ("weight_map", "3", ".safetensors")),
+    "missing": ("model-1.safetensors", ("cannot read", "model-1.safetensors", "No such file", "download")),
 }
 
 
@@ -496,16 +486,14 @@ def test_index_without_shards(tmp_path):
 LLMC = {
     "truncated header": (llmc()[:1023], ("has 1,023 bytes", "expected a header of 1,024")),
     "truncated": (llmc()[:-1], (f"has {len(llmc()) - 1:,} bytes", f"expected {len(llmc()):,}", "parameters of its header")),
-    "trailing bytes": (llmc() + b"\0", (f"has {len(llmc()) + 1:,} bytes", f"expected {len(llmc()):,}")),
     "bfloat16's size": (llmc(5), (f"has {len(llmc()):,} bytes", "expected")),
     "old version": (llmc(1), ("version 1", "expected version 3 (float32) or 5 (bfloat16)")),
     "other magic": (llmc(magic=20240520), ("begins with", "expected a safetensors file or an llm.c checkpoint")),
     "vocabulary larger than padded": (llmc(V=129), ("padded_vocab_size", "128", "expected 256")),
     "not padded": (llmc(Vp=5), ("padded_vocab_size", "5", "expected 128")),
     "no layers": (llmc(L=0), ("num_layers", "0", "from 1")),
-    "negative": (llmc(C=-8), ("channels", "-8", "from 1")),
     "indivisible heads": (llmc(NH=3), ("channels", "8", "multiple of num_heads, 3")),
-    "as large as can be": (llmc(L=2**31 - 1, C=2**30, NH=1), (f"has {len(llmc()):,} bytes", "expected 118,")),
+    "largest sizes": (llmc(L=2**31 - 1, C=2**30, NH=1), (f"has {len(llmc()):,} bytes", "expected 118,")),
 }
 
 
@@ -517,7 +505,7 @@ def test_damaged_llmc(tmp_path, contents, parts):
 
 
 class Bomb:
-    """Pickled, it makes the file whose path it has, once it is opened."""
+    """Unpickling it creates the file `path`."""
 
     def __init__(self, path):
         self.path = path
@@ -541,7 +529,7 @@ def test_no_pickle_is_opened(tmp_path, wrap):
     assert not exploded.exists()
 
 
-def test_nothing_there(tmp_path):
+def test_missing_files(tmp_path):
     assert_says(error_of(tmp_path), tmp_path, "has no model.safetensors")
     write_folder(tmp_path)
     (tmp_path / "config.json").unlink()
@@ -551,7 +539,7 @@ def test_nothing_there(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
-def test_pipe_is_not_waited_for(tmp_path):
+def test_named_pipe_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert_says(error_of(tmp_path / "pipe"), "pipe is not a file")
 
@@ -561,7 +549,7 @@ def test_pipe_is_not_waited_for(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Puts a function in the place of huggingface_hub's snapshot_download, in an empty working directory."""
+    """Replaces huggingface_hub.snapshot_download, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
 
     def install(snapshot_download):
@@ -579,14 +567,14 @@ def test_model_from_the_hub(hub, tmp_path, name):
 
     def snapshot_download(repo_id, allow_patterns):
         asked.append(repo_id)
-        assert not any(pattern.endswith((".bin", "*")) for pattern in allow_patterns)  # no pickle is even fetched
+        assert not any(pattern.endswith((".bin", "*")) for pattern in allow_patterns)  # never downloads a pickle
         return str(tmp_path / "cache")
     hub(snapshot_download)
     assert_same(load_model(name), SMALL, params)
     assert asked == [name]
 
 
-def test_a_folder_comes_before_the_hub(hub, tmp_path):
+def test_local_folder_takes_precedence_over_the_hub(hub, tmp_path):
     def snapshot_download(repo_id, allow_patterns):
         raise AssertionError("the hub was asked")
     hub(snapshot_download)
@@ -606,10 +594,10 @@ def test_no_hub(hub):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Whole or not at all
+# Atomic writes
 
-def test_what_cannot_be_written_leaves_the_old_model(tmp_path):
-    """Were one file replaced without the others, a model of another shape would not fit its config.json."""
+def test_failed_write_keeps_the_old_model(tmp_path):
+    """If only one file were replaced, the weights might not fit config.json."""
     params = write_folder(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     config = Config(7, 50257, 50304, 1, 1, 4)
@@ -624,7 +612,7 @@ def test_what_cannot_be_written_leaves_the_old_model(tmp_path):
 
 
 def full_disk(patch, name):
-    """Have the disk be full when the file called `name` is written; returns a list of the times it was."""
+    """Make writing the file `name` fail with a full disk. The returned list tells how often that happened."""
     real, times = model_files.atomic_file, []
 
     def write(piece):
@@ -640,7 +628,7 @@ def full_disk(patch, name):
     return times
 
 
-def test_interruption_while_saving_leaves_the_old_model(tmp_path):
+def test_interrupted_save_keeps_the_old_model(tmp_path):
     params = write_folder(tmp_path)
     broken = random_params(SMALL, seed=1)
     del broken.lnfb
@@ -650,7 +638,7 @@ def test_interruption_while_saving_leaves_the_old_model(tmp_path):
     assert_same(load_model(tmp_path), SMALL, params)
 
 
-def test_weights_take_their_name_last(tmp_path, monkeypatch):
+def test_weights_are_renamed_last(tmp_path, monkeypatch):
     replaced = []
     real = os.replace
     monkeypatch.setattr(os, "replace", lambda source, target: (replaced.append(Path(target).name), real(source, target)))
@@ -668,7 +656,7 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Damage of every kind
+# Random damage
 
 LIES = [b"0", b"1", b"-1", b"7", b"1.5", b"1e9", b"1e999", b"NaN", b"null", b"true", b'"8"', b"[]", b"{}", b"[[8]]",
         b"2147483647", b"4294967296", b"18446744073709551616", b"9" * 400]
@@ -696,12 +684,12 @@ def drop_bytes(rng, contents):
 
 
 def damage_opening(rng, contents):
-    """In the part where the lengths are."""
+    """Flip bits in the first 40 bytes, which hold the lengths."""
     return flip_bits(rng, contents[:40]) + contents[40:]
 
 
 def lie(rng, contents):
-    """Another value for a number in JSON, which may be a safetensors file's header; its length is then put right."""
+    """Replace a number in JSON. In a safetensors header, correct the header's length."""
     start = 8 if contents[8:9] == b"{" and contents[:1] != b"{" else 0
     end = start + struct.unpack("<Q", contents[:8])[0] if start else len(contents)
     text = contents[start:end]
@@ -712,7 +700,7 @@ def lie(rng, contents):
 
 
 def lie_in_int32(rng, contents):
-    """Another value for a number in llm.c's header."""
+    """Replace a number in llm.c's header."""
     header = list(struct.unpack("<8i", contents[:32]))
     header[rng.integers(1, 8)] = int(rng.choice([0, 1, -1, 2, 3, 5, 64, 127, 128, 129, 2**16, 2**30, 2**31 - 1, -2**31]))
     return struct.pack("<8i", *header) + contents[32:]
@@ -724,8 +712,8 @@ ANY_FILE = (flip_bits, truncate, insert_bytes, drop_bytes, damage_opening)
 @pytest.mark.parametrize("name, damages", [
     ("model.safetensors", (*ANY_FILE, lie, lie, lie)), ("config.json", (*ANY_FILE, lie, lie)),
     ("model.safetensors.index.json", ANY_FILE), ("model.bin", (*ANY_FILE, lie_in_int32, lie_in_int32))])
-def test_damaged_files_are_refused_or_read_without_harm(tmp_path, name, damages):
-    """250 files of each kind: one line or a model, and never more memory than a small multiple of the file."""
+def test_random_damage_is_harmless(tmp_path, name, damages):
+    """250 damaged files of each kind: either a one-line error or a model, and never much memory."""
     folder = tmp_path / "folder"
     write_folder(folder)
     if name == "model.safetensors.index.json":

