@@ -1,13 +1,13 @@
-"""Checkpoints of a training run, from which it goes on as if it had never stopped.
+"""Checkpoints of a training run. A resumed run is bit-for-bit identical to an uninterrupted one.
 
-A checkpoint is a folder in `checkpoints` of the run's output folder, named for the number of steps that were done:
+A checkpoint is a folder in `checkpoints`, in the run's output folder, named for the number of steps done:
 
     step-00000500/
         model.safetensors, config.json, ...     the model, a Hugging Face folder (model_files.save_model)
         adam_m.npy, adam_v.npy                  AdamW's moments of all parameters, flat, float32
-        training.json                           the flags, the step, the place in the data, and what else a step depends on
+        training.json                           the flags, the step, the place in the data, and all else a step depends on
 
-It is written under another name and gets its own when complete: whatever stops the program, a folder of that name is whole.
+It is written atomically, under a temporary name: a folder with such a name is complete.
 """
 import json
 import os
@@ -20,25 +20,26 @@ import numpy as np
 from model_files import load_model, save_model
 from cli import UserError
 from files import atomic_file, atomic_folder
+from gpt2 import Config, Tensors
 
 MOMENTS = "adam_m.npy", "adam_v.npy"
 STATE = "training.json"
 STATE_KEYS = "flags", "step", "data", "fingerprint", "best_val_loss", "latest_losses", "latest_norms"
-REPAIR_HINT = "delete this folder to go on from the checkpoint before it, if one was kept"
+REPAIR_HINT = "delete this folder to resume from the checkpoint before it, if one was kept"
 
 
-def checkpoints(output_dir):
+def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     folder = Path(output_dir, "checkpoints")
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def save_checkpoint(output_dir, config, params, moments, state, keep):
+def save_checkpoint(output_dir: Path, config: Config, params: Tensors, moments, state: dict, keep: int) -> Path:
     """Write a checkpoint after state["step"] steps, then delete all but the latest `keep`. Returns its path.
 
-    config, params: the model, as save_model takes it
-    moments: the two moments, flat NumPy arrays
-    state: what training.json holds, a dict with STATE_KEYS that JSON can hold
+    config, params: the model, see save_model
+    moments: AdamW's two moments, flat NumPy arrays
+    state: the contents of training.json, a dict with STATE_KEYS
 
     Raises UserError if it cannot be written; all earlier checkpoints are then still there.
     """
@@ -57,18 +58,18 @@ def save_checkpoint(output_dir, config, params, moments, state, keep):
     return path
 
 
-def delete(checkpoint):
-    """Delete a checkpoint, which first loses its name: one that has it is whole. Raises UserError if that cannot be done."""
+def delete(checkpoint: Path) -> None:
+    """Delete a checkpoint, renaming it first: a folder with its name must be complete. Raises UserError if that fails."""
     unnamed = checkpoint.with_name(f"{checkpoint.name}.{os.getpid()}.tmp")
     try:
         os.rename(checkpoint, unnamed)
     except OSError as error:
-        raise UserError(f"cannot delete {checkpoint}: {error.strerror}; delete it by hand, then go on with --resume") from error
+        raise UserError(f"cannot delete {checkpoint}: {error.strerror}; delete it by hand, then continue with --resume") from error
     shutil.rmtree(unnamed, ignore_errors=True)
 
 
-def load_state(path):
-    """What training.json of a checkpoint holds. Raises UserError if it is not all there."""
+def load_state(path: Path) -> dict:
+    """The contents of a checkpoint's training.json. Raises UserError if it is damaged or lacks one of STATE_KEYS."""
     try:
         state = json.loads((path / STATE).read_bytes())
     except OSError as error:
@@ -78,11 +79,13 @@ def load_state(path):
     missing = [key for key in STATE_KEYS if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f"{path / STATE} lacks {', '.join(missing)}; {REPAIR_HINT}")
+    if "shuffle" in state["flags"]:     # the former name of --shuffle-shards
+        state["flags"]["shuffle_shards"] = state["flags"].pop("shuffle")
     return state
 
 
-def load_checkpoint(path):
-    """The model of a checkpoint, as load_model returns it, and its two moments, flat float32 arrays mapped from the disk.
+def load_checkpoint(path: Path) -> tuple[Config, Tensors, list[np.ndarray]]:
+    """The model of a checkpoint, see load_model, and its two moments, flat float32 arrays, memory-mapped.
 
     Raises UserError if a file is missing or damaged, or does not belong to this model.
     """

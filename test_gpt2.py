@@ -104,11 +104,11 @@ def train(model, reference):
     """Take the reference's AdamW steps on its one batch, yielding every step's (loss, gradient norm)."""
     settings = reference.training
     for step in range(1, settings["steps"] + 1):
-        started = model.clock()
+        started = model.start_timer()
         loss = run(model, reference.tokens, reference.targets)
         norm = model.gradient_norm()
         model.update(step, settings["learning_rate"], settings["weight_decay"], norm, settings["grad_clip"])
-        loss, norm, _ = model.finish(loss, norm, started)
+        loss, norm, _ = model.finish_step(loss, norm, started)
         yield loss, norm
 
 

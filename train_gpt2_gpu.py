@@ -1,35 +1,34 @@
-"""Train GPT-2 on the GPU: `python train_gpt2_gpu.py`, or the same kernels without a GPU: `--device cpu` (cuda_on_cpu).
+"""Train GPT-2 on the GPU: `python train_gpt2_gpu.py`, or the same kernels without a GPU: `--device cpu` (cuda_on_cpu/).
 
-The twin of train_gpt2.py, from which it has the training loop: the same memory, the same two flat passes, call for call,
-with the kernels of kernels_gpu.py. Where those do in one launch what takes several on the CPU, the passes differ: a
-projection's bias, the residual connection and the layernorm after it are one call, a bias and the GELU another. Every call
-returns at once; the GPU works through them while Python goes on, and inside a step is waited for in `finish` only.
+The twin of train_gpt2.py, with its training loop, the same memory and the same two flat passes, and with the kernels of
+kernels_gpu.py. The passes differ where one launch does what takes several on the CPU: the bias of a projection, the residual
+connection and the layernorm after it are one call, a bias and the GELU another. Every call returns at once. The GPU works
+through the launches while Python continues; within a step only `finish_step` waits for it.
 """
 import numpy as np
 
 import kernels_gpu as kernels
-from device import open_device
-from distributed import ALONE
 from cli import run_program
-from gpt2 import (WEIGHT_DECAYED, Tensors, activation_shapes, activations, chunks, initialize, memory_needed, parameter_shapes,
-                  scratch_shapes, training_flops)
-from train_gpt2 import BETA1, BETA2, EPSILON, fill, train_and_save
-from training import OUT_OF_MEMORY_HINT, check_memory, data_loaders, load_or_create_model, parse_options, prepare_data
+from device import open_device
+from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Tensors, activation_shapes, activations, chunks, initialize,
+                  memory_needed, parameter_shapes, scratch_shapes, training_flops)
+from training import (OUT_OF_MEMORY_HINT, can_sample, check_memory, data_loaders, load_or_create_model, parse_options,
+                      prepare_data)
 
-CLASSIFIER_ROWS = 2048    # tokens whose logits exist at any one time: 2048 * 50304 * 4 bytes = 412 MB
+CLASSIFIER_ROWS = 2048    # rows of logits that exist at any one time: 2048 * 50304 * 4 bytes = 412 MB
 
 
 def gpu_scratch_shapes(config, B, T):
-    """scratch_shapes, and the attention scores of one sequence at a time."""
+    """scratch_shapes, plus the attention scores of one sequence."""
     scores = (config.num_heads, T, T)
     return scratch_shapes(config, B, T, CLASSIFIER_ROWS) | {"scores": scores, "dscores": scores}
 
 
 class GPT2:
-    """A GPT-2 with its gradients, moments and activations on `device`, for batches of up to (batch_size, sequence_length).
+    """GPT-2 on a device, with its gradients, AdamW's moments and activations, for up to (batch_size, sequence_length) tokens.
 
-    Its methods are those of train_gpt2.GPT2. Tokens and targets are int32 arrays of the device. A loss or norm that a method
-    returns is an array of the device, of shape () or (1), which may still be being computed.
+    The methods are those of train_gpt2.GPT2. Tokens and targets are int32 arrays on the device. A loss or norm that a method
+    returns is an array on the device, of shape () or (1), and may not be computed yet.
     """
 
     def __init__(self, config, batch_size, sequence_length, device, recompute=False):
@@ -37,45 +36,45 @@ class GPT2:
         self.config = config
         self.recompute = recompute
         self.device = device
-        self.world = ALONE
         shapes = parameter_shapes(config)
         self.params, self.grads = Tensors(shapes, device.zeros), Tensors(shapes, device.zeros)
         self.adam_m, self.adam_v = device.zeros(self.params.size), device.zeros(self.params.size)
+        self.slices = self.params.slices()      # what `update` changes: (name, slice of the flat arrays) for every tensor
         self.acts = activations(config, batch_size, sequence_length, recompute, device.empty)
         self.scratch = Tensors(gpu_scratch_shapes(config, batch_size, sequence_length), device.empty)
         self.sequence_length = sequence_length
         self.no_bias = device.empty(0)
-        self.report = device.zeros(2)       # a step's loss and gradient norm, side by side to be read at once
+        self.report = device.zeros(2)       # a step's loss and gradient norm, side by side for one copy to the host
         self.tokens = None
 
     def initialize(self, seed):
-        """GPT-2's random initialization."""
+        """Initialize the parameters at random, as GPT-2 does."""
         params = Tensors(parameter_shapes(self.config))
         initialize(params, self.config, seed)
         self.set_params(params)
 
     def set_params(self, params):
-        """Copy the parameters from `params`, Tensors of NumPy arrays of the same shapes."""
+        """Copy in the parameters, Tensors of NumPy arrays of the same shapes."""
         self.device.copy_to_device(self.params.flat, params.flat)
 
     def get_params(self):
-        """A copy of the parameters, Tensors of NumPy arrays."""
+        """A copy of the parameters, as Tensors of NumPy arrays."""
         return Tensors(self.params.shapes, allocate=lambda size: self.device.to_host(self.params.flat))
 
     def set_moments(self, m, v):
-        """Copy the optimizer's moments from two flat NumPy arrays, in the order of the parameters."""
+        """Copy in AdamW's moments, two flat NumPy arrays in the order of the parameters."""
         self.device.copy_to_device(self.adam_m, m)
         self.device.copy_to_device(self.adam_v, v)
 
     def get_moments(self):
-        """Copies of the optimizer's two moments, flat NumPy arrays in the order of the parameters."""
+        """Copies of AdamW's two moments, flat NumPy arrays in the order of the parameters."""
         return self.device.to_host(self.adam_m), self.device.to_host(self.adam_v)
 
     def forward(self, tokens):
-        """From tokens (B, T) to the normalized output of the last block, `acts.lnf` (N, C).
+        """Compute `acts.lnf` (N, C), the normalized output of the last block, from tokens (B, T), N = B*T.
 
-        T and B*T may be up to the model's; ValueError if not. `loss` and `backward` belong to the latest
-        forward pass: the next one lays its activations out anew, for its own B and T, in the same memory.
+        Requires T <= the model's sequence_length (ValueError) and B*T <= the size it was built for. Activations live in one
+        reused buffer, so call `loss` or `backward` before the next `forward`.
         """
         B, T = tokens.shape
         if T > self.sequence_length:
@@ -84,26 +83,19 @@ class GPT2:
         self.acts = activations(self.config, B, T, self.recompute, lambda size: acts)
         self.scratch = Tensors(gpu_scratch_shapes(self.config, B, T), allocate=lambda size: scratch)
         self.tokens = tokens
-        params, acts, proj, no_bias = self.params, self.acts, self.scratch.proj, self.no_bias
-        L = self.config.num_layers
+        params, acts = self.params, self.acts
 
         kernels.encoder_forward(acts.encoded, tokens, params.wte, params.wpe)                                    # (N, C)
         kernels.layernorm_forward(acts.ln1[0], acts.ln1_mean[0], acts.ln1_rstd[0],
                                   acts.encoded, params.ln1w[0], params.ln1b[0])                                  # (N, C)
-        for l in range(L):
-            self.block_forward(l)
-            kernels.matmul_forward(proj, acts.fch_gelu[l], params.fcprojw[l], no_bias)                           # (N, C)
-            if l + 1 < L:   # the layernorm that follows is that of the next block, or the last of all
-                norm = acts.ln1[l + 1], acts.ln1_mean[l + 1], acts.ln1_rstd[l + 1]
-                weight, bias = params.ln1w[l + 1], params.ln1b[l + 1]
-            else:
-                norm = acts.lnf, acts.lnf_mean, acts.lnf_rstd
-                weight, bias = params.lnfw, params.lnfb
-            kernels.residual_layernorm_forward(acts.residual3[l], *norm,
-                                               acts.residual2[l], proj, params.fcprojb[l], weight, bias)         # (N, C)
+        for l in range(self.config.num_layers):
+            self.block_forward(l)                                                                                # (N, C)
 
-    def block_forward(self, l):
-        """Block l from its first layernorm's output to the GELU: all that its backward pass reads, to be computed again."""
+    def block_forward(self, l, stop_at_gelu=False):
+        """Block l, from the output of its first layernorm to that of the layernorm after it: block l + 1's, or the last.
+
+        stop_at_gelu: leave out the last two calls, which compute nothing that the block's backward pass reads
+        """
         params, acts, proj, no_bias = self.params, self.acts, self.scratch.proj, self.no_bias
         residual = acts.residual3[l - 1] if l > 0 else acts.encoded
         kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l])                         # (N, 3C)
@@ -113,9 +105,20 @@ class GPT2:
                                            residual, proj, params.attprojb[l], params.ln2w[l], params.ln2b[l])   # (N, C)
         kernels.matmul_forward(acts.fch[l], acts.ln2[l], params.fcw[l], no_bias)                                 # (N, 4C)
         kernels.bias_gelu_forward(acts.fch_gelu[l], acts.fch[l], params.fcb[l])                                  # (N, 4C)
+        if stop_at_gelu:
+            return
+        kernels.matmul_forward(proj, acts.fch_gelu[l], params.fcprojw[l], no_bias)                               # (N, C)
+        if l + 1 < self.config.num_layers:
+            norm = acts.ln1[l + 1], acts.ln1_mean[l + 1], acts.ln1_rstd[l + 1]
+            weight, bias = params.ln1w[l + 1], params.ln1b[l + 1]
+        else:
+            norm = acts.lnf, acts.lnf_mean, acts.lnf_rstd
+            weight, bias = params.lnfw, params.lnfb
+        kernels.residual_layernorm_forward(acts.residual3[l], *norm,
+                                           acts.residual2[l], proj, params.fcprojb[l], weight, bias)             # (N, C)
 
     def loss(self, targets):
-        """Mean cross-entropy of the last forward pass against targets (B, T), without a backward pass."""
+        """The mean cross-entropy of the last forward pass against targets (B, T), in nats per token."""
         params, acts = self.params, self.acts
         targets = targets.reshape(self.tokens.size)
         for rows in chunks(self.tokens.size, CLASSIFIER_ROWS):
@@ -130,9 +133,10 @@ class GPT2:
         return total[0]
 
     def backward(self, targets, accumulation_steps=1):
-        """Return the mean loss against targets (B, T), and add the gradients of loss / accumulation_steps to `grads`.
+        """Return the mean loss against targets (B, T); accumulate into `grads` the gradient of loss / accumulation_steps.
 
-        The forward pass in reverse. It starts with the classifier, whose logits serve the loss and the gradients at once.
+        The forward pass in reverse. It starts with the classifier, which computes the loss and its gradient from one set of
+        logits.
         """
         N = self.tokens.size
         params, grads, acts = self.params, self.grads, self.acts
@@ -145,7 +149,7 @@ class GPT2:
             kernels.matmul_forward(logits, acts.lnf[rows], params.wte, self.no_bias)                             # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
                                      1 / (N * accumulation_steps), self.config.vocab_size)                       # (rows, Vp)
-            # wte's gradient as the classifier's weight; its gradient as the encoder's table is added last.
+            # wte's gradient as the classifier's weight. encoder_backward, the last call, adds that of the token embedding.
             kernels.matmul_backward(dln[rows], grads.wte, self.no_bias, logits, acts.lnf[rows], params.wte)      # (rows, C)
         dresidual[...] = 0
         kernels.layernorm_backward(dresidual, grads.lnfw, grads.lnfb,
@@ -153,10 +157,10 @@ class GPT2:
         L = self.config.num_layers
         for l in reversed(range(L)):
             residual = acts.residual3[l - 1] if l > 0 else acts.encoded
-            if self.recompute and l + 1 < L:    # the last block's activations are still there
+            if self.recompute and l + 1 < L:    # the last block's activations are still in memory
                 kernels.layernorm_forward(acts.ln1[l], acts.ln1_mean[l], acts.ln1_rstd[l],
                                           residual, params.ln1w[l], params.ln1b[l])                              # (N, C)
-                self.block_forward(l)
+                self.block_forward(l, stop_at_gelu=True)
             # residual3 = residual2 + proj: dresidual is the gradient of both.
             kernels.matmul_backward(dfch, grads.fcprojw[l], grads.fcprojb[l],
                                     dresidual, acts.fch_gelu[l], params.fcprojw[l])                              # (N, 4C)
@@ -181,29 +185,29 @@ class GPT2:
         return norm
 
     def update(self, step, learning_rate, weight_decay, norm, grad_clip):
-        """One AdamW step (counted from 1) on the gradients, which are cleared for the next.
+        """One AdamW step, counted from 1; it clears the gradients.
 
-        They are shortened to grad_clip (0: never) first, if `norm`, which is theirs, is more. If it is not a finite number,
-        nothing changes: whatever went wrong first can still be found.
+        Gradients are first clipped to the global norm `grad_clip` (0 disables); `norm` is their norm. If it is not finite the
+        update is skipped, so that check_finite can find the first bad tensor.
         """
-        for name, part in self.params.parts(slice(0, self.params.size)):
+        for name, part in self.slices:
             kernels.adamw_update(self.params.flat[part], self.grads.flat[part], self.adam_m[part], self.adam_v[part], norm,
                                  learning_rate, BETA1, BETA2, EPSILON,
                                  weight_decay if name in WEIGHT_DECAYED else 0.0, grad_clip, step)
 
-    def clock(self):
-        """The time, for `finish`: when all that was launched before has run."""
+    def start_timer(self):
+        """The start of a step, for `finish_step`: when all earlier launches have run."""
         return self.device.event()
 
-    def finish(self, loss, norm, started):
-        """A step's loss and norm as numbers, and the seconds since `started`, once everything is computed."""
+    def finish_step(self, loss, norm, started):
+        """Wait for the device; return loss and norm as floats, and the seconds since `started`."""
         stopped = self.device.event()
         self.report[0] = loss
         loss, norm = (float(number) for number in self.device.to_host(self.report))
         return loss, norm, self.device.seconds(started, stopped)
 
     def token_losses(self, tokens, targets):
-        """The cross-entropies (N,) of targets (B, T) after tokens (B, T), all NumPy arrays, by a forward pass."""
+        """The cross-entropy (N,) of each of the targets (B, T) after tokens (B, T), all NumPy arrays, by a forward pass."""
         self.forward(self.device.to_device(tokens))
         self.loss(self.device.to_device(targets))
         return self.device.to_host(self.acts.losses)
@@ -217,7 +221,7 @@ class GPT2:
 
 
 class Prefetch:
-    """The batches of a DataLoader on a device: while one is computed with, the next is copied there."""
+    """The batches of a DataLoader on a device. While the model computes with one, the next is copied."""
 
     def __init__(self, loader, device):
         self.loader = loader
@@ -226,7 +230,7 @@ class Prefetch:
         self.reset()
 
     def reset(self):
-        """Start again at the first token."""
+        """Start over at the first token."""
         self.loader.reset()
         self.fetch()
 
@@ -248,30 +252,33 @@ class Prefetch:
         self.upcoming = self.upload(np.stack(self.loader.next_batch()))
 
     def next_batch(self):
-        """Return inputs (B, T) and targets (B, T), int32 arrays of the device, which are good until the next call."""
+        """Return inputs (B, T) and targets (B, T), int32 arrays on the device, valid until the next call."""
         inputs, targets = self.upcoming
         self.fetch()
         return inputs, targets
 
 
 def main():
+    from train_gpt2 import load_weights, train_and_save     # here, not above: it loads the CPU's kernels, and Numba
+
     options = parse_options(
         "Train GPT-2 on a GPU.",
-        device=dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the GPU's kernels on the CPU, slowly"),
+        device=dict(default="cuda", help="cuda; cuda:1 for the second GPU; cpu to run the CUDA kernels on the CPU (slow)"),
         dtype=dict(default="float32", choices=["float32", "tf32"],
-                   help="of matrix products; tf32: faster, with 10 bits of mantissa"))
+                   help="of matrix products; tf32 is faster, with 10 bits of mantissa"))
     device = open_device(options.device, options.dtype)
-    config, params, moments = load_or_create_model(options)
-    prepare_data(options)
+    config, params, moments = load_or_create_model(options.model, options.checkpoint, options.sequence_length)
+    prepare_data(options.input_bin, options.input_val_bin)
+    samples = can_sample(options.sample_every, config)
     B, T = options.batch_size, options.sequence_length
     needed = memory_needed(config, activation_shapes(config, B, T, options.recompute), gpu_scratch_shapes(config, B, T))
-    memory = check_memory(options, needed, device.memory(), device.name)
+    memory = check_memory(f"{options.model} with batches of {B} x {T}", needed, device.memory(), device.name, options.recompute)
     train_loader, val_loader = (loader and Prefetch(loader, device) for loader in data_loaders(options, config))
     model = GPT2(config, B, T, device, options.recompute)
-    fill(model, params, moments, options.seed)
-    del params, moments     # or they would stay in memory all along, and their files could not be deleted on Windows
+    load_weights(model, params, moments, options.seed)
+    del params, moments     # free their memory; on Windows, a mapped checkpoint could not be deleted
     peak = device.peak_flops()
-    train_and_save(model, options, train_loader, val_loader,
+    train_and_save(model, options, train_loader, val_loader, samples,
                    ideal_seconds=options.accumulation_steps * sum(training_flops(config, B, T)) / peak if peak else None,
                    device=f"{device.name}, {options.dtype}", memory=memory)
 

@@ -31,7 +31,7 @@ STOP = 6
 # after the stop an outlier among the losses and one among the norms. Overfitted to few tokens, the model is best on others
 # early on. The seed was searched for.
 FLAGS = ["--batch-size", 2, "--sequence-length", 8, "--total-batch-size", 32, "--num-iterations", STEPS, "--warmup-iters", 2,
-         "--learning-rate", 0.03, "--schedule", "wsd", "--shuffle", "--skip-update-lossz", 1.3, "--skip-update-gradz", 1.3,
+         "--learning-rate", 0.03, "--schedule", "wsd", "--shuffle-shards", "--skip-update-lossz", 1.3, "--skip-update-gradz", 1.3,
          "--seed", 15, "--val-loss-every", 1, "--val-max-steps", 3, "--sample-every", 0]
 
 
@@ -57,13 +57,13 @@ def run(run_main, monkeypatch, tmp_path, data):
     def run(folder, *flags, stop=None, number=signal.SIGTERM, program=train_gpt2):
         with monkeypatch.context() as patches:
             if stop:
-                def finish(model, *arguments, original=program.GPT2.finish):
+                def finish(model, *arguments, original=program.GPT2.finish_step):
                     finish.calls += 1
                     if finish.calls == 2 * stop:    # twice a step, since the update may be skipped
                         os.kill(os.getpid(), number)
                     return original(model, *arguments)
                 finish.calls = 0
-                patches.setattr(program.GPT2, "finish", finish)
+                patches.setattr(program.GPT2, "finish_step", finish)
             return run_main(program, "--output-dir", tmp_path / folder, *flags)
     new_run = [*FLAGS, "--input-bin", data / "train_*.bin", "--input-val-bin", data / "val.bin"]
     return lambda folder, *flags, new=True, **rest: run(folder, *(new_run if new else ()), *flags, **rest)
@@ -120,7 +120,7 @@ FORGOTTEN = {
        for name in ("step", "data", "best_val_loss", "latest_losses", "latest_norms")},
     **{flag: lambda latest, flag=flag, value=value: change_flag(latest, flag, value)
        for flag, value in dict(total_batch_size=16, schedule="cosine", warmup_iters=12, learning_rate=1e-3, num_iterations=11,
-                               learning_rate_decay_frac=0.5, weight_decay=0.0, grad_clip=0.01, shuffle=False, batch_size=1,
+                               learning_rate_decay_frac=0.5, weight_decay=0.0, grad_clip=0.01, shuffle_shards=False, batch_size=1,
                                skip_update_lossz=0.0, skip_update_gradz=0.0, val_max_steps=1).items()},
 }
 
@@ -264,7 +264,7 @@ def test_what_may_change_is_said(run, tmp_path):
 def test_other_tokens(run, tmp_path, data):
     run("out", stop=STOP)
     finished = run("out", "--resume", "--input-bin", data / "train_0.bin", new=False)
-    assert_one_line(finished, 1, "--input-bin", "other tokens", "start anew")
+    assert_one_line(finished, 1, "--input-bin", "other tokens", "start a new run")
     moved = shutil.copytree(data, tmp_path / "moved")
     assert run("out", "--resume", "--input-bin", moved / "train_*.bin", new=False).status == 0
 

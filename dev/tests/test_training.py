@@ -16,7 +16,7 @@ CONFIG = Config(max_seq_len=T, vocab_size=60, padded_vocab_size=128, num_layers=
 
 
 def options(*flags):
-    return parse_options("", ["--input-bin", "train", "--sequence-length", str(T), "--sample-every", "0", *flags])
+    return parse_options("", ["--input-bin", "train", "--sequence-length", str(T), *flags])
 
 
 # Initialization
@@ -50,17 +50,15 @@ def test_first_weights_depend_on_the_seed_alone():
 
 # Learning rate
 
-def rates(*flags):
-    """The learning rates of steps 1 ... 100, of which 10 are warm-up; the highest is 2, a tenth of it is left."""
-    settings = options("--num-iterations", "100", "--warmup-iters", "10", "--learning-rate", "2",
-                       "--learning-rate-decay-frac", "0.1", *flags)
-    return [learning_rate(step, settings) for step in range(1, 101)]
+def rates(schedule, warmup_iters=10):
+    """The learning rates of 100 steps with 10 steps of warmup, a peak of 2 and a final rate of 0.2."""
+    return [learning_rate(step, 100, warmup_iters, 2.0, 0.1, schedule) for step in range(1, 101)]
 
 
 @pytest.mark.parametrize("schedule, middle, end",
                          [("cosine", 1.1, 0.2), ("linear", 1.1, 0.2), ("constant", 2, 2), ("wsd", 2, 0.2)])
 def test_schedule(schedule, middle, end):
-    r = rates("--schedule", schedule)
+    r = rates(schedule)
     assert r[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
     assert r[54] == pytest.approx(middle)            # halfway between the end of the warm-up and the end
     assert r[99] == pytest.approx(end)
@@ -68,18 +66,18 @@ def test_schedule(schedule, middle, end):
 
 
 def test_cosine_is_slow_at_both_ends():
-    r = rates("--schedule", "cosine")
+    r = rates("cosine")
     assert r[9] - r[10] < 1e-3 and r[98] - r[99] < 1e-3 and r[54] - r[55] > 0.03
 
 
 def test_wsd_falls_in_the_last_fifth():
-    r = rates("--schedule", "wsd")
+    r = rates("wsd")
     assert r[79] == 2 and r[80] < 2
     assert r[84] == pytest.approx(1.1)               # a quarter into it, the square root has come halfway
 
 
 def test_no_warmup():
-    assert rates("--warmup-iters", "0")[0] == pytest.approx(2, rel=1e-3)
+    assert rates("cosine", warmup_iters=0)[0] == pytest.approx(2, rel=1e-3)
 
 
 # The training loop
@@ -110,7 +108,8 @@ class Log:
 
 def train(model, settings, train_loader, val_loader, log, progress=None):
     """The training loop; a Log stands in for what writes to the disk, too."""
-    train_gpt2.train(model, settings, train_loader, val_loader, log, progress or Progress(), StopRequest(), save=log)
+    train_gpt2.train(model, settings, train_loader, val_loader, examples=[], samples=False, log=log,
+                     progress=progress or Progress(), stop=StopRequest(), save=log)
 
 
 @pytest.fixture
@@ -148,7 +147,7 @@ def test_every_update_has_the_rate_and_the_norm_of_its_step(loader, monkeypatch)
     settings = options("--num-iterations", "2", "--grad-clip", "0.5")
     monkeypatch.setattr(model, "update", lambda *arguments: updates.append(arguments))
     train(model, settings, loader(4), None, log)
-    assert updates == [(step, learning_rate(step, settings), 0.1, log.norms[step - 1], 0.5) for step in (1, 2)]
+    assert updates == [(step, log.rates[step - 1], 0.1, log.norms[step - 1], 0.5) for step in (1, 2)]
 
 
 def test_accumulated_batches_train_like_one_large_batch(loader):
