@@ -22,6 +22,8 @@ Determinism
 """
 import numpy as np
 
+from gpt2 import ceil_div
+
 device = None           # device.CudaDevice or cuda_on_cpu.CpuDevice: where arrays live and kernels run, set by `use`
 
 
@@ -35,11 +37,6 @@ def use(new_device):
     if new_device is not device:
         new_device.load(SOURCES)
         device = new_device
-
-
-def ceil_div(length, size):
-    """The number of pieces of this size that cover the length."""
-    return -(-length // size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -501,7 +498,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
 
 
 def matvec_forward(out, inp, weight, bias):
-    """matmul_forward for an inp (N, C) of few rows: then the time it takes is that of reading the weight (OC, C), once.
+    """matmul_forward for an inp (N, C) of few rows, where all the time goes into reading the weight (OC, C) once.
 
     See dev/derivations/matmul.md.
     """
@@ -680,11 +677,11 @@ def attention_backward(dqkv, dout, out, lse, qkv, scores, dscores):
 
 
 def attention_cached_forward(out, keys, values, qkv, position):
-    """attention_forward with a KV cache, for tokens that come after `position` others.
+    """attention_forward for T tokens that follow `position` others, with a KV cache.
 
-    keys and values (B, NH, maxT, HS) are the cache: they hold the positions before `position`, and those of the T positions
-    in qkv (B*T, 3C) are appended. One token per text takes a single launch, a prompt the matrix products of training.
-    See dev/derivations/attention.md.
+    keys and values (B, NH, maxT, HS) are the cache: they hold those of the positions before `position`, and those of the T
+    positions in qkv (B*T, 3C) are appended. Every query sees all positions up to its own. A single query takes one launch and
+    reads the cache in place; a prompt uses the matrix products of training. See dev/derivations/attention.md.
     """
     B, NH, maxT, HS = keys.shape
     T = len(out) // B
@@ -771,7 +768,7 @@ def gelu_backward(dinp, dout, inp):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Softmax and cross-entropy, forward and backward at once
+# Softmax and cross-entropy, forward and backward in one launch
 
 CLASSIFIER = r"""
 // One block per row, which it reads twice: for the largest logit and the sum of the softmax, then to replace the logits by
@@ -818,7 +815,7 @@ extern "C" __global__ void add_mean_loss(
 
 
 def fused_classifier(losses, logits, targets, dloss, vocab_size):
-    """losses (N) from logits (N, Vp) and int32 targets (N); the logits are overwritten by their gradients times dloss.
+    """losses (N) from logits (N, Vp) and int32 targets (N), the logits being overwritten by their gradients.
 
     Derived in dev/derivations/classifier.md.
     """
@@ -835,7 +832,7 @@ def add_mean_loss(total, losses, scale):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The optimizer
+# Optimizer
 
 OPTIMIZER = r"""
 // The first of two launches of a reduction: every block leaves a partial sum. A grid-stride loop, four numbers per thread, in
@@ -910,7 +907,7 @@ def global_norm(norm, grads):
 
 
 def adamw_update(params, grads, m, v, norm, learning_rate, beta1, beta2, eps, weight_decay, grad_clip, step):
-    """One step of AdamW on flat arrays (P); step counts from 1. The gradients are cleared.
+    """One step of AdamW (Loshchilov and Hutter 2019) on flat arrays (P); step counts from 1. The gradients are cleared.
 
     Gradient clipping: if norm (1), the norm of all gradients together, exceeds grad_clip, they are scaled down to it; 0
     disables clipping. If norm is not finite nothing changes, not even the gradients, so that the first bad tensor can be

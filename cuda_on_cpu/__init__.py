@@ -1,5 +1,4 @@
 """A device that runs CUDA kernels on the CPU, compiled by g++ from the same source that a GPU gets. See README.md."""
-import atexit
 import contextlib
 import ctypes
 import functools
@@ -9,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import UserError
-from files import atomic_file, main_memory
+from files import atomic_file, cache_folder, main_memory
 from launcher import Device, DeviceArray, Shape
 
 FOLDER = Path(__file__).resolve().parent
@@ -231,17 +229,11 @@ def machine():
                         "(Debian and Ubuntu: apt install g++; macOS: xcode-select --install)") from None
 
 
-@functools.cache
-def build_folder():
-    """The folder of compiled libraries: beside this file or, if it cannot be written, temporary for this process."""
-    folder = FOLDER / "build"
-    with contextlib.suppress(OSError):
-        folder.mkdir(exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    temporary = tempfile.TemporaryDirectory(prefix="cuda_on_cpu_")
-    atexit.register(temporary.cleanup)
-    return Path(temporary.name)
+def build_folder() -> Path:
+    """The folder of compiled libraries, in the user's cache folder: the checkout may be read-only."""
+    folder = cache_folder() / "cuda_on_cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def build(text, name, flags):
