@@ -28,7 +28,7 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 DOWNLOAD_SECONDS = 5      # without a connection, fail soon
 PIECE_BYTES = 65_536
 OUT_OF_MEMORY_HINT = "give fewer examples"
-MAX_EXAMPLE_TOKENS = MAX_UINT16 // 2 - EXAMPLE_WORDS - 1 - COMPLETIONS    # in an example
+MAX_EXAMPLE_TOKENS = MAX_UINT16 // 2 - EXAMPLE_WORDS - 1 - COMPLETIONS    # in all texts of an example
 
 
 def main():

@@ -6,7 +6,8 @@ import tokenizer
 from cli import UserError
 
 HARD_TEXTS = ["", " ", "\n\n\n", "tabs\tand\r\nline ends  \n\n ", "two  spaces   before    words", "naïve café, ﬁve №",
-              "漢字かな 한국어 עברית العربية", "🙂👩‍👩‍👧‍👦🏳️‍🌈", "e\u0301\u200b\u00a0\ufeff\x00\x7f", "it's we'll I'D 12345 !?...", "<|endoftext|>"]
+              "漢字かな 한국어 עברית العربية", "🙂👩‍👩‍👧‍👦🏳️‍🌈",
+              "e\u0301\u200b\u00a0\ufeff\x00\x7f", "it's we'll I'D 12345 !?...", "<|endoftext|>"]
 
 
 @pytest.mark.parametrize("text, ids", [
