@@ -20,7 +20,6 @@ from platformdirs import user_cache_path
 
 from cli import UserError
 
-DATA_DIR = Path(__file__).resolve().parent / "data"
 CACHE_VARIABLE = "GPT2_BY_HAND_CACHE"
 PIP_SECONDS = 120  # enough for two megabytes over a slow line
 HEADER_INTS = 256
@@ -54,6 +53,15 @@ def cache_folder() -> Path:
         atexit.register(temporary.cleanup)
         os.environ[CACHE_VARIABLE] = temporary.name
         return Path(temporary.name)
+
+
+def data_folder() -> Path:
+    """The folder of token files and the vocabulary: `data` in the checkout or, if that is read-only, in cache_folder."""
+    folder = Path(__file__).resolve().parent / "data"
+    return folder if folder.is_dir() or os.access(folder.parent, os.W_OK) else cache_folder() / "data"
+
+
+DATA_DIR = data_folder()
 
 
 @contextlib.contextmanager
