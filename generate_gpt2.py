@@ -8,6 +8,7 @@ import contextlib
 import math
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -37,7 +38,7 @@ class Int8Weight(NamedTuple):
     scales: np.ndarray
 
 
-def quantize(config, params):
+def quantize(config: Config, params: Tensors) -> SimpleNamespace:
     """A copy of the parameters with wte and the weights of all linear layers as Int8Weight.
 
     They take a quarter of their memory, plus a sixteenth of that for the scales.
@@ -87,14 +88,14 @@ class Decoder:
     length: number of tokens of each text in the cache, at most config.max_seq_len
     """
 
-    def __init__(self, config, params, num_texts, threads):
+    def __init__(self, config: Config, params: Tensors | SimpleNamespace, num_texts: int, threads: int):
         self.config, self.params, self.workspace = config, params, kernels.make_workspace(threads)
         cache = (config.num_layers, num_texts, config.num_heads, config.max_seq_len, config.channels // config.num_heads)
         self.keys, self.values = np.zeros(cache, dtype=np.float32), np.zeros(cache, dtype=np.float32)
         self.start = self.length = 0
         self.acts = Tensors({"residual": (0, 0)})
 
-    def forward(self, tokens):
+    def forward(self, tokens: np.ndarray) -> np.ndarray:
         """Return the normalized output of the last block (N, C), N = B*T, for tokens (B, T) that follow those in the cache.
 
         Appends to the cache. B may be smaller than the number of texts: the first B are read. Raises ValueError if they do not
@@ -132,7 +133,7 @@ class Decoder:
         self.length = end
         return acts.ln
 
-    def logits(self, rows):
+    def logits(self, rows: np.ndarray) -> np.ndarray:
         """The logits (n, V) of the next tokens, from rows (n, C) of what `forward` returned."""
         logits = np.empty((len(rows), self.config.vocab_size), dtype=np.float32)
         wte = self.params.wte
@@ -140,13 +141,13 @@ class Decoder:
         linear_forward(logits, rows, weight, kernels.NO_BIAS, self.workspace)
         return logits
 
-    def losses(self, rows, targets):
+    def losses(self, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """The cross-entropy (n,), in nats, of each of the targets (n,), from rows (n, C) of what `forward` returned."""
         losses, logits = np.empty(len(rows), dtype=np.float32), self.logits(rows)
         kernels.fused_classifier(losses, logits, targets, 0.0, self.config.vocab_size)
         return losses
 
-    def next_logits(self, texts):
+    def next_logits(self, texts: list[list[int]]) -> np.ndarray:
         """The logits (B, V) of the next token of each of B texts, lists of tokens of the same length.
 
         The texts must begin with those of the last call: only the new tokens are read. When the context is full, the cache is
@@ -167,7 +168,7 @@ class Decoder:
         return self.logits(rows[:, -1].copy())
 
 
-def generate(decoder, texts, generators, max_new_tokens, **sampling):
+def generate(decoder: Decoder, texts: list, generators: list, max_new_tokens: int, **sampling) -> Iterator[list[int]]:
     """Yield the next token of each of the texts and append it, max_new_tokens times.
 
     Each text has its own random generator. With up to MEMORY_BOUND_ROWS texts, the bits of a text's logits do not depend on
@@ -184,7 +185,7 @@ def generate(decoder, texts, generators, max_new_tokens, **sampling):
         yield tokens
 
 
-def mean_loss(decoder, tokens):
+def mean_loss(decoder: Decoder, tokens) -> float:
     """The mean cross-entropy, in nats per token, of all tokens after the first, each given those before it.
 
     The text is read in windows of one context that overlap by half, so that every token after the first half context has at
@@ -215,17 +216,17 @@ class TextStream:
     stopped: whether a stop was found
     """
 
-    def __init__(self, encoding, stops):
+    def __init__(self, encoding, stops: list[str]):
         self.encoding, self.stops = encoding, stops
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.waiting = ""
         self.stopped = False
 
-    def add(self, token):
+    def add(self, token: int) -> str:
         """The text that is certain after this token."""
         return self.release(self.decoder.decode(self.encoding.decode_single_token_bytes(token)))
 
-    def finish(self):
+    def finish(self) -> str:
         """The text that was still waiting, when no token follows."""
         text = self.release(self.decoder.decode(b"", final=True)) + self.waiting
         self.waiting = ""
@@ -259,7 +260,7 @@ class Speed:
                 f"generated: {rate(self.new_tokens, self.new_seconds)}")
 
 
-def write_texts(decoder, encoding, texts, generators, options, speed):
+def write_texts(decoder: Decoder, encoding, texts: list, generators: list, options, speed: Speed) -> list[str]:
     """Continue the texts until each has max_new_tokens more tokens, meets a stop or ends. Return what was added, as text.
 
     The first text is streamed to standard output. Counts and times are added to `speed`.
@@ -303,14 +304,14 @@ def write_texts(decoder, encoding, texts, generators, options, speed):
     return written
 
 
-def note(text):
+def note(text) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-def parse_options(description, arguments=None, **own_flags):
+def parse_options(description: str, arguments: list | None = None, **own_flags):
     """The flags as a namespace. own_flags are those of one program only: threads=dict(type=..., help=...).
 
     Raises UserError with status 2 for a wrong flag or combination.
@@ -349,14 +350,14 @@ def parse_options(description, arguments=None, **own_flags):
     return options
 
 
-def compile_kernels():
+def compile_kernels() -> None:
     """Compile the kernels into Numba's cache, unless they are there."""
     if not kernels.all_compiled(decoding=True):
         note("compiling the kernels, once: some 10 seconds")
         kernels.compile_in_processes("generate_gpt2")
 
 
-def run_every_kernel(int8):
+def run_every_kernel(int8: bool) -> None:
     """Read and score a text with the smallest model, so that Numba compiles every kernel it needs."""
     config = Config(max_seq_len=2 * MEMORY_BOUND_ROWS, vocab_size=2, padded_vocab_size=2, num_layers=1, num_heads=1, channels=1)
     params = Tensors(parameter_shapes(config))
@@ -365,7 +366,7 @@ def run_every_kernel(int8):
     mean_loss(decoder, [0] * (2 * MEMORY_BOUND_ROWS + 1))
 
 
-def read_bytes(path, size=-1):
+def read_bytes(path: str, size: int = -1) -> bytes:
     """The first `size` bytes of a file (default: all). Raises UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
@@ -374,7 +375,7 @@ def read_bytes(path, size=-1):
         raise UserError(f"cannot read {path}: {error.strerror}; name a file that can be read") from error
 
 
-def as_text(name, contents):
+def as_text(name: str, contents: bytes) -> str:
     """The contents of a file or of standard input as text. Raises UserError if it is not UTF-8."""
     try:
         return contents.decode("utf-8")
@@ -383,7 +384,7 @@ def as_text(name, contents):
                         "convert it to UTF-8") from error
 
 
-def encode(encoding, text, context):
+def encode(encoding, text: str, context: int) -> list[int]:
     """The tokens of a prompt. Raises UserError if they do not fit the context."""
     tokens = encoding.encode_ordinary(text)
     if len(tokens) > context:
@@ -392,7 +393,7 @@ def encode(encoding, text, context):
     return tokens
 
 
-def tokenizer_for(config, name):
+def tokenizer_for(config: Config, name: str):
     """GPT-2's encoding, the only one known here. Raises UserError if the model has another vocabulary."""
     if config.vocab_size != VOCABULARY:
         raise UserError(f"--model {name} has a vocabulary of {config.vocab_size:,} tokens, expected GPT-2's {VOCABULARY:,}: "
@@ -400,7 +401,7 @@ def tokenizer_for(config, name):
     return gpt2_encoding()
 
 
-def score(decoder, options):
+def score(decoder: Decoder, options) -> None:
     """Print the perplexity of the text or token file options.perplexity."""
     path, config = options.perplexity, decoder.config
     if read_bytes(path, 4) == np.array(TOKENS_MAGIC, dtype="<i4").tobytes():
@@ -418,7 +419,7 @@ def score(decoder, options):
     note(f"{(len(tokens) - 1) / seconds:,.1f} tok/s")
 
 
-def complete(decoder, encoding, prompt, options, generators, speed):
+def complete(decoder: Decoder, encoding, prompt: str, options, generators: list, speed: Speed) -> None:
     """Print the prompt and its continuation. With several samples, the first is streamed and the others follow."""
     tokens = encode(encoding, prompt, decoder.config.max_seq_len) or [END_OF_TEXT]
     texts = [list(tokens) for _ in generators]
@@ -430,7 +431,7 @@ def complete(decoder, encoding, prompt, options, generators, speed):
         print(heading(i) + prompt + written[i])
 
 
-def converse(decoder, encoding, options, generators, speed):
+def converse(decoder: Decoder, encoding, options, generators: list, speed: Speed) -> None:
     """Continue line after line of standard input until it ends, each with all the text before it as its prompt.
 
     Ctrl-C ends a reply, not the conversation. Line and reply are separated by a newline, as on the screen.
@@ -454,14 +455,14 @@ def converse(decoder, encoding, options, generators, speed):
             text.pop()
 
 
-def read_prompt(options):
+def read_prompt(options) -> str:
     """The prompt: --prompt, or standard input if it is a file or a pipe."""
     if options.prompt is not None or options.interactive or options.perplexity or sys.stdin.isatty():
         return options.prompt or ""
     return as_text("standard input", sys.stdin.buffer.read()).removesuffix("\n").removesuffix("\r")
 
 
-def run(decoder, encoding, prompt, options):
+def run(decoder: Decoder, encoding, prompt: str, options) -> None:
     """Do what the flags ask for: score a file, continue the prompt, or converse."""
     if options.perplexity:
         score(decoder, options)

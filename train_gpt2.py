@@ -16,16 +16,17 @@ import numpy as np
 import kernels_cpu as kernels
 from checkpoint import checkpoints, delete, save_checkpoint
 from cli import bounded, run_program
-from distributed import SINGLE_PROCESS, DataParallel, start
+from dataloader import DataLoader
+from distributed import SINGLE_PROCESS, DataParallel, World, start
 from files import main_memory
 from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize,
                   memory_needed, new_array, parameter_shapes, scratch_shapes)
 from hellaswag import count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, NO_BIAS
 from model_files import save_model
-from training import (OUT_OF_MEMORY_HINT, NullLog, StopRequest, TrainingLog, can_sample, check_finite, check_memory,
-                      data_loaders, flags_to_save, initial_progress, is_due, learning_rate, load_or_create_model,
-                      outlier, parse_options, prepare_data, print_configuration, sample_text)
+from training import (OUT_OF_MEMORY_HINT, NullLog, Progress, StopRequest, TrainingLog, can_sample, check_finite, check_memory,
+                      data_loaders, flags_to_save, initial_progress, is_due, learning_rate, load_or_create_model, outlier,
+                      parse_options, prepare_data, print_configuration, sample_text)
 
 
 class GPT2:
@@ -37,7 +38,7 @@ class GPT2:
     All parameters are zero until `initialize` or `set_params` fills them.
     """
 
-    def __init__(self, config, batch_size, sequence_length, threads, recompute=False):
+    def __init__(self, config: Config, batch_size: int, sequence_length: int, threads: int, recompute: bool = False):
         self.config = config
         self.recompute = recompute
         self.workspace = kernels.make_workspace(threads)
@@ -49,27 +50,27 @@ class GPT2:
         self.scratch = Tensors(scratch_shapes(config, batch_size, sequence_length, CLASSIFIER_ROWS))
         self.tokens = None
 
-    def initialize(self, seed):
+    def initialize(self, seed: int) -> None:
         """Initialize the parameters at random, as GPT-2 does."""
         initialize(self.params, self.config, seed)
 
-    def set_params(self, params):
+    def set_params(self, params: Tensors) -> None:
         """Copy in the parameters, Tensors of the same shapes."""
         self.params.flat[...] = params.flat
 
-    def get_params(self):
+    def get_params(self) -> Tensors:
         """The parameters, as Tensors of NumPy arrays."""
         return self.params
 
-    def set_moments(self, m, v):
+    def set_moments(self, m: np.ndarray, v: np.ndarray) -> None:
         """Copy in AdamW's moments, two flat arrays in the order of the parameters."""
         self.adam_m[...], self.adam_v[...] = m, v
 
-    def get_moments(self):
+    def get_moments(self) -> tuple[np.ndarray, np.ndarray]:
         """AdamW's two moments, flat NumPy arrays in the order of the parameters."""
         return self.adam_m, self.adam_v
 
-    def forward(self, tokens):
+    def forward(self, tokens: np.ndarray) -> None:
         """Compute `acts.lnf` (N, C), the normalized output of the last block, from tokens (B, T), N = B*T.
 
         Requires T <= max_seq_len (ValueError) and B*T <= the size the model was built for. Activations live in one reused
@@ -89,7 +90,7 @@ class GPT2:
         kernels.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd,
                                   acts.residual3[-1], params.lnfw, params.lnfb)                                  # (N, C)
 
-    def block_forward(self, l, stop_at_gelu=False):
+    def block_forward(self, l: int, stop_at_gelu: bool = False) -> None:
         """Block l, from the residual stream before it to that after it, `acts.residual3[l]` (N, C).
 
         stop_at_gelu: leave out the last two calls, which compute nothing that the block's backward pass reads
@@ -112,7 +113,7 @@ class GPT2:
         kernels.matmul_forward(proj, acts.fch_gelu[l], params.fcprojw[l], params.fcprojb[l], workspace)          # (N, C)
         kernels.residual_forward(acts.residual3[l], acts.residual2[l], proj)                                     # (N, C)
 
-    def loss(self, targets):
+    def loss(self, targets: np.ndarray) -> float:
         """The mean cross-entropy of the last forward pass against targets (B, T), in nats per token."""
         params, acts, workspace = self.params, self.acts, self.workspace
         targets = targets.reshape(self.tokens.size)
@@ -122,7 +123,7 @@ class GPT2:
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows], 0.0, self.config.vocab_size)      # (rows)
         return float(np.mean(acts.losses, dtype=np.float64))
 
-    def backward(self, targets, accumulation_steps=1):
+    def backward(self, targets: np.ndarray, accumulation_steps: int = 1) -> float:
         """Return the mean loss against targets (B, T); accumulate into `grads` the gradient of loss / accumulation_steps.
 
         The forward pass in reverse. It starts with the classifier, which computes the loss and its gradient from one set of
@@ -169,11 +170,11 @@ class GPT2:
         kernels.encoder_backward(grads.wte, grads.wpe, dresidual, self.tokens)                                   # (Vp, C)
         return float(np.mean(acts.losses, dtype=np.float64))
 
-    def gradient_norm(self):
+    def gradient_norm(self) -> float:
         """The Euclidean norm of all gradients together."""
         return float(kernels.global_norm(self.grads.flat))
 
-    def update(self, step, learning_rate, weight_decay, norm, grad_clip):
+    def update(self, step: int, learning_rate: float, weight_decay: float, norm: float, grad_clip: float) -> None:
         """One AdamW step, counted from 1; it clears the gradients.
 
         Gradients are first clipped to the global norm `grad_clip` (0 disables); `norm` is their norm. If it is not finite the
@@ -187,21 +188,21 @@ class GPT2:
                                  learning_rate, BETA1, BETA2, EPSILON,
                                  weight_decay if name in WEIGHT_DECAYED else 0.0, grad_scale, step)
 
-    def start_timer(self):
+    def start_timer(self) -> float:
         """The start of a step, for `finish_step`."""
         return time.perf_counter()
 
-    def finish_step(self, loss, norm, started):
+    def finish_step(self, loss: float, norm: float, started: float) -> tuple[float, float, float]:
         """Wait for the device; return loss and norm as floats, and the seconds since `started`."""
         return loss, norm, time.perf_counter() - started
 
-    def token_losses(self, tokens, targets):
+    def token_losses(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """The cross-entropy (N,) of each of the targets (B, T) after tokens (B, T), by a forward pass."""
         self.forward(tokens)
         self.loss(targets)
         return self.acts.losses
 
-    def next_token_logits(self, tokens):
+    def next_token_logits(self, tokens: np.ndarray) -> np.ndarray:
         """The logits (V,) of the token that follows tokens (1, T), by a forward pass."""
         self.forward(tokens)
         logits = self.scratch.logits[:1]
@@ -209,7 +210,7 @@ class GPT2:
         return logits[0, :self.config.vocab_size].copy()
 
 
-def evaluate(model, loader, max_steps, world=SINGLE_PROCESS):
+def evaluate(model: GPT2, loader: DataLoader, max_steps: int, world: World = SINGLE_PROCESS) -> float:
     """The mean loss over the first max_steps validation batches, or all if there are fewer. Processes take turns."""
     loader.reset()
     steps = min(max_steps, loader.batches)
@@ -222,7 +223,32 @@ def evaluate(model, loader, max_steps, world=SINGLE_PROCESS):
     return world.sum(float(total)) / steps
 
 
-def train(model, options, train_loader, val_loader, examples, samples, log, progress, stop, save, world=SINGLE_PROCESS):
+class Saver:
+    """Saves checkpoints and models (process 0 only).
+
+    output_dir: folder of the run
+    keep: how many checkpoints to keep
+    flags: the flags that a checkpoint records, a dict
+    """
+
+    def __init__(self, model: GPT2, output_dir: Path, keep: int, flags: dict, world: World = SINGLE_PROCESS):
+        self.model, self.output_dir, self.keep, self.flags, self.world = model, output_dir, keep, flags, world
+
+    def checkpoint(self, progress: Progress) -> None:
+        """Write a checkpoint, from which --resume continues (checkpoint.py)."""
+        moments = self.model.get_moments()      # every process sends its shard
+        if self.world.rank == 0:
+            state = asdict(progress) | {"flags": self.flags}
+            save_checkpoint(self.output_dir, self.model.config, self.model.get_params(), moments, state, self.keep)
+
+    def model_to(self, folder: Path) -> None:
+        """Write the model to a folder."""
+        if self.world.rank == 0:
+            save_model(folder, self.model.config, self.model.get_params())
+
+
+def train(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader | None, examples: list, samples: bool,
+          log: TrainingLog, progress: Progress, stop: StopRequest, save: Saver, world: World = SINGLE_PROCESS) -> int:
     """The training loop, for any model with GPT2's methods. Returns the number of the signal that stopped it, or 0.
 
     options: the settings, see training.parse_options
@@ -284,31 +310,7 @@ def train(model, options, train_loader, val_loader, examples, samples, log, prog
     return 0
 
 
-class Saver:
-    """Saves checkpoints and models (process 0 only).
-
-    output_dir: folder of the run
-    keep: how many checkpoints to keep
-    flags: the flags that a checkpoint records, a dict
-    """
-
-    def __init__(self, model, output_dir, keep, flags, world=SINGLE_PROCESS):
-        self.model, self.output_dir, self.keep, self.flags, self.world = model, output_dir, keep, flags, world
-
-    def checkpoint(self, progress):
-        """Write a checkpoint, from which --resume continues (checkpoint.py)."""
-        moments = self.model.get_moments()      # every process sends its shard
-        if self.world.rank == 0:
-            state = asdict(progress) | {"flags": self.flags}
-            save_checkpoint(self.output_dir, self.model.config, self.model.get_params(), moments, state, self.keep)
-
-    def model_to(self, folder):
-        """Write the model to a folder."""
-        if self.world.rank == 0:
-            save_model(folder, self.model.config, self.model.get_params())
-
-
-def load_weights(model, params, moments, seed):
+def load_weights(model: GPT2, params: Tensors | None, moments: list | None, seed: int) -> None:
     """Copy in parameters (None: initialize) and AdamW's moments (None: leave them zero)."""
     if params is not None:
         model.set_params(params)
@@ -318,7 +320,8 @@ def load_weights(model, params, moments, seed):
         model.set_moments(*moments)
 
 
-def train_and_save(model, options, train_loader, val_loader, samples, world=SINGLE_PROCESS, ideal_seconds=None, **device_rows):
+def train_and_save(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader | None, samples: bool,
+                   world: World = SINGLE_PROCESS, ideal_seconds: float | None = None, **device_rows) -> None:
     """Train the model and save it. ideal_seconds is TrainingLog's, device_rows are print_configuration's."""
     examples = read_examples(options.hellaswag, model.config.vocab_size) if options.hellaswag else []
     progress = initial_progress(options, train_loader.fingerprint())
@@ -340,14 +343,14 @@ def train_and_save(model, options, train_loader, val_loader, samples, world=SING
     print(f"wrote the model to {options.output_dir}, a Hugging Face folder")
 
 
-def compile_kernels():
+def compile_kernels() -> None:
     """Compile the kernels into Numba's cache, unless they are there."""
     if not kernels.all_compiled():
         print("compiling the kernels, once: some 15 seconds", flush=True)
         kernels.compile_in_processes("train_gpt2")
 
 
-def run_every_kernel(backward_first):
+def run_every_kernel(backward_first: bool) -> None:
     """One step of the smallest model, so that Numba compiles every kernel: for kernels_cpu.compile_in_processes.
 
     With backward_first it begins with the two kernels of the backward pass that take longest to compile.

@@ -9,16 +9,18 @@ import numpy as np
 
 import kernels_gpu as kernels
 from cli import run_program
+from dataloader import DataLoader
 from device import open_device
-from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Tensors, activation_shapes, activations, chunks, initialize,
+from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize,
                   memory_needed, parameter_shapes, scratch_shapes, training_flops)
+from launcher import Device
 from training import (OUT_OF_MEMORY_HINT, can_sample, check_memory, data_loaders, load_or_create_model, parse_options,
                       prepare_data)
 
 CLASSIFIER_ROWS = 2048    # rows of logits that exist at any one time: 2048 * 50304 * 4 bytes = 412 MB
 
 
-def gpu_scratch_shapes(config, B, T):
+def gpu_scratch_shapes(config: Config, B: int, T: int) -> dict[str, tuple]:
     """scratch_shapes, plus the attention scores of one sequence."""
     scores = (config.num_heads, T, T)
     return scratch_shapes(config, B, T, CLASSIFIER_ROWS) | {"scores": scores, "dscores": scores}
@@ -31,7 +33,7 @@ class GPT2:
     returns is an array on the device, of shape () or (1), and may not be computed yet.
     """
 
-    def __init__(self, config, batch_size, sequence_length, device, recompute=False):
+    def __init__(self, config: Config, batch_size: int, sequence_length: int, device: Device, recompute: bool = False):
         kernels.use(device)
         self.config = config
         self.recompute = recompute
@@ -47,26 +49,26 @@ class GPT2:
         self.report = device.zeros(2)       # a step's loss and gradient norm, side by side for one copy to the host
         self.tokens = None
 
-    def initialize(self, seed):
+    def initialize(self, seed: int) -> None:
         """Initialize the parameters at random, as GPT-2 does."""
         params = Tensors(parameter_shapes(self.config))
         initialize(params, self.config, seed)
         self.set_params(params)
 
-    def set_params(self, params):
+    def set_params(self, params: Tensors) -> None:
         """Copy in the parameters, Tensors of NumPy arrays of the same shapes."""
         self.device.copy_to_device(self.params.flat, params.flat)
 
-    def get_params(self):
+    def get_params(self) -> Tensors:
         """A copy of the parameters, as Tensors of NumPy arrays."""
         return Tensors(self.params.shapes, allocate=lambda size: self.device.to_host(self.params.flat))
 
-    def set_moments(self, m, v):
+    def set_moments(self, m: np.ndarray, v: np.ndarray) -> None:
         """Copy in AdamW's moments, two flat NumPy arrays in the order of the parameters."""
         self.device.copy_to_device(self.adam_m, m)
         self.device.copy_to_device(self.adam_v, v)
 
-    def get_moments(self):
+    def get_moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Copies of AdamW's two moments, flat NumPy arrays in the order of the parameters."""
         return self.device.to_host(self.adam_m), self.device.to_host(self.adam_v)
 
@@ -91,7 +93,7 @@ class GPT2:
         for l in range(self.config.num_layers):
             self.block_forward(l)                                                                                # (N, C)
 
-    def block_forward(self, l, stop_at_gelu=False):
+    def block_forward(self, l: int, stop_at_gelu: bool = False) -> None:
         """Block l, from the output of its first layernorm to that of the layernorm after it: block l + 1's, or the last.
 
         stop_at_gelu: leave out the last two calls, which compute nothing that the block's backward pass reads
@@ -206,13 +208,13 @@ class GPT2:
         loss, norm = (float(number) for number in self.device.to_host(self.report))
         return loss, norm, self.device.seconds(started, stopped)
 
-    def token_losses(self, tokens, targets):
+    def token_losses(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """The cross-entropy (N,) of each of the targets (B, T) after tokens (B, T), all NumPy arrays, by a forward pass."""
         self.forward(self.device.to_device(tokens))
         self.loss(self.device.to_device(targets))
         return self.device.to_host(self.acts.losses)
 
-    def next_token_logits(self, tokens):
+    def next_token_logits(self, tokens: np.ndarray) -> np.ndarray:
         """The logits (V,) of the token that follows tokens (1, T), both NumPy arrays, by a forward pass."""
         self.forward(self.device.to_device(tokens))
         logits = self.scratch.logits[:1]
@@ -223,7 +225,7 @@ class GPT2:
 class Prefetch:
     """The batches of a DataLoader on a device. While the model computes with one, the next is copied."""
 
-    def __init__(self, loader, device):
+    def __init__(self, loader: DataLoader, device: Device):
         self.loader = loader
         self.num_tokens, self.batches = loader.num_tokens, loader.batches
         self.upload = device.uploader((2, loader.batch_size, loader.sequence_length), np.int32)
