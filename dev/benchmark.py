@@ -1,39 +1,39 @@
-"""A training step of this program beside the same step in PyTorch, on this machine (Linux or macOS).
+"""Time a training step of this program and of PyTorch, side by side, on this machine (Linux or macOS).
 
     python dev/benchmark.py                                            d12, at B x T = 4x64 and 1x1024
-    python dev/benchmark.py --python ~/torch/bin/python                PyTorch lives in another environment
+    python dev/benchmark.py --python ~/torch/bin/python                with the PyTorch of another environment
     python dev/benchmark.py --shapes 4x64 1x1024 4x1024 --rounds 5
     python dev/benchmark.py --device cuda                              train_gpt2_gpu.py on a GPU, at 4x1024
 
-The last is what to run where a GPU is at hand. It needs CuPy (requirements-gpu.txt) and PyTorch for CUDA.
-Generating text is measured by benchmark_generate.py.
+The last needs a GPU, CuPy (requirements-gpu.txt) and PyTorch for CUDA. benchmark_generate.py measures text generation.
 
 What is timed
-    A whole step: forward, backward, clipping at norm 1, AdamW, and the loss. Ours is the loop of train_gpt2.py itself.
-    PyTorch's is the GPT-2 of reference_pytorch.py with its real vocabulary, GPT-2's initialization and fused AdamW. Random
-    tokens from one seed and as many threads for all.
+    A whole step: forward, backward, gradient clipping at norm 1, AdamW, and the loss. Ours is the loop of train_gpt2.py itself.
+    PyTorch's is the GPT-2 of reference_pytorch.py with the unpadded vocabulary, GPT-2's initialization and fused AdamW. All
+    programs get the same random tokens and the same number of threads.
 
 How
-    Each program runs in a process of its own, so that no thread pool or allocator disturbs another. They take turns, for
-    several rounds, so that a slow minute of the machine hits all of them; the first steps, which compile, are left out. A time
-    is the median over all steps, a ratio the median over the rounds of the ratio of that round's medians. PyTorch's two ways
-    to compute attention, spelled out and scaled_dot_product_attention (sdpa), both run in the first round, and each program
-    keeps the one that is faster for it.
+    Each program runs in its own process, so that no thread pool or allocator affects another. The programs take turns for
+    several rounds, so that a slow minute of the machine hits all of them. The first steps, which compile, are not counted. A
+    time is the median over all steps; a ratio is the median over the rounds of the ratio of that round's medians. PyTorch's
+    attention, written out ("plain") or by scaled_dot_product_attention ("sdpa"), runs both ways in the first round; each
+    program keeps the faster one.
 
 On a GPU (--device cuda)
     Each program runs with float32 and with TF32 products, and is compared with ours of the same kind. Times are those of CUDA
-    events, from before the batch is copied to the GPU until the last kernel has run. PyTorch's vocabulary is padded like
-    ours: with one of 50,257 its products would be slower. Memory is that of arrays: of PyTorch, the most that existed at any
-    one time; of ours, all that CuPy's pool has taken, which is no less. MFU, model FLOPs utilization, is the share that a
-    step's matrix products have in what the GPU's cores could have computed meanwhile, at their highest clock rate.
+    events, from before the batch is copied to the GPU until the last kernel has finished. PyTorch's vocabulary is padded like
+    ours: with 50,257 its products would be slower. Memory is that of arrays: for PyTorch its peak, for ours all that CuPy's
+    pool holds, which is at least the peak. MFU, model FLOPs utilization, is the FLOPs of a step's matrix products divided by
+    what the GPU could have computed in that time at its highest clock rate.
 
-    In further steps our kernels are timed one by one. A kernel's GB/s are the bytes it cannot but move: each array once, and
-    twice if it is read and written. They are held against a copy of 1 GiB, counted likewise; an array that is still in the
-    GPU's cache can be faster. A product's GFLOP/s, masked scores included, are held against one of large matrices.
+    Additional steps time our kernels one by one. A kernel's GB/s count the bytes it must move: each array once, or twice if it
+    is read and written. They are compared with a copy of 1 GiB, counted the same way; an array that is still in the GPU's
+    cache can be faster. A product's GFLOP/s, which include masked scores, are compared with a product of large matrices.
 """
-# The processes that measure import NumPy, Numba and PyTorch themselves: PyTorch may be in another environment, and on Linux
-# a process counts what its parent occupied when it started as its own peak memory.
+# The measuring processes import NumPy, Numba and PyTorch themselves, for two reasons: PyTorch may be in another environment,
+# and on Linux a process counts its parent's memory at the time it was started toward its own peak.
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -41,33 +41,35 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from datetime import date
 from functools import partial
 from itertools import pairwise
 from math import inf, prod
 from pathlib import Path
 from statistics import median
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cli import OneLineParser, UserError, bounded, run_program
 from dev import style
-from cli import OneLineParser, UserError, run_program
 
 SEED = 1337
 LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP = 1e-4, 0.1, 1.0
 WARMUP_STEPS = 2          # the first compiles, or loads what was compiled before
 MINIMUM_STEPS = 3
-STEP_TOKENS = {"cpu": 256, "cuda": 4096}    # batches with more tokens than this get fewer steps
+STEP_TOKENS = {"cpu": 256, "cuda": 4096}    # larger batches get fewer steps
 PROFILED_STEPS = 3
-MATRIX_SIZE = {"cpu": 3072, "cuda": 8192}   # of the products that tell the machine's rate
-COPIED_FLOATS = 2 ** 28   # in the copy that tells a GPU's
+MATRIX_SIZE = {"cpu": 3072, "cuda": 8192}   # of the products that measure the machine's rate
+COPIED_FLOATS = 2 ** 28   # of the copy that measures a GPU's memory
 RATE_REPEATS = 5
-SPIN_ROUNDS = 50_000      # some 0.1 ms on a GPU
-QUIET_CORES = 0.2         # as much as other programs may keep busy before times say little
-MEASURE = "--measure"     # starts this file as one of its own measuring processes, with a task in JSON
+SPIN_ROUNDS = 50_000      # about 0.1 ms on a GPU
+QUIET_CORES = 0.2         # if other programs keep more cores busy, the report warns
+MEASURE = "--measure"     # runs this file as a measuring process, with a task in JSON
 
 
 class Shape(NamedTuple):
@@ -83,10 +85,10 @@ class Shape(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# In the measuring processes: a task {program, device, model, shape, threads, steps, and a variant's keys} -> a result for JSON
+# The measuring processes: a task {program, device, model, shape, threads, steps, and a variant's keys} -> a result for JSON
 
 class RandomBatches:
-    """Stands in for a DataLoader: random tokens, the same for every program."""
+    """Replaces a DataLoader: random tokens, the same for every program."""
     num_tokens = batches = inf
     state = None
 
@@ -106,7 +108,7 @@ class RandomBatches:
 
 
 class WallClock:
-    """Tells the time as device.CudaDevice does."""
+    """The clock of the CPU, with the interface of device.CudaDevice."""
     event = staticmethod(time.perf_counter)
 
     def seconds(self, start, stop):
@@ -114,7 +116,7 @@ class WallClock:
 
 
 class TorchCudaClock:
-    """Tells the time as device.CudaDevice does, from PyTorch's stream."""
+    """The clock of PyTorch's CUDA stream, with the same interface."""
 
     def event(self):
         import torch
@@ -128,7 +130,7 @@ class TorchCudaClock:
 
 
 def typical_seconds(work, clock):
-    """The median time of some calls of `work`, a first one left out. A GPU has the next at hand when it is done with one."""
+    """The median time of a few calls of `work`, without the first. Calls are queued, so that a GPU never waits for Python."""
     events = [clock.event()]
     for _ in range(1 + RATE_REPEATS):
         work()
@@ -137,29 +139,29 @@ def typical_seconds(work, clock):
 
 
 def product_rate(multiply, n, clock):
-    """FLOPs a second of a function that multiplies two large matrices, n x n: no smaller product will be faster."""
+    """FLOP/s of `multiply`, which multiplies two n x n matrices: an upper bound for smaller products."""
     return 2 * n ** 3 / typical_seconds(multiply, clock)
 
 
 def peak_memory():
-    """The most memory this process has occupied so far, in bytes."""
+    """The peak memory of this process so far, in bytes."""
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class OtherPrograms:
-    """How many cores other programs kept busy since this was made; known on Linux, elsewhere `cores()` is None.
+    """How many cores other programs have kept busy since this was created. Linux only; elsewhere `cores()` is None.
 
-    Programs that share their cores slow down unequally: threads wait for each other by spinning, for longer or shorter, in the
-    very time that the one waited for needs. With 1.0 and 1.4 of 2 cores taken, the same two programs were seen to differ 3.4
-    and 1.6 times.
+    Programs that share their cores slow down unequally, because threads that wait for each other by spinning take time from
+    the thread they wait for. With 1.0 of 2 cores taken, the ratio of the same two programs was 3.4; with 1.4 taken, 1.6.
     """
 
     def __init__(self):
         self.started = self.clocks()
 
     def clocks(self):
-        """Seconds on the clock, of CPU time of this process, and of all CPU time, that stolen from a virtual machine included."""
+        """Seconds of wall time, of this process's CPU time, and of all CPU time, including time stolen from a virtual machine.
+        """
         try:
             user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
         except OSError:
@@ -179,7 +181,7 @@ def versions(*packages):
 
 
 def measure_ours(task):
-    """Time train_gpt2's own loop, then large matrix products, and last, in further steps, the kernels one by one."""
+    """Time train_gpt2's own loop, then large matrix products, then each kernel in additional steps."""
     import numba
     import train_gpt2
     from gpt2 import model_config
@@ -190,20 +192,20 @@ def measure_ours(task):
     train = our_training(model, RandomBatches(task["shape"], config.vocab_size), task)
     result = time_training(train, task) | dict(peak_memory=peak_memory(), versions=versions("numpy", "numba"))
     result["product_rate"] = our_product_rate(train_gpt2.kernels, task["threads"])
-    result["kernels"] = time_kernels(train_gpt2.kernels)
-    result["profiled_seconds"] = sum(train(PROFILED_STEPS)[0])
+    with timing_kernels() as result["kernels"]:
+        result["profiled_seconds"] = sum(train(PROFILED_STEPS)[0])
     return result
 
 
 def measure_ours_on_gpu(task, dtype):
-    """The same for train_gpt2_gpu, with matrix products in `dtype`, and the rates of this GPU."""
+    """The same for train_gpt2_gpu, with matrix products in `dtype`. Measures the rates of this GPU as well."""
     import train_gpt2_gpu
     from device import open_device
     from gpt2 import model_config
 
     device = open_device(task["device"], dtype)
 
-    def time_steps_and_kernels():   # when it returns, the model's memory is free for the large arrays of gpu_rates
+    def time_steps_and_kernels():   # a function, so that the model is freed before gpu_rates allocates its large arrays
         config = model_config(task["model"])
         model = train_gpt2_gpu.GPT2(config, *task["shape"], device)
         batches = train_gpt2_gpu.Prefetch(RandomBatches(task["shape"], config.vocab_size), device)
@@ -213,7 +215,7 @@ def measure_ours_on_gpu(task, dtype):
         calls = time_launches(device)
         train(PROFILED_STEPS)
         result["kernels"] = calls()
-        result["profiled_seconds"] = PROFILED_STEPS * median(result["seconds"])    # those steps waited between kernels
+        result["profiled_seconds"] = PROFILED_STEPS * median(result["seconds"])    # the profiled steps wait between kernels
         return result
 
     result = time_steps_and_kernels() | gpu_rates(device)
@@ -222,27 +224,28 @@ def measure_ours_on_gpu(task, dtype):
 
 
 def our_training(model, batches, task):
-    """A function that runs train_gpt2's loop for so many steps, and returns the seconds of each and the last loss."""
+    """A function train(steps) that runs train_gpt2's loop. It returns the seconds of each step and the last loss."""
     import train_gpt2
     from training import Progress, StopRequest, parse_options
 
     model.initialize(SEED)
     B, T = task["shape"]
-    options = parse_options("", f"--model {task['model']} --batch-size {B} --sequence-length {T} --learning-rate {LEARNING_RATE} "
-                                f"--warmup-iters 0 --schedule constant --weight-decay {WEIGHT_DECAY} --grad-clip {GRAD_CLIP} "
-                                "--val-loss-every 0 --sample-every 0 --checkpoint-every 0".split())
+    flags = (f"--model {task['model']} --batch-size {B} --sequence-length {T} --learning-rate {LEARNING_RATE} --warmup-iters 0 "
+             f"--schedule constant --weight-decay {WEIGHT_DECAY} --grad-clip {GRAD_CLIP} --val-loss-every 0 --sample-every 0 "
+             f"--checkpoint-every 0 --output-dir {Path(tempfile.gettempdir(), 'gpt2-benchmark')}")     # nothing is written
+    options = parse_options("", flags.split())
 
     def train(steps):
         log = StepTimes()
-        options.num_iterations = steps
-        train_gpt2.train(model, options, batches, None, log, Progress(), StopRequest(), save=None)
+        train_gpt2.train(model, options._replace(num_iterations=steps), batches, val_loader=None, examples=[], samples=False,
+                         log=log, progress=Progress(), stop=StopRequest(), save=None)
         return log.seconds, log.loss
 
     return train
 
 
 def time_training(train, task):
-    """What every program's result begins with, from a function as our_training returns."""
+    """Time train(steps): the part of a result that all programs have."""
     train(WARMUP_STEPS)
     others = OtherPrograms()
     seconds, loss = train(task["steps"])
@@ -250,7 +253,7 @@ def time_training(train, task):
 
 
 class StepTimes:
-    """Stands in for the training loop's log, which is told how long every step took."""
+    """Replaces the training loop's log, to keep the seconds of every step."""
 
     def __init__(self):
         self.seconds = []
@@ -261,19 +264,19 @@ class StepTimes:
 
 
 def attention_flops(B, T, C, products):
-    """FLOPs of so many (T, T) products with all heads of one layer: only the scores of keys j <= i, which a causal mask keeps."""
+    """FLOPs of `products` (T, T) products in all heads of one layer. Only keys j <= i count, which the causal mask keeps."""
     return products * 2 * B * C * T * (T + 1) // 2
 
 
 class Call(NamedTuple):
-    """A kernel ran once."""
+    """One kernel call."""
     name: str
     seconds: float
     flops: int = 0          # of matrix products
     nbytes: float = 0       # moved between a GPU and its memory
 
 
-# FLOPs of one call, from its leading arguments. Scores that a backward pass computes again are not counted as work done.
+# FLOPs of one call, from its first arguments. Scores that attention_backward recomputes are not counted.
 KERNEL_FLOPS = {
     "matmul_forward": lambda out, inp, *rest: 2 * out.size * inp.shape[1],
     "matmul_backward": lambda dinp, dweight, dbias, dout, *rest: 4 * dout.size * dinp.shape[1],
@@ -282,24 +285,22 @@ KERNEL_FLOPS = {
 }
 
 
-def time_kernels(kernels):
-    """Replace every parallel kernel of the module by one that records its calls; return the list of Call they will be in."""
-    from numba.core.dispatcher import Dispatcher
+@contextlib.contextmanager
+def timing_kernels():
+    """Time every kernel call of train_gpt2 while this is entered. Yields the list of Calls, which grows."""
+    from dev.recorder import watching
     calls = []
 
-    def recording(name, kernel):
-        def call(*arguments):
-            started = time.perf_counter()
-            result = kernel(*arguments)
-            seconds = time.perf_counter() - started
-            calls.append(Call(name, seconds, KERNEL_FLOPS[name](*arguments) if name in KERNEL_FLOPS else 0))
-            return result
-        return call
+    def watch(kernel, *arguments):
+        started = time.perf_counter()
+        result = kernel(*arguments)
+        seconds = time.perf_counter() - started
+        flops = KERNEL_FLOPS.get(kernel.__name__, lambda *arguments: 0)
+        calls.append(Call(kernel.__name__, seconds, flops(*arguments)))
+        return result
 
-    for name, value in list(vars(kernels).items()):
-        if isinstance(value, Dispatcher) and value.targetoptions.get("parallel"):
-            setattr(kernels, name, recording(name, value))
-    return calls
+    with watching(watch):
+        yield calls
 
 
 def our_product_rate(kernels, threads):
@@ -312,8 +313,8 @@ def our_product_rate(kernels, threads):
 
 
 SPIN = r"""
-// One thread keeps the GPU busy, but not its memory, while Python prepares the launch that is to be timed. Otherwise the GPU
-// might have nothing left to do by then, and the time between the two events would be Python's.
+// One thread keeps the GPU busy, but not its memory, while Python prepares the launch to be timed. Otherwise the GPU could run
+// out of work, and the time between the two events would be Python's.
 extern "C" __global__ void spin(
     float* __restrict__ out,    // (1)
     int rounds)
@@ -324,15 +325,15 @@ extern "C" __global__ void spin(
 }
 """
 
-# How often a launch moves the bytes of its arrays, where that is not once, as a number or from the arguments `a`.
+# How often a launch moves the bytes of an array, if not once: a number, or a function of the arguments `a`.
 TIMES_MOVED = {
     "column_sums": {"out": lambda a: 1 + a["accumulate"]},
     "encoder_forward": {"wte": lambda a: a["N"] / a["Vp"], "wpe": lambda a: a["T"] / a["maxT"]},
-    "encoder_backward_wte": {"dwte": lambda a: 2 * a["N"] / a["Vp"]},      # as if no token came twice
+    "encoder_backward_wte": {"dwte": lambda a: 2 * a["N"] / a["Vp"]},      # assuming that no token repeats
     "encoder_backward_wpe": {"dwpe": lambda a: 2 * a["T"] / a["maxT"]},
     "layernorm_backward": {"dinp": 2},
     "add_bias": {"out": 2},
-    "causal_softmax": {"scores": 1.5},                                     # read up to the diagonal
+    "causal_softmax": {"scores": 1.5},                                     # read only up to the diagonal
     "causal_softmax_backward": {"scores": 1.5, "dscores": 1.5},
     "bias_gelu_forward": {"inp": 2},
     "fused_classifier": {"logits": 2},
@@ -352,7 +353,7 @@ def bytes_moved(kernel, arguments):
 
 
 def time_launches(device):
-    """Have the device time its launches and products from now on; return a function that gives a list of Call for them."""
+    """Make the device time all launches and products from now on. Returns a function that returns their Calls."""
     timed = []
     launch, gemm = device.launch, device.gemm
     device.load(["", SPIN])
@@ -379,31 +380,31 @@ def time_launches(device):
 
 
 def gpu_rates(device):
-    """What this GPU can do: FLOPs a second of a product, and bytes a second of a copy, counted as read and as written."""
+    """This GPU's FLOP/s in a large product, and its bytes/s in a large copy, counting reads and writes."""
     import numpy as np
     generator = np.random.default_rng(SEED)
     n = MATRIX_SIZE["cuda"]
     a, b = (device.to_device(generator.standard_normal((n, n), dtype=np.float32)) for _ in range(2))
     c = device.empty((n, n))
     source, copy = device.zeros(COPIED_FLOATS), device.empty(COPIED_FLOATS)
-    copy_seconds = typical_seconds(lambda: np.copyto(copy, source), device)     # NumPy leaves CuPy's arrays to CuPy
+    copy_seconds = typical_seconds(lambda: np.copyto(copy, source), device)     # NumPy dispatches to CuPy
     return dict(product_rate=product_rate(lambda: device.gemm(c, 1.0, a, b, 0.0), n, device),
                 copy_rate=2 * copy.nbytes / copy_seconds)
 
 
 def measure_pytorch(task, compiled, bf16=False, tf32=False):
-    """Time PyTorch's step, with task["attention"] "plain" or "sdpa"."""
+    """Time PyTorch's step. task["attention"] is "plain" or "sdpa"."""
     import torch
     from gpt2 import model_config
-    from reference_pytorch import GPT2
+    from dev.reference_pytorch import GPT2
 
     torch.set_num_threads(task["threads"])
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     config = model_config(task["model"])
     on_gpu = task["device"] == "cuda"
     clock = TorchCudaClock() if on_gpu else WallClock()
-    # initialize: with the N(0, 1) of PyTorch's own embedding, probabilities underflow to denormals and a step takes 6 times
-    # as long as any user's.
+    # `initialize` matters: with PyTorch's default N(0, 1) embedding, probabilities underflow to denormals and a step is six
+    # times slower than in real training.
     model = GPT2(config.max_seq_len, config.padded_vocab_size if on_gpu else config.vocab_size, config.num_layers,
                  config.num_heads, config.channels, task["attention"]).initialize(SEED).to(task["device"])
     optimizer = model.optimizer(LEARNING_RATE, WEIGHT_DECAY)
@@ -436,8 +437,8 @@ def measure_pytorch(task, compiled, bf16=False, tf32=False):
 
 class Program(NamedTuple):
     measure: Callable        # task -> result: seconds, busy_cores, peak_memory, versions, and more
-    needs: str = ""          # the modules of a peer, as after `import`
-    variants: tuple = ({},)  # what to add to the task: all are tried in the first round, then the fastest
+    needs: str = ""          # modules that a peer imports
+    variants: tuple = ({},)  # additions to the task: all run in the first round, then only the fastest
 
 
 def pytorch(**settings):
@@ -464,7 +465,7 @@ PROGRAMS = {
 
 
 def ours_beside(name):
-    """The program of ours that a program is compared with: the one whose products or weights are of the same type."""
+    """The program of ours that a program is compared with: the one with products or weights of the same type."""
     return OURS_TF32 if "tf32" in name else OURS_INT8 if "int8" in name or "q8_0" in name else OURS
 
 
@@ -478,7 +479,7 @@ def measure_step(task):
 
 
 def measuring_process(measure):
-    """What a measuring process does: carry out its task and print the result, or what went wrong, as the last line."""
+    """Run the task on the command line and print its result, or the error, as the last line."""
     try:
         result = measure(json.loads(sys.argv[2]))
     except UserError as error:
@@ -490,17 +491,17 @@ def measuring_process(measure):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# In the program that starts them
+# The process that starts them
 
 class Peers(NamedTuple):
-    """A Python that has the modules of some programs."""
+    """A Python with the modules that some programs need."""
     python: str
-    flag: str       # names another Python
-    packages: str   # to install
+    flag: str       # the flag that names it
+    packages: str   # to pip install
 
 
 def programs_that_run(programs, peers):
-    """Those whose modules can be imported; a line says which cannot, and what to do. peers: what a program needs -> Peers."""
+    """The programs whose modules can be imported. Reports the others. peers: what a program needs -> Peers."""
     missing = [needs for needs, (python, *_) in peers.items()
                if subprocess.run([python, "-c", f"import {needs}"], capture_output=True).returncode != 0]
     for needs in missing:
@@ -511,12 +512,12 @@ def programs_that_run(programs, peers):
 
 
 def run_task(python, task, script=__file__):
-    """The result of a task, measured in a new process. Raises UserError, which calls it task["title"], if that fails."""
+    """Run a task in a new process and return its result. Raises UserError, beginning with task["title"], if it fails."""
     process = subprocess.run([python, script, MEASURE, json.dumps(task)], capture_output=True, text=True)
     lines = process.stdout.splitlines()
     if process.returncode != 0 or not lines:
         raise UserError(f"{task['title']}: its process ended with status {process.returncode}"
-                        + (", killed, perhaps for want of memory" if process.returncode == -9 else ""))
+                        + (", killed, perhaps out of memory" if process.returncode == -9 else ""))
     result = json.loads(lines[-1])
     if "error" in result:
         raise UserError(f"{task['title']}: {result['error']}")
@@ -524,21 +525,22 @@ def run_task(python, task, script=__file__):
 
 
 def progress(line):
-    """Progress goes to standard error, so that standard output can be kept as a file."""
+    """Print to standard error, so that standard output can be redirected to a file."""
     print(line, file=sys.stderr, flush=True)
 
 
 def take_turns(programs, peers, rounds, measure, describe):
-    """The programs in turn, for some rounds: label -> its results, one a round. One that fails is left out, with its peers.
+    """Run the programs in turn for some rounds. Returns label -> results, one per round.
 
+    A program that fails is left out. If it is one of ours, so are the programs compared with it.
     measure: (python, name, variant) -> result
-    describe: (name and variant as one label, result) -> what a line of progress says
+    describe: (label of name and variant, result) -> text of a progress line
     """
     variants = {name: program.variants for name, program in programs.items()}
     results = {name: [] for name in programs}
     for round_number in range(1, rounds + 1):
         for name in list(variants):
-            if ours_beside(name) not in variants:   # left out a moment ago
+            if ours_beside(name) not in variants:   # it failed
                 del variants[name], results[name]
                 continue
             needs = programs[name].needs
@@ -565,7 +567,7 @@ def take_turns(programs, peers, rounds, measure, describe):
 
 
 def measure_shape(shape, options, programs, peers):
-    """Every program's steps on batches of a shape, as take_turns returns them."""
+    """Time every program's steps on batches of one shape. Returns what take_turns returns."""
     most_tokens = STEP_TOKENS[options.device]
     steps = max(MINIMUM_STEPS, options.steps * most_tokens // max(most_tokens, shape.tokens))
 
@@ -585,7 +587,7 @@ def label(name, variant):
 
 
 def time_beside_ours(results, name, seconds):
-    """The median over the rounds of a program's time / ours. seconds: result -> what to compare."""
+    """The median over the rounds of a program's time / ours. seconds: result -> the time to compare."""
     return median(seconds(its) / seconds(ours) for its, ours in zip(results[name], results[ours_beside(name)]))
 
 
@@ -604,10 +606,10 @@ def summarize(results):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What it prints and draws
+# Printing and drawing
 
 def print_table(header, rows, left):
-    """A Markdown table, aligned for reading as it is; its first `left` columns hold text, the others numbers."""
+    """Print a Markdown table with aligned columns: the first `left` columns are text, the others numbers."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
     for row in [header, rule, *rows]:
@@ -626,14 +628,14 @@ def cpu_name():
 
 
 def print_machine(what, options, all_rounds, hardware):
-    """What was measured, on what, with what. all_rounds: every program's results, ours first."""
+    """Print what was measured, the hardware and the versions. all_rounds: every program's results, ours first."""
     found, busy = {}, []
     for rounds in all_rounds:
-        found |= rounds[0]["versions"] | found  # ours, the first, is the one whose Python is named
+        found |= rounds[0]["versions"] | found  # of the Python versions, keep ours
         busy += [result["busy_cores"] for result in rounds if result["busy_cores"] is not None]
     print(f"{what}. {hardware}, {platform.system()}; " + ", ".join(f"{name} {version}" for name, version in found.items())
           + f"; {options.rounds} {'round' if options.rounds == 1 else 'rounds'}, {date.today()}."
-          + (f" Meanwhile other programs kept {min(busy)} to {max(busy)} cores busy." if busy else "") + "\n")
+          + (f" Other programs kept {min(busy)} to {max(busy)} cores busy." if busy else "") + "\n")
     if busy and max(busy) > QUIET_CORES:
         print("**The machine was not quiet, which slows programs down unequally: measure again before quoting a ratio.**\n")
 
@@ -643,7 +645,7 @@ def milliseconds(number):
 
 
 def print_steps(config, summaries, peak_flops):
-    """The main table. peak_flops: FLOPs a second by program of ours, without those for which it is not known."""
+    """Print the main table. peak_flops: program of ours -> the GPU's peak FLOP/s, if known."""
     from gpt2 import training_flops
 
     def mfu(shape, name, row):
@@ -654,34 +656,33 @@ def print_steps(config, summaries, peak_flops):
              f"{1000 * shape.tokens / row.milliseconds:,.0f}", f"{row.peak_memory / 1e9:.2f} GB",
              *([mfu(shape, name, row)] if peak_flops else []))
             for shape, summary in summaries.items() for name, row in summary.items()]
-    print_table(("B x T", "program", "ms a step", "time / ours", "tokens/s", "peak memory", *(["MFU"] if peak_flops else [])),
+    print_table(("B x T", "program", "ms/step", "time / ours", "tokens/s", "peak memory", *(["MFU"] if peak_flops else [])),
                 rows, left=2)
 
 
 def print_floor(config, results, summaries, ours, size):
-    """How far the step of one of our programs is from what its matrix products alone would take."""
+    """Print the step time of one of our programs next to the time that its matrix products alone would take."""
     from gpt2 import training_flops
     rates = [(result["product_rate"], name) for programs in results.values() for name, rounds in programs.items()
              if ours_beside(name) == ours for result in rounds]
     peak, program = max(rates)
     our_peak = max(rate for rate, name in rates if name == ours)
     print(f"The fastest {'tf32' if ours == OURS_TF32 else 'float32'} products of {size} x {size} matrices were those of "
-          f"{program}, {peak / 1e9:,.0f} GFLOP/s; ours reach {our_peak / 1e9:,.0f}. The products of a step: "
-          "6 N (12 L C^2 + Vp C) in the linear layers and the classifier, and 6 L C B T (T+1) in attention, whose causal half "
-          "alone is counted, once.\n")
+          f"{program}: {peak / 1e9:,.0f} GFLOP/s; ours reach {our_peak / 1e9:,.0f}. FLOPs of a step's products: "
+          "6 N (12 L C^2 + Vp C) in the linear layers and the classifier, 6 L C B T (T+1) in the causal half of attention.\n")
     rows = []
     for shape, summary in ((shape, summary) for shape, summary in summaries.items() if ours in summary):
         linear, attention = training_flops(config, *shape)
         floor = 1000 * (linear + attention) / peak
         rows.append((str(shape), f"{linear / 1e9:,.1f}", f"{attention / 1e9:,.1f}", milliseconds(floor),
                      milliseconds(summary[ours].milliseconds), f"{summary[ours].milliseconds / floor:.2f}"))
-    print_table(("B x T", "GFLOP linear", "GFLOP attention", "ms at that rate", "ms a step", "step / products"), rows, left=1)
+    print_table(("B x T", "GFLOP linear", "GFLOP attention", "ms at that rate", "ms/step", "step / products"), rows, left=1)
 
 
 def print_kernels(heading, rounds):
-    """Where our step spends its time: every kernel, summed over the rounds, and what is left for Python between them.
+    """Print where our step spends its time: in each kernel, averaged over the rounds, and between kernels, in Python.
 
-    On a GPU also the bytes moved, and which share of the rates measured there a kernel reaches.
+    On a GPU also the bytes moved, and the fraction of the measured rates that a kernel reaches.
     """
     steps = len(rounds) * PROFILED_STEPS
     calls, seconds, flops, nbytes = Counter(), Counter(), Counter(), Counter()
@@ -706,17 +707,17 @@ def print_kernels(heading, rounds):
 
     rows = [row(name, f"{calls[name] // steps}", kernel_seconds) for name, kernel_seconds in seconds.most_common()]
     rows.append(row("(between kernels)", "", total - seconds.total()))
-    print_table((heading, "calls", "ms a step", "share", "GFLOP/s", *(["GB/s", "of best"] if on_gpu else [])), rows, left=1)
+    print_table((heading, "calls", "ms/step", "share", "GFLOP/s", *(["GB/s", "of best"] if on_gpu else [])), rows, left=1)
 
 
 class Bar(NamedTuple):
     program: str
     value: float
-    text: str       # at its end
+    text: str       # printed at the bar's end
 
 
 def draw(groups, title, path):
-    """Bars, one for each program, in groups: heading -> [Bar]. Each group has its own scale."""
+    """Draw a bar chart with one group of bars per heading, each with its own scale. groups: heading -> [Bar]."""
     style.draw(lambda pyplot: bar_chart(pyplot, groups, title), path)
 
 
@@ -742,7 +743,7 @@ def bar_chart(pyplot, groups, title):
 
 
 def draw_steps(summaries, options, hardware):
-    """A group for every shape: they differ by more than tenfold."""
+    """Draw one group per shape, since their times differ more than tenfold."""
     draw({f"B x T = {shape}": [Bar(name, row.milliseconds, f"{milliseconds(row.milliseconds)} ms"
                                    + ("" if is_ours(name) else f", {row.ratio:.2f} x")) for name, row in summary.items()]
           for shape, summary in summaries.items()},
@@ -770,14 +771,13 @@ DEFAULTS = {
 
 
 def benchmark_parser(description):
-    """A parser with the flags of every benchmark."""
+    """A parser with the flags of both benchmarks."""
     from gpt2 import HEADS_BY_DEPTH
-    from training import bounded
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", choices=[f"d{depth}" for depth in HEADS_BY_DEPTH], default="d12", help="d12 is GPT-2 124M")
-    add("--rounds", type=bounded(int, 1), default=3, help="times each program gets its turn")
+    add("--rounds", type=bounded(int, 1), default=3, help="how often each program gets its turn")
     add("--threads", type=bounded(int, 1, cores), default=cores, help="CPU threads of every program")
     return parser
 
@@ -785,24 +785,23 @@ def benchmark_parser(description):
 def python_path(text):
     path = shutil.which(text)
     if path is None:
-        raise argparse.ArgumentTypeError(f"{text!r} names no program that can be run, expected the path of a Python")
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected the path of a Python")
     return path
 
 
 def parse_options():
-    from training import bounded
-    parser = benchmark_parser("Measure a training step beside PyTorch's.")
+    parser = benchmark_parser("Time a training step of this program and of PyTorch, side by side.")
     add = parser.add_argument
 
     def add_by_device(flag, help, **settings):
         cpu, cuda = (DEFAULTS[device][flag] for device in ("cpu", "cuda"))
         add(f"--{flag}", default=argparse.SUPPRESS, help=f"{help} (default: {cpu}; on cuda: {cuda})", **settings)
 
-    add("--device", choices=list(PROGRAMS), default="cpu", help="cuda: train_gpt2_gpu.py and PyTorch, both on the GPU")
+    add("--device", choices=list(PROGRAMS), default="cpu", help="cuda: train_gpt2_gpu.py and PyTorch on a GPU")
     add_by_device("shapes", "sequences in a batch x tokens in a sequence", nargs="+", type=parse_shape, metavar="BxT")
-    add_by_device("steps", f"timed steps a turn up to {STEP_TOKENS['cpu']} tokens, on cuda {STEP_TOKENS['cuda']:,}; fewer, at "
-                  f"least {MINIMUM_STEPS}, for larger batches", type=bounded(int, 1))
-    add("--python", type=python_path, default=sys.executable, metavar="PATH", help="the Python that has PyTorch")
+    add_by_device("steps", f"timed steps per turn; batches of more than {STEP_TOKENS['cpu']} tokens (on cuda "
+                  f"{STEP_TOKENS['cuda']:,}) get fewer, at least {MINIMUM_STEPS}", type=bounded(int, 1))
+    add("--python", type=python_path, default=sys.executable, metavar="PATH", help="a Python with PyTorch")
     add_by_device("output", "the bar chart", type=Path, metavar="FILE")
     options = parser.parse_args()
     return argparse.Namespace(**DEFAULTS[options.device] | vars(options))

@@ -1,27 +1,27 @@
-"""Text by this program beside transformers and llama.cpp, from the same GPT-2, on this machine's CPU (Linux or macOS).
+"""Time text generation by this program, transformers and llama.cpp, side by side, on this machine's CPU (Linux or macOS).
 
     python dev/benchmark_generate.py --python PATH --llama-python PATH      d12, GPT-2 124M
 
 The first Python has transformers (pip install torch transformers), the second llama.cpp (pip install llama-cpp-python gguf,
-which compiles it for this machine). What is not there is left out.
+which compiles it for this machine). Missing programs are left out.
 
 What is timed
-    Decoding: the greedy choice of 128 tokens, one after another, behind a prompt of 16: every token's forward pass with the
-    keys and values of those before it, the logits of the next, their argmax. The prompt: 512 tokens read at once, up to the
-    first choice. The first token: from starting a process until it has written the first token behind a short prompt, when
-    kernels are compiled and files in memory already; ours is the command generate_gpt2.py, a peer's the least Python that does
-    the same. Memory is the most that a process occupied, with what it mapped from files.
+    Decoding: the greedy choice of 128 tokens, one after another, after a prompt of 16. For each token that is its forward pass
+    with a KV cache, the logits of the next token and their argmax. The prompt: 512 tokens read at once, up to the first choice.
+    The first token: from the start of the process until it has written the first token after a short prompt, with kernels
+    compiled and files in memory. Ours is the command generate_gpt2.py, a peer's a minimal Python script that does the same.
+    Memory is the peak of a process, including the files it mapped.
 
 How
-    As in benchmark.py: each program in a process of its own, in turn, for several rounds, on as many threads. All have the same
-    random weights: transformers loads the folder that model_files.save_model writes, llama.cpp a GGUF file made from it, and
-    what its own quantization to q8_0 makes of that. Their logits are held against ours, so that nobody is fast at computing
-    something else. llama.cpp is called through its C interface, in a context and with a memory of its defaults; flash
-    attention is tried in the first round, and kept where it is faster.
+    As in benchmark.py: each program in its own process, in turn, for several rounds, with the same number of threads. All have
+    the same random weights: transformers loads the folder that model_files.save_model writes, llama.cpp a GGUF file made from
+    it and its own q8_0 quantization of that file. Their logits are compared with ours, so that no program is fast at computing
+    something else. llama.cpp is called through its C interface, with default settings for context and KV cache; flash
+    attention is tried in the first round and kept if it is faster.
 
-    GCC 12.2 compiles llama.cpp's AMX code wrongly, and q8_0 then ends with status -11 on a processor that has AMX.
+    GCC 12.2 miscompiles llama.cpp's AMX code: on a processor with AMX, q8_0 then ends with status -11.
 """
-# Here too, only the processes that measure import what they measure: see benchmark.py.
+# As in benchmark.py, only the measuring processes import what they measure.
 import json
 import re
 import subprocess
@@ -36,32 +36,32 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(HERE.parent)]
+sys.path.insert(0, str(ROOT))
 
-from benchmark import (
+from cli import UserError, run_program
+from dev.benchmark import (
     MEASURE, OURS, OURS_INT8, SEED, Bar, OtherPrograms, Peers, Program, benchmark_parser, cpu_name, draw, is_ours, label,
     measuring_process, ours_beside, peak_memory, print_machine, print_table, programs_that_run, progress, python_path, run_task,
     take_turns, time_beside_ours, versions)
-from cli import UserError, run_program
 
 PROMPT_TOKENS = 512
 SHORT_PROMPT_TOKENS = 16
 NEW_TOKENS = 128
 PROMPT_REPEATS = 4
-PROMPT = "The first citizen spoke:"     # in the measurement of the first token
-FIRST_TOKEN = "--first-token"           # starts this file as a peer's program for that, with a task in JSON
-LOGITS_APART = 100                      # of the logits that are compared, one in so many
+PROMPT = "The first citizen spoke:"     # for the time to the first token
+FIRST_TOKEN = "--first-token"           # runs this file as a peer's program for that, with a task in JSON
+LOGITS_STRIDE = 100                     # every 100th logit is compared
 
-# How far logits may be from ours in float32, relatively. llama.cpp looks GELU up in float16 and keeps keys and values in it.
+# Largest relative error of logits from ours in float32. llama.cpp has a float16 table of GELU and a float16 KV cache.
 LOGITS_BOUND = {OURS: 2e-3, OURS_INT8: 5e-2}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The model on disk, for all of them
+# The model on disk, for all programs
 
 MODEL, GGUF = "model", "model-{}.gguf"      # in a temporary folder
 
-# Ours -> GGUF's, as llama.cpp calls the tensors of architecture gpt2. The classifier is token_embd, unless there is another.
+# Our names of tensors -> those of llama.cpp's architecture gpt2. token_embd is the classifier, too, unless a file has another.
 GGUF_NAMES = {
     "wte": "token_embd.weight",
     "wpe": "position_embd.weight",
@@ -83,7 +83,7 @@ GGUF_NAMES = {
 
 
 def write_model(task):
-    """Write a folder that transformers loads, of GPT-2's first weights. No parameter keeps a value that might go unnoticed."""
+    """Write a folder that transformers loads: a new GPT-2 plus noise, so that no bias is 0 and no layernorm weight is 1."""
     import numpy as np
     from model_files import save_model
     from gpt2 import Tensors, initialize, model_config, parameter_shapes
@@ -99,7 +99,7 @@ def write_model(task):
 
 
 def write_ggufs(task):
-    """Write that model as llama.cpp's files, in float32 and in its q8_0."""
+    """Write that model as llama.cpp's files, in float32 and in q8_0."""
     import ctypes
     import llama_cpp
     from model_files import load_model
@@ -148,10 +148,10 @@ def write_gguf(path, config, params, vocabulary):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The programs, in the measuring processes. Each has loaded the model when it is made, from a task {folder, threads, ...}, and
-#     read(tokens)      the logits (V,) of what follows a list of tokens, which follow those it has read; NumPy's float32
-#     forget()          begins a new text
-#     tokens(text), text(token)     a peer's; ours is started as the command that it is
+# The programs, in the measuring processes. The constructor loads the model, from a task {folder, threads, ...}. Methods:
+#     read(tokens)      append tokens to the text so far; returns the logits (V,) of the next token, NumPy float32
+#     forget()          start a new text
+#     tokens(text), text(token)     the tokenizer, of peers only: ours runs as the command generate_gpt2.py
 
 class Ours:
     @staticmethod
@@ -267,7 +267,7 @@ PROGRAMS = {
 
 
 def time_generation(model):
-    """The seconds of each new token and of each time the prompt is read, and some of the logits after the prompt."""
+    """Time each reading of the prompt and each new token. The result also has some of the logits after the prompt."""
     import numpy as np
     prompt = np.random.default_rng(SEED).integers(50257, size=PROMPT_TOKENS).tolist()
     logits = model.read(prompt).copy()
@@ -284,7 +284,7 @@ def time_generation(model):
         started = time.perf_counter()
         token = int(model.read([token]).argmax())
         seconds.append(time.perf_counter() - started)
-    return dict(seconds=seconds, prompt_seconds=prompt_seconds, logits=logits[::LOGITS_APART].tolist(),
+    return dict(seconds=seconds, prompt_seconds=prompt_seconds, logits=logits[::LOGITS_STRIDE].tolist(),
                 busy_cores=others.cores(), peak_memory=peak_memory())
 
 
@@ -297,7 +297,7 @@ TASKS = {"model": write_model, "gguf": write_ggufs, "speed": measure_speed}
 
 
 def write_first_token(task):
-    """What a peer does after its start, until the first token after the prompt is written."""
+    """Write the prompt and the first token after it, as a peer's program."""
     model = PROGRAMS[task["program"]].measure(task)
     token = int(model.read(model.tokens(PROMPT)).argmax())
     print(PROMPT, end="", flush=True)
@@ -305,7 +305,7 @@ def write_first_token(task):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# In the program that starts them
+# The process that starts them
 
 def first_token_command(python, task):
     if not is_ours(task["program"]):
@@ -316,12 +316,12 @@ def first_token_command(python, task):
 
 
 def seconds_until(command, size):
-    """How long after its start a program has written so many bytes. Raises UserError if it fails."""
+    """Seconds from a program's start until it has written `size` bytes. Raises UserError if it fails."""
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         written = process.stdout.read(size)
         seconds = time.perf_counter() - started
-        process.stdout.read()   # lest it should find its pipe closed
+        process.stdout.read()   # the rest, so that it does not write to a closed pipe
     if process.returncode != 0 or len(written) < size:
         raise UserError(f"{' '.join(command)}: ended with status {process.returncode} after {len(written)} bytes of output")
     return seconds
@@ -332,7 +332,7 @@ def relative_error(values, truth):
 
 
 def measure_all(programs, peers, options, folder):
-    """Every program's speed, as take_turns returns them; each result also has `first_token` in seconds and `error`."""
+    """Measure every program. Returns what take_turns returns; each result also has `first_token` (seconds) and `error`."""
     truth = []
 
     def measure(python, name, variant):
@@ -344,7 +344,7 @@ def measure_all(programs, peers, options, folder):
         bound = LOGITS_BOUND[ours_beside(name)]
         if not result["error"] <= bound:
             raise UserError(f"{title}: its logits differ from ours by {result['error']:.1e}, expected at most {bound:.0e}: "
-                            "it does not compute the same")
+                            "it does not compute the same thing")
         result["first_token"] = seconds_until(first_token_command(python, task), len(PROMPT) + 1)
         return result
 
@@ -357,7 +357,7 @@ def measure_all(programs, peers, options, folder):
 
 
 class Summary(NamedTuple):
-    """Of one program. The ratios are its time / that of ours."""
+    """The speeds of one program. The ratios are its time / ours."""
     decoding: float     # tokens a second
     decoding_ratio: float
     prompt: float       # tokens a second
@@ -398,7 +398,7 @@ def print_speeds(summary):
 
 
 def print_errors(results):
-    print(f"Logits behind the prompt of {PROMPT_TOKENS} tokens, beside {OURS}'s: "
+    print(f"Relative error of the logits after a prompt of {PROMPT_TOKENS} tokens, from {OURS}'s: "
           + ", ".join(f"{name} {max(result['error'] for result in rounds):.0e}"
                       for name, rounds in results.items() if name != OURS) + ".\n")
 
@@ -418,11 +418,11 @@ def draw_speeds(summary, options):
 # The command line
 
 def parse_options():
-    parser = benchmark_parser("Measure the generation of text beside transformers and llama.cpp.")
+    parser = benchmark_parser("Time text generation by this program, transformers and llama.cpp, side by side.")
     add = parser.add_argument
-    add("--python", type=python_path, default=sys.executable, metavar="PATH", help="the Python that has transformers")
+    add("--python", type=python_path, default=sys.executable, metavar="PATH", help="a Python with transformers")
     add("--llama-python", type=python_path, default=None, metavar="PATH",
-        help="the Python that has llama-cpp-python; --python's, unless given")
+        help="a Python with llama-cpp-python; default: that of --python")
     add("--output", type=Path, default=HERE.with_suffix(".png"), metavar="FILE", help="the bar chart")
     options = parser.parse_args()
     options.llama_python = options.llama_python or options.python

@@ -32,7 +32,7 @@ from gpt2 import activation_shapes, chunks, memory_needed, model_config, scratch
 from prepare_tinyshakespeare import prepare
 from sampling import softmax
 from tokenizer import END_OF_TEXT
-from train_gpt2 import CLASSIFIER_ROWS, GPT2, NO_BIAS, compile_kernels, fill
+from train_gpt2 import CLASSIFIER_ROWS, GPT2, NO_BIAS, compile_kernels, load_weights
 from training import NEW_MODELS, OUT_OF_MEMORY_HINT, TRAIN_TOKENS, check_memory, model_name
 
 MAX_LABELS = 64           # tokens along an axis of the picture; more would overlap
@@ -161,9 +161,10 @@ def explore_step(config, params, threads, options):
         prepare()
     loader = DataLoader(options.input_bin or TRAIN_TOKENS, B, T, config.vocab_size)
     shapes = activation_shapes(config, B, T, options.recompute), scratch_shapes(config, B, T, CLASSIFIER_ROWS)
-    check_memory(options, memory_needed(config, *shapes), main_memory(), "this machine")
+    check_memory(f"{options.model} with a batch of {B} x {T}", memory_needed(config, *shapes), main_memory(), "this machine",
+                 options.recompute)
     model = GPT2(config, B, T, threads, recompute=options.recompute)
-    fill(model, params, None, options.seed)
+    load_weights(model, params, None, options.seed)
     batch = as_batch(*loader.next_batch())
 
     print_model(model, options, f"a step on {B} x {T} tokens")
@@ -275,7 +276,7 @@ def explore_prompt(config, params, threads, options):
     encoding = tokenizer_for(config, options.model)
     tokens = encode(encoding, options.prompt, config.max_seq_len) or [END_OF_TEXT]
     model = GPT2(config, 1, len(tokens), threads)
-    fill(model, params, None, options.seed)
+    load_weights(model, params, None, options.seed)
     print_model(model, options, f"a prompt of {len(tokens):,} tokens")
     model.forward(np.array([tokens], dtype=np.int32))
 

@@ -1,9 +1,9 @@
-"""What every CUDA kernel takes of a GPU: registers and shared memory, and what did not fit into registers ("spills").
+"""Registers, shared memory and register spills of every CUDA kernel.
 
     python dev/ptxas.py         compiles all kernels, prints the table and writes it to dev/ptxas.txt
 
-No GPU and no driver is needed, only NVIDIA's run-time compiler, the one that CuPy uses: `pip install nvidia-cuda-nvrtc`
-(58 MB). The exit status is 1 if a kernel spills.
+It needs no GPU and no driver, only NVRTC, NVIDIA's run-time compiler, which CuPy uses: `pip install nvidia-cuda-nvrtc` (58 MB).
+The exit status is 1 if a kernel spills registers to memory.
 """
 import ctypes
 import importlib.util
@@ -15,7 +15,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "dev" / "ptxas.txt"
 ARCHITECTURES = ("sm_80", "sm_90")      # A100, H100
-REGISTERS = 65536                       # of a multiprocessor, for up to 4 * 16 warps
+REGISTERS = 65536                       # per multiprocessor, shared by up to 4 * 16 warps
 
 
 class NvrtcMissing(Exception):
@@ -23,21 +23,21 @@ class NvrtcMissing(Exception):
 
 
 class CompileError(Exception):
-    """NVRTC refused a source; the message is its log."""
+    """NVRTC could not compile a source; the message is its log."""
 
 
 class Compiled(NamedTuple):
-    """What NVRTC makes of a source."""
+    """NVRTC's output."""
     ptx: str            # NVIDIA's assembly language, for any GPU
     cubin: bytes        # machine code
     log: str
 
 
 class Usage(NamedTuple):
-    """What one kernel takes."""
-    registers: int      # a thread
-    shared: int         # bytes a block, without what a launch adds
-    spilled: int        # bytes a thread, arrays that are not held in registers included
+    """The resources of one kernel."""
+    registers: int      # per thread
+    shared: int         # bytes per block, without dynamic shared memory
+    spilled: int        # bytes per thread, including arrays that are not in registers
 
 
 def load_nvrtc():
@@ -51,9 +51,9 @@ def load_nvrtc():
 
 
 def compile_source(source, architecture):
-    """CUDA source Compiled for an architecture. Raises CompileError, or NvrtcMissing."""
+    """Compile CUDA source for an architecture. Returns Compiled; raises CompileError or NvrtcMissing."""
     nvrtc = load_nvrtc()
-    # As CuPy compiles: numbers too small for a float's usual precision become zero (ftz).
+    # CuPy's options. ftz: denormal numbers are flushed to zero.
     options = [b"--std=c++17", b"-ftz=true", f"--gpu-architecture={architecture}".encode(), b"--ptxas-options=-v"]
     program = ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
@@ -69,7 +69,7 @@ def compile_source(source, architecture):
 
 
 def result(get_size, get, program):
-    """The bytes of one of a program's results."""
+    """The bytes of one result of a program."""
     size = ctypes.c_size_t()
     get_size(program, ctypes.byref(size))
     buffer = ctypes.create_string_buffer(size.value)
@@ -78,7 +78,7 @@ def result(get_size, get, program):
 
 
 def usages(log):
-    """Kernel name -> Usage, from what ptxas wrote into the log."""
+    """Kernel name -> Usage, from ptxas's messages in the log."""
     kernels = {}
     for part in log.split("Compiling entry function ")[1:]:
         name = re.match(r"'(\w+)'", part)[1]
@@ -91,15 +91,15 @@ def usages(log):
 
 
 def threads(registers):
-    """How many threads a multiprocessor has registers for. Each of its four parts hands them to warps, by the 256."""
+    """How many threads a multiprocessor has registers for. Each of its four parts allocates them to warps in units of 256."""
     warp = -(-32 * registers // 256) * 256
     return 4 * 32 * min(16, REGISTERS // 4 // warp)
 
 
 def table(kernels):
     """The lines of the table. `kernels`: architecture -> kernel name -> Usage."""
-    lines = ["Registers a thread, threads a multiprocessor has registers for, bytes of static shared memory a block and bytes",
-             "spilled a thread, as NVRTC compiles kernels_gpu.py. Written by `python dev/ptxas.py`.", "",
+    lines = ["Registers per thread, threads that fit a multiprocessor's registers, bytes of static shared memory per block,",
+             "bytes spilled per thread, as NVRTC compiles kernels_gpu.py. Written by `python dev/ptxas.py`.", "",
              " " * 28 + "".join(f"{architecture:^38}" for architecture in kernels).rstrip(),
              f"{'kernel':28}" + f"{'registers':>10}{'threads':>9}{'shared':>9}{'spilled':>10}" * len(kernels)]
     for name in kernels[ARCHITECTURES[0]]:
@@ -124,7 +124,7 @@ def main():
     print("\n".join(lines))
     spilling = sorted({name for by_name in kernels.values() for name, usage in by_name.items() if usage.spilled})
     if spilling:
-        sys.exit(f"ptxas.py: {', '.join(spilling)} spilled; expected no kernel to")
+        sys.exit(f"ptxas.py: {', '.join(spilling)} spilled registers; expected none")
 
 
 if __name__ == "__main__":

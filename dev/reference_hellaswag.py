@@ -1,11 +1,11 @@
-"""How transformers scores HellaSwag: the losses to which dev/tests/test_hellaswag.py holds the program.
+"""HellaSwag losses from transformers, the reference for dev/tests/test_hellaswag.py.
 
-    python dev/reference_hellaswag.py                        writes dev/reference_hellaswag.jsonl: 50 made examples in tokens of
-                                                             dev/reference_transformers, and their losses
-    python dev/reference_hellaswag.py FOLDER IN.jsonl OUT    losses of examples in HellaSwag's own format, by another model
+    python dev/reference_hellaswag.py                        writes dev/reference_hellaswag.jsonl: 50 random examples for the
+                                                             model in dev/reference_transformers, with their losses
+    python dev/reference_hellaswag.py FOLDER IN.jsonl OUT    scores examples in HellaSwag's own format with another model
 
-It needs PyTorch and transformers. Nothing here is shared with the program, and each completion is scored by itself, in float64:
-no batch, no padding. OUT has a line for each of IN: its item, and "losses", the mean of each completion's tokens.
+It needs PyTorch and transformers, and shares no code with the program. Each completion is scored alone, in float64: no batch,
+no padding. OUT has one line per line of IN: the example plus "losses", the mean loss of each completion's tokens.
 """
 import argparse
 import json
@@ -18,11 +18,11 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 HERE = Path(__file__).resolve()
 EXAMPLES = 50
-SMALLEST_GAP = 1e-4       # between the losses of the best and second best completion: a closer choice would prove nothing
+SMALLEST_GAP = 1e-4       # between the two lowest losses: a closer call would prove nothing
 
 
-def made_examples(vocab_size, context):
-    """Random tokens of many lengths; two of them longer than the model's context."""
+def random_examples(vocab_size, context):
+    """Random tokens of many lengths; two examples are longer than the model's context."""
     rng = np.random.default_rng(4)
     lengths = [(rng.integers(1, 60), rng.integers(1, 20, 4)) for _ in range(EXAMPLES)]
     lengths[7], lengths[31] = (context - 3, [3, 4, 5, 9]), (2, [context, context - 2, 5, context + 7])
@@ -32,7 +32,7 @@ def made_examples(vocab_size, context):
 
 @torch.no_grad()
 def score(model, tokenizer, item):
-    """The mean cross-entropy of each ending's tokens after the context; what is too long loses its beginning."""
+    """The mean cross-entropy of each ending's tokens after the context. Examples that are too long lose their beginning."""
     context, endings, losses = item["ctx"], item["endings"], []
     if tokenizer:
         context, endings = tokenizer(context)["input_ids"], [tokenizer(" " + ending)["input_ids"] for ending in endings]
@@ -44,9 +44,9 @@ def score(model, tokenizer, item):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write how transformers scores HellaSwag.")
+    parser = argparse.ArgumentParser(description="Score HellaSwag examples with transformers.")
     parser.add_argument("folder", nargs="?", type=Path, default=HERE.parent / "reference_transformers")
-    parser.add_argument("source", nargs="?", type=Path, help="default: made examples")
+    parser.add_argument("source", nargs="?", type=Path, help="default: random examples")
     parser.add_argument("target", nargs="?", type=Path, default=HERE.with_suffix(".jsonl"))
     options = parser.parse_args()
     model = GPT2LMHeadModel.from_pretrained(options.folder, dtype=torch.float64).eval()
@@ -54,13 +54,13 @@ def main():
         tokenizer = AutoTokenizer.from_pretrained(options.folder)
         items = map(json.loads, options.source.read_text(encoding="utf-8").splitlines())
     else:
-        tokenizer, items = None, made_examples(model.config.vocab_size, model.config.n_positions)
+        tokenizer, items = None, random_examples(model.config.vocab_size, model.config.n_positions)
     items = [item | {"losses": score(model, tokenizer, item)} for item in items]
     gap = min(np.diff(sorted(item["losses"])[:2]).item() for item in items)
     if not gap > SMALLEST_GAP:
-        raise SystemExit(f"a choice was nearly a tie ({gap:.1e}): choose another seed")
+        raise SystemExit(f"two losses are nearly equal ({gap:.1e} apart): choose another seed")
     options.target.write_text("".join(json.dumps(item, separators=(",", ":")) + "\n" for item in items))
-    print(f"wrote {options.target}: {len(items)} examples, the closest choice by {gap:.1e}")
+    print(f"wrote {options.target}: {len(items)} examples; the closest losses are {gap:.1e} apart")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""An independent GPT-2 in plain PyTorch: the numbers that test_gpt2.py holds the program to.
+"""An independent GPT-2 in plain PyTorch, the reference for test_gpt2.py.
 
     python dev/reference_pytorch.py                                    writes dev/reference_tiny.npz
     python dev/reference_pytorch.py --model d12 --output d12.npz       the 124M shape, about 2 GB
 
-The model is built twice from the same float32 parameters: in float64, which serves as the truth, and
-in float32, whose own distance from the truth shows how much error rounding alone accounts for. Both
-take ten AdamW steps on one batch. The file holds everything the test needs, so that the test has no
-settings of its own to drift: see `main` for the list of its arrays.
+The model is built twice from the same float32 parameters: in float64, which serves as the truth, and in float32, whose error
+shows how much comes from rounding alone. Both take ten AdamW steps on one batch. The file also holds all settings, so that the
+test has none of its own that could drift: see `main` for the list of arrays.
 
-Nothing here is shared with the program. The names of the tensors are the program's.
+This file shares no code with the program, only the names of the tensors.
 """
 
 import argparse
@@ -23,9 +22,8 @@ from torch import nn
 
 ADAMW = dict(betas=(0.9, 0.99), eps=1e-8)
 
-# The tiny model's sizes divide nothing evenly. Its sequences are shorter than its context, and longer
-# than 64, a usual tile of attention kernels. Its gradient norm falls from 1.4 to 0.8 in ten steps, so a
-# clip at 1 acts on the first steps and not on the last.
+# The tiny model's sizes divide nothing evenly. Its sequences are shorter than its context, and longer than 64, a common tile
+# of attention kernels. Its gradient norm falls from 1.4 to 0.8 in ten steps, so clipping at 1 acts on the first steps only.
 MODELS = {
     "tiny": dict(
         config=dict(max_seq_len=72, vocab_size=131, padded_vocab_size=256, num_layers=2, num_heads=3, channels=21),
@@ -75,7 +73,7 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """GPT-2 that returns its mean cross-entropy.
 
-    attention is "plain" (softmax of the scores, spelled out) or "sdpa" (PyTorch's fused kernel).
+    attention is "plain" (softmax of the scores, written out) or "sdpa" (PyTorch's fused kernel).
     """
 
     def __init__(self, max_seq_len, vocab_size, num_layers, num_heads, channels, attention="plain"):
@@ -98,8 +96,8 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed):
-        """GPT-2's own initialization: normal(0, 0.02), the two projections into the residual stream
-        narrower by sqrt(2L) because 2L of them are summed; biases 0, layernorms the identity."""
+        """GPT-2's initialization: weights from N(0, 0.02), the two projections into the residual stream scaled by 1/sqrt(2L)
+        because 2L of them are summed; biases 0, layernorm weights 1."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -112,22 +110,22 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def roughen(self, std, seed):
-        """Add normal(0, std) to every parameter, so that no gradient is too small to be seen: with
-        biases at 0 and layernorms at 1, a term that is missing in a backward pass can go unnoticed."""
+        """Add N(0, std) to every parameter. With biases 0 and layernorm weights 1, a term missing in a backward pass could go
+        unnoticed."""
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             parameter += std * torch.randn(parameter.shape, generator=generator)
         return self
 
     def optimizer(self, learning_rate, weight_decay):
-        """AdamW that decays the matrices and leaves biases and layernorms alone."""
+        """AdamW with weight decay on the matrices only, not on biases and layernorms."""
         matrices = [p for p in self.parameters() if p.ndim == 2]
         vectors = [p for p in self.parameters() if p.ndim == 1]
         groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
         return torch.optim.AdamW(groups, lr=learning_rate, fused=True, **ADAMW)
 
     def tensors(self):
-        """The parameters under the program's names; those of the blocks as a list with one per layer."""
+        """The parameters by the program's names; those of the blocks are lists, one tensor per layer."""
         named = {"wte": self.wte.weight, "wpe": self.wpe.weight}
         for layer in ("ln1", "qkv", "attproj", "ln2", "fc", "fcproj"):
             named[layer + "w"] = [getattr(block, layer).weight for block in self.blocks]
@@ -136,7 +134,7 @@ class GPT2(nn.Module):
 
 
 def to_numpy(tensors, prefix):
-    """{name: tensor, or list of one per layer} -> {prefix + name: array}, the layers stacked in front."""
+    """{name: tensor, or list with one per layer} -> {prefix + name: array}, layers stacked along a new first axis."""
     def array(tensor):
         if isinstance(tensor, list):
             return np.stack([array(t) for t in tensor])
@@ -145,9 +143,9 @@ def to_numpy(tensors, prefix):
 
 
 def record_activations(model, tokens, targets):
-    """Run the model forward and return every activation, a row per token: {name: tensor or list per layer}.
+    """Run the model forward and return all activations, one row per token: {name: tensor, or list with one per layer}.
 
-    Hooks see what enters and leaves each module, so the model itself carries no bookkeeping.
+    Hooks record the inputs and outputs of the modules, so that the model itself needs no bookkeeping.
     """
     acts, hooks = {}, []
 
@@ -182,7 +180,7 @@ def record_activations(model, tokens, targets):
 
 
 def train(model, tokens, targets, steps, learning_rate, weight_decay, grad_clip):
-    """Take AdamW steps on one batch; return the first step's gradients and every step's loss and norm."""
+    """Take AdamW steps on one batch. Returns the gradients of the first step, and the loss and norm of every step."""
     results = {}
     losses, norms = [], []
     optimizer = model.optimizer(learning_rate, weight_decay)
@@ -196,7 +194,7 @@ def train(model, tokens, targets, steps, learning_rate, weight_decay, grad_clip)
             results |= to_numpy(gradients, "grads.")
         norm = math.sqrt(sum((p.grad ** 2).sum().item() for p in model.parameters()))
         for parameter in model.parameters():
-            # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6, which moves the sixth digit.
+            # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6, which changes the sixth digit.
             parameter.grad *= min(1.0, grad_clip / norm)
         optimizer.step()
         losses.append(loss.item())
@@ -205,8 +203,8 @@ def train(model, tokens, targets, steps, learning_rate, weight_decay, grad_clip)
 
 
 def random_batch(rng, vocab_size, batch_size, sequence_length):
-    """Random tokens and targets (B,T). Each sequence begins and ends with the last token of the vocabulary,
-    whose row of wte is the one beside the padding."""
+    """Random tokens and targets (B,T). Each sequence begins and ends with the last token of the vocabulary, whose row of wte
+    is next to the padding rows."""
     sequences = rng.integers(0, vocab_size, (batch_size, sequence_length + 1))
     sequences[:, [0, -1]] = vocab_size - 1
     return sequences[:, :-1], sequences[:, 1:]
@@ -220,7 +218,7 @@ def main():
     params.NAME         the float32 parameters that both precisions start from
     and for PRECISION in float64, float32:
     PRECISION.grads.NAME     gradients of the first step, before clipping
-    PRECISION.step_losses    the loss of every step;  PRECISION.step_norms likewise the gradient norm
+    PRECISION.step_losses    the loss of every step;  PRECISION.step_norms    its gradient norm
     PRECISION.acts.NAME      activations before the first step       (tiny only)
     PRECISION.params.NAME    parameters after the last step          (tiny only)
     """
@@ -230,7 +228,7 @@ def main():
     args = parser.parse_args()
     tiny = args.model == "tiny"
     if not tiny and args.output == parser.get_default("output"):
-        parser.error("--model d12 writes 2 GB: name the file with --output FILE")
+        parser.error("--model d12 writes 2 GB; name the file with --output FILE")
 
     settings = MODELS[args.model]
     config = {name: size for name, size in settings["config"].items() if name != "padded_vocab_size"}
