@@ -34,7 +34,6 @@ class GPT2:
     """
 
     def __init__(self, config: Config, batch_size: int, sequence_length: int, device: Device, recompute: bool = False):
-        kernels.use(device)
         self.config = config
         self.recompute = recompute
         self.device = device
@@ -78,6 +77,7 @@ class GPT2:
         Requires T <= the model's sequence_length (ValueError) and B*T <= the size it was built for. Activations live in one
         reused buffer, so call `loss` or `backward` before the next `forward`.
         """
+        kernels.use(self.device)
         B, T = tokens.shape
         if T > self.sequence_length:
             raise ValueError(f"tokens are {T} long, expected at most {self.sequence_length}")
@@ -121,6 +121,7 @@ class GPT2:
 
     def loss(self, targets):
         """The mean cross-entropy of the last forward pass against targets (B, T), in nats per token."""
+        kernels.use(self.device)
         params, acts = self.params, self.acts
         targets = targets.reshape(self.tokens.size)
         for rows in chunks(self.tokens.size, CLASSIFIER_ROWS):
@@ -140,6 +141,7 @@ class GPT2:
         The forward pass in reverse. It starts with the classifier, which computes the loss and its gradient from one set of
         logits.
         """
+        kernels.use(self.device)
         N = self.tokens.size
         params, grads, acts = self.params, self.grads, self.acts
         targets = targets.reshape(N)
@@ -182,6 +184,7 @@ class GPT2:
 
     def gradient_norm(self):
         """The Euclidean norm of all gradients together."""
+        kernels.use(self.device)
         norm = self.report[1:]
         kernels.global_norm(norm, self.grads.flat)
         return norm
@@ -192,6 +195,7 @@ class GPT2:
         Gradients are first clipped to the global norm `grad_clip` (0 disables); `norm` is their norm. If it is not finite the
         update is skipped, so that check_finite can find the first bad tensor.
         """
+        kernels.use(self.device)
         for name, part in self.slices:
             kernels.adamw_update(self.params.flat[part], self.grads.flat[part], self.adam_m[part], self.adam_v[part], norm,
                                  learning_rate, BETA1, BETA2, EPSILON,
@@ -265,7 +269,7 @@ def main():
 
     options = parse_options(
         "Train GPT-2 on a GPU.",
-        device=dict(default="cuda", help="cuda; cuda:1 for the second GPU; cpu to run the CUDA kernels on the CPU (slow)"),
+        device=dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the same kernels on the CPU (slow)"),
         dtype=dict(default="float32", choices=["float32", "tf32"],
                    help="of matrix products; tf32 is faster, with 10 bits of mantissa"))
     device = open_device(options.device, options.dtype)

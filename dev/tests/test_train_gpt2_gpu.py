@@ -137,6 +137,30 @@ def test_recomputed_activations_give_the_same_gradients(on):
     assert gradients[0] == gradients[1]
 
 
+def test_two_models_on_two_devices():
+    """Each launches on its own, whichever was built or used last."""
+    devices, losses = (CpuDevice(), CpuDevice(reverse=True)), []
+    config = Config(max_seq_len=8, vocab_size=60, padded_vocab_size=128, num_layers=1, num_heads=2, channels=16)
+    tokens = np.random.default_rng(0).integers(60, size=(2, 2, 8), dtype=np.int32)
+    models = [train_gpt2_gpu.GPT2(config, 2, 8, device) for device in devices]
+    launched = {device: 0 for device in devices}
+    for device in devices:
+        def launch(*arguments, device=device, original=device.launch, **rest):
+            launched[device] += 1
+            original(*arguments, **rest)
+        device.launch = launch
+    for model in models:
+        model.initialize(seed=0)
+    for method in (lambda model: model.forward(tokens[0]), lambda model: model.loss(tokens[1]),
+                   lambda model: losses.append(model.backward(tokens[1])), lambda model: model.gradient_norm(),
+                   lambda model: model.update(1, 0.1, 0.1, model.report[1:], 1.0)):
+        for model in models:
+            before = dict(launched)
+            method(model)
+            assert {device for device in devices if launched[device] > before[device]} == {model.device}
+    assert losses[0] == losses[1]
+
+
 # Batches
 
 def test_prefetched_batches_are_those_of_the_loader(on, tokens):
