@@ -13,12 +13,14 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from model_files import load_model, save_model
 from cli import UserError
+from distributed import SINGLE_PROCESS, World
 from files import atomic_file, atomic_folder
 from gpt2 import Config, Tensors
 
@@ -103,3 +105,27 @@ def load_checkpoint(path: Path) -> tuple[Config, Tensors, list[np.ndarray]]:
                             f"({params.size},), a number for each parameter of its model; {REPAIR_HINT}")
         moments.append(moment)
     return config, params, moments
+
+
+class Saver:
+    """Saves the checkpoints and models of a run (process 0 only).
+
+    output_dir: folder of the run
+    keep: how many checkpoints to keep
+    flags: the flags that a checkpoint records, a dict
+    """
+
+    def __init__(self, model, output_dir: Path, keep: int, flags: dict, world: World = SINGLE_PROCESS):
+        self.model, self.output_dir, self.keep, self.flags, self.world = model, output_dir, keep, flags, world
+
+    def checkpoint(self, progress) -> None:
+        """Write a checkpoint, from which --resume continues. progress is a training.Progress."""
+        moments = self.model.get_moments()      # every process sends its shard
+        if self.world.rank == 0:
+            state = asdict(progress) | {"flags": self.flags}
+            save_checkpoint(self.output_dir, self.model.config, self.model.get_params(), moments, state, self.keep)
+
+    def model_to(self, folder: Path) -> None:
+        """Write the model to a folder."""
+        if self.world.rank == 0:
+            save_model(folder, self.model.config, self.model.get_params())

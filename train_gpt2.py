@@ -8,13 +8,12 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 import kernels_cpu as kernels
-from checkpoint import checkpoints, delete, save_checkpoint
+from checkpoint import Saver, checkpoints, delete
 from cli import bounded, run_program
 from dataloader import DataLoader
 from distributed import SINGLE_PROCESS, DataParallel, World, start
@@ -23,7 +22,6 @@ from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activa
                   memory_needed, new_array, parameter_shapes, scratch_shapes)
 from hellaswag import count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, NO_BIAS
-from model_files import save_model
 from training import (OUT_OF_MEMORY_HINT, NullLog, Progress, StopRequest, TrainingLog, can_sample, check_finite, check_memory,
                       data_loaders, flags_to_save, initial_progress, is_due, learning_rate, load_or_create_model, outlier,
                       parse_options, prepare_data, print_configuration, sample_text)
@@ -221,30 +219,6 @@ def evaluate(model: GPT2, loader: DataLoader, max_steps: int, world: World = SIN
             model.forward(inputs)
             total += model.loss(targets)
     return world.sum(float(total)) / steps
-
-
-class Saver:
-    """Saves checkpoints and models (process 0 only).
-
-    output_dir: folder of the run
-    keep: how many checkpoints to keep
-    flags: the flags that a checkpoint records, a dict
-    """
-
-    def __init__(self, model: GPT2, output_dir: Path, keep: int, flags: dict, world: World = SINGLE_PROCESS):
-        self.model, self.output_dir, self.keep, self.flags, self.world = model, output_dir, keep, flags, world
-
-    def checkpoint(self, progress: Progress) -> None:
-        """Write a checkpoint, from which --resume continues (checkpoint.py)."""
-        moments = self.model.get_moments()      # every process sends its shard
-        if self.world.rank == 0:
-            state = asdict(progress) | {"flags": self.flags}
-            save_checkpoint(self.output_dir, self.model.config, self.model.get_params(), moments, state, self.keep)
-
-    def model_to(self, folder: Path) -> None:
-        """Write the model to a folder."""
-        if self.world.rank == 0:
-            save_model(folder, self.model.config, self.model.get_params())
 
 
 def train(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader | None, examples: list, samples: bool,
