@@ -139,7 +139,7 @@ class DataLoader:
     def fingerprint(self) -> int:
         """A checksum of the length and the first and last tokens of every shard, to recognize the data of a resumed run.
 
-        Not of all tokens, because many gigabytes take long to read.
+        It does not read all tokens, because that would take long.
         """
         n = FINGERPRINT_TOKENS
         ends = (len(tokens).to_bytes(8, "little") + tokens[:n].tobytes() + tokens[-n:].tobytes() for tokens in self.shards)

@@ -33,8 +33,8 @@ def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
 def keep_top_p(probabilities: np.ndarray, p: float) -> np.ndarray:
     """Nucleus sampling: keep the largest probabilities whose sum reaches p, and ties (Holtzman et al. 2020).
 
-    Probabilities below (1 - p) / V are always excluded, because even all V of them sum to less than 1 - p. So only the others
-    have to be sorted.
+    Probabilities below (1 - p) / V are always excluded, because even V of them sum to less than 1 - p. So only the others have
+    to be sorted.
     """
     likely = probabilities[probabilities >= min((1 - p) / probabilities.size, probabilities.max())]
     descending = np.sort(likely)[::-1]

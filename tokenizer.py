@@ -31,7 +31,7 @@ def gpt2_encoding() -> "tiktoken.Encoding":
     Raises UserError if the vocabulary is not in the data folder and cannot be downloaded.
     """
     # Imported here, not above: programs that need only END_OF_TEXT start faster without tiktoken.
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # no second copy of the files in a cache of tiktoken's
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # tiktoken need not cache its own copy of the files
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 

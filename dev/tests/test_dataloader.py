@@ -49,7 +49,7 @@ def test_file_is_replaced_atomically(tmp_path):
 
 def test_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match="cannot write .*tokens.bin.*choose another folder"):
+    with pytest.raises(UserError, match=r"cannot write .*tokens.bin.*choose another folder"):
         write_tokens(tmp_path / "file" / "tokens.bin", [1])
 
 
@@ -183,13 +183,13 @@ def test_invalid_file(tmp_path, contents, message):
 def test_every_shard_is_checked(tmp_path):
     write_counting_file(tmp_path / "0.bin", 0, 13)
     (tmp_path / "1.bin").write_bytes(header(num_tokens=13) + bytes(25))
-    with pytest.raises(UserError, match="1.bin has 1,049 bytes, expected 1,050"):
+    with pytest.raises(UserError, match=r"1.bin has 1,049 bytes, expected 1,050"):
         DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE)
 
 
 def test_all_processes_need_tokens_for_a_step(tmp_path):
     path = write_counting_file(tmp_path / "tokens.bin", 0, 12)
-    with pytest.raises(UserError, match="12 tokens, expected at least 13 .*processes 2"):
+    with pytest.raises(UserError, match=r"12 tokens, expected at least 13 .*processes 2"):
         DataLoader(path, 2, 3, VOCAB_SIZE, rank=0, world_size=2)
 
 
@@ -200,5 +200,5 @@ def test_no_file_matches(tmp_path):
 
 def test_folder_instead_of_a_file(tmp_path):
     (tmp_path / "folder.bin").mkdir()
-    with pytest.raises(UserError, match="cannot read .*folder.bin"):
+    with pytest.raises(UserError, match=r"cannot read .*folder.bin"):
         DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE)

