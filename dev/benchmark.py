@@ -183,6 +183,7 @@ def versions(*packages):
 def measure_ours(task):
     """Time train_gpt2's own loop, then large matrix products, then each kernel in additional steps."""
     import numba
+
     import train_gpt2
     from gpt2 import model_config
 
@@ -395,8 +396,9 @@ def gpu_rates(device):
 def measure_pytorch(task, compiled, bf16=False, tf32=False):
     """Time PyTorch's step. task["attention"] is "plain" or "sdpa"."""
     import torch
-    from gpt2 import model_config
+
     from dev.reference_pytorch import GPT2
+    from gpt2 import model_config
 
     torch.set_num_threads(task["threads"])
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -576,7 +578,7 @@ def measure_shape(shape, options, programs, peers):
                                      model=options.model, shape=shape, steps=steps, threads=options.threads) | variant)
 
     def describe(label, result):
-        return (f"{str(shape):>7} | {label:<29} | {steps} steps, median {1000 * median(result['seconds']):8,.1f} ms | "
+        return (f"{shape!s:>7} | {label:<29} | {steps} steps, median {1000 * median(result['seconds']):8,.1f} ms | "
                 f"loss {result['loss']:.3f}")
 
     return take_turns(programs, peers, options.rounds, measure, describe)
@@ -770,7 +772,7 @@ DEFAULTS = {
 }
 
 
-def benchmark_parser(description):
+def shared_parser(description):
     """A parser with the flags of both benchmarks."""
     from gpt2 import HEADS_BY_DEPTH
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -790,7 +792,7 @@ def python_path(text):
 
 
 def parse_options():
-    parser = benchmark_parser("Time a training step of this program and of PyTorch, side by side.")
+    parser = shared_parser("Time a training step of this program and of PyTorch, side by side.")
     add = parser.add_argument
 
     def add_by_device(flag, help, **settings):

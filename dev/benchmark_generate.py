@@ -34,16 +34,14 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve()
-ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import UserError, run_program
-from dev.benchmark import (
-    MEASURE, OURS, OURS_INT8, SEED, Bar, OtherPrograms, Peers, Program, benchmark_parser, cpu_name, draw, is_ours, label,
-    measuring_process, ours_beside, peak_memory, print_machine, print_table, programs_that_run, progress, python_path, run_task,
-    take_turns, time_beside_ours, versions)
+from dev import benchmark
+from dev.benchmark import MEASURE, OURS, OURS_INT8, Bar, Peers, Program, is_ours, label, run_task, versions
 
+HERE = Path(__file__).resolve()
+ROOT = HERE.parents[1]
 PROMPT_TOKENS = 512
 SHORT_PROMPT_TOKENS = 16
 NEW_TOKENS = 128
@@ -85,15 +83,16 @@ GGUF_NAMES = {
 def write_model(task):
     """Write a folder that transformers loads: a new GPT-2 plus noise, so that no bias is 0 and no layernorm weight is 1."""
     import numpy as np
-    from model_files import save_model
+
     from gpt2 import Tensors, initialize, model_config, parameter_shapes
+    from model_files import save_model
     from tokenizer import fetch_vocabulary
 
     fetch_vocabulary()
     config = model_config(task["model"])
     params = Tensors(parameter_shapes(config))
-    initialize(params, config, SEED)
-    params.flat += np.float32(0.02) * np.random.default_rng(SEED).standard_normal(params.size, dtype=np.float32)
+    initialize(params, config, benchmark.SEED)
+    params.flat += np.float32(0.02) * np.random.default_rng(benchmark.SEED).standard_normal(params.size, dtype=np.float32)
     save_model(Path(task["folder"], MODEL), config, params)
     return {}
 
@@ -101,7 +100,9 @@ def write_model(task):
 def write_ggufs(task):
     """Write that model as llama.cpp's files, in float32 and in q8_0."""
     import ctypes
+
     import llama_cpp
+
     from model_files import load_model
 
     model, float32, q8_0 = (Path(task["folder"], name) for name in (MODEL, GGUF.format("f32"), GGUF.format("q8_0")))
@@ -132,7 +133,7 @@ def write_gguf(path, config, params, vocabulary):
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL if token == "<|endoftext|>" else gguf.TokenType.NORMAL for token in tokens])
-    version, *merges = (vocabulary / "merges.txt").read_text(encoding="utf-8").splitlines()
+    _, *merges = (vocabulary / "merges.txt").read_text(encoding="utf-8").splitlines()
     writer.add_token_merges(merges)
     writer.add_bos_token_id(ids["<|endoftext|>"])
     writer.add_eos_token_id(ids["<|endoftext|>"])
@@ -160,8 +161,9 @@ class Ours:
 
     def __init__(self, task, int8=False):
         import numba
-        from model_files import load_model
+
         from generate_gpt2 import Decoder, compile_kernels, quantize
+        from model_files import load_model
 
         numba.set_num_threads(task["threads"])
         config, params = load_model(Path(task["folder"], MODEL))
@@ -269,9 +271,9 @@ PROGRAMS = {
 def time_generation(model):
     """Time each reading of the prompt and each new token. The result also has some of the logits after the prompt."""
     import numpy as np
-    prompt = np.random.default_rng(SEED).integers(50257, size=PROMPT_TOKENS).tolist()
+    prompt = np.random.default_rng(benchmark.SEED).integers(50257, size=PROMPT_TOKENS).tolist()
     logits = model.read(prompt).copy()
-    others = OtherPrograms()
+    others = benchmark.OtherPrograms()
     prompt_seconds, seconds = [], []
     for _ in range(PROMPT_REPEATS):
         model.forget()
@@ -285,7 +287,7 @@ def time_generation(model):
         token = int(model.read([token]).argmax())
         seconds.append(time.perf_counter() - started)
     return dict(seconds=seconds, prompt_seconds=prompt_seconds, logits=logits[::LOGITS_STRIDE].tolist(),
-                busy_cores=others.cores(), peak_memory=peak_memory())
+                busy_cores=others.cores(), peak_memory=benchmark.peak_memory())
 
 
 def measure_speed(task):
@@ -341,7 +343,7 @@ def measure_all(programs, peers, options, folder):
         result = run_task(python, task, HERE)
         truth[:] = truth or result["logits"]    # ours in float32 comes first
         result["error"] = relative_error(result["logits"], truth)
-        bound = LOGITS_BOUND[ours_beside(name)]
+        bound = LOGITS_BOUND[benchmark.ours_beside(name)]
         if not result["error"] <= bound:
             raise UserError(f"{title}: its logits differ from ours by {result['error']:.1e}, expected at most {bound:.0e}: "
                             "it does not compute the same thing")
@@ -353,7 +355,7 @@ def measure_all(programs, peers, options, folder):
                 f"{PROMPT_TOKENS / median(result['prompt_seconds']):6,.0f} tok/s | "
                 f"first token {result['first_token']:5.2f} s | logits {result['error']:.1e}")
 
-    return take_turns(programs, peers, options.rounds, measure, describe)
+    return benchmark.take_turns(programs, peers, options.rounds, measure, describe)
 
 
 class Summary(NamedTuple):
@@ -378,7 +380,7 @@ def summarize(results):
     def first_token(result):
         return result["first_token"]
 
-    ratio = partial(time_beside_ours, results)
+    ratio = partial(benchmark.time_beside_ours, results)
     return {name: Summary(
         decoding=1 / median(seconds for result in rounds for seconds in result["seconds"]),
         decoding_ratio=ratio(name, token),
@@ -393,8 +395,9 @@ def print_speeds(summary):
     rows = [(name, f"{row.decoding:,.1f}", f"{row.decoding_ratio:.2f}", f"{row.prompt:,.0f}", f"{row.prompt_ratio:.2f}",
              f"{row.first_token:.2f} s", f"{row.first_token_ratio:.2f}", f"{row.peak_memory / 1e9:.2f} GB")
             for name, row in summary.items()]
-    print_table(("program", "decoding, tok/s", "time / ours", "prompt, tok/s", "time / ours", "first token", "time / ours",
-                 "peak memory"), rows, left=1)
+    header = ("program", "decoding, tok/s", "time / ours", "prompt, tok/s", "time / ours", "first token", "time / ours",
+              "peak memory")
+    benchmark.print_table(header, rows, left=1)
 
 
 def print_errors(results):
@@ -408,20 +411,23 @@ def draw_speeds(summary, options):
         return [Bar(name, getattr(row, what), format(getattr(row, what), number) + unit
                     + ("" if is_ours(name) else f", ours {getattr(row, what + '_ratio'):.2f} x"))
                 for name, row in summary.items()]
-    draw({f"Decoding, after a prompt of {SHORT_PROMPT_TOKENS} tokens (longer is better)": bars("decoding", ",.1f", " tok/s"),
-          f"Reading a prompt of {PROMPT_TOKENS} tokens (longer is better)": bars("prompt", ",.0f", " tok/s"),
-          "From the start of the program to the first token (shorter is better)": bars("first_token", ".2f", " s")},
-         f"GPT-2 {options.model}: generating text, {options.threads} CPU threads (ours 2 x: twice as fast)", options.output)
+    groups = {
+        f"Decoding, after a prompt of {SHORT_PROMPT_TOKENS} tokens (longer is better)": bars("decoding", ",.1f", " tok/s"),
+        f"Reading a prompt of {PROMPT_TOKENS} tokens (longer is better)": bars("prompt", ",.0f", " tok/s"),
+        "From the start of the program to the first token (shorter is better)": bars("first_token", ".2f", " s"),
+    }
+    title = f"GPT-2 {options.model}: generating text, {options.threads} CPU threads (ours 2 x: twice as fast)"
+    benchmark.draw(groups, title, options.output)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 def parse_options():
-    parser = benchmark_parser("Time text generation by this program, transformers and llama.cpp, side by side.")
+    parser = benchmark.shared_parser("Time text generation by this program, transformers and llama.cpp, side by side.")
     add = parser.add_argument
-    add("--python", type=python_path, default=sys.executable, metavar="PATH", help="a Python with transformers")
-    add("--llama-python", type=python_path, default=None, metavar="PATH",
+    add("--python", type=benchmark.python_path, default=sys.executable, metavar="PATH", help="a Python with transformers")
+    add("--llama-python", type=benchmark.python_path, default=None, metavar="PATH",
         help="a Python with llama-cpp-python; default: that of --python")
     add("--output", type=Path, default=HERE.with_suffix(".png"), metavar="FILE", help="the bar chart")
     options = parser.parse_args()
@@ -432,23 +438,24 @@ def parse_options():
 def main():
     match sys.argv[1:]:
         case [flag, _] if flag == MEASURE:
-            return measuring_process(lambda task: TASKS[task["work"]](task))
+            return benchmark.measuring_process(lambda task: TASKS[task["work"]](task))
         case [flag, task] if flag == FIRST_TOKEN:
             return write_first_token(json.loads(task))
     options = parse_options()
     peers = {"torch, transformers": Peers(options.python, "--python", "torch transformers"),
              "llama_cpp, gguf": Peers(options.llama_python, "--llama-python", "llama-cpp-python gguf")}
-    programs = programs_that_run(PROGRAMS, peers)
+    programs = benchmark.programs_that_run(PROGRAMS, peers)
     with tempfile.TemporaryDirectory() as folder:
         task = dict(model=options.model, folder=folder, threads=options.threads)
-        progress("writing the model")
+        benchmark.progress("writing the model")
         run_task(sys.executable, task | dict(title="the model", work="model"), HERE)
         if any(program.needs == "llama_cpp, gguf" for program in programs.values()):
             run_task(options.llama_python, task | dict(title="llama.cpp's files", work="gguf"), HERE)
         results = measure_all(programs, peers, options, folder)
     summary = summarize(results)
-    progress("")
-    print_machine(f"GPT-2 {options.model}, text", options, results.values(), f"{cpu_name()}, {options.threads} threads")
+    benchmark.progress("")
+    hardware = f"{benchmark.cpu_name()}, {options.threads} threads"
+    benchmark.print_machine(f"GPT-2 {options.model}, text", options, results.values(), hardware)
     print_speeds(summary)
     print_errors(results)
     draw_speeds(summary, options)

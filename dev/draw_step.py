@@ -10,19 +10,18 @@ from itertools import groupby
 from math import prod
 from pathlib import Path
 
-HERE = Path(__file__).resolve()
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kernels_cpu as kernels
+from cli import OneLineParser, run_program
 from dev import style
 from dev.recorder import TINY, record_step, tiny_step
 from dev.style import INK, WIDTH
-from cli import OneLineParser, run_program
 from gpt2 import activation_shapes, memory_needed, model_config, parameter_shapes, scratch_shapes
 from train_gpt2 import CLASSIFIER_ROWS, compile_kernels
 
 OUT_OF_MEMORY_HINT = "close other programs"
-PICTURE = HERE.with_name("training_step.png")
+PICTURE = Path(__file__).with_name("training_step.png")
 CONFIG, B, T = model_config("d12"), 4, 1024     # GPT-2 124M, whose sizes are drawn
 PARAMS, ACTS, SCRATCH = SIZES = (parameter_shapes(CONFIG), activation_shapes(CONFIG, B, T),
                                  scratch_shapes(CONFIG, B, T, CLASSIFIER_ROWS))

@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import kernels_cpu as kernels
-from model_files import load_model
+from cli import OneLineParser, UserError, bounded, run_program
 from dataloader import DataLoader
 from dev.recorder import as_batch, record_step, time_step
-from cli import OneLineParser, UserError, bounded, run_program
 from files import atomic_file, main_memory
 from generate_gpt2 import DAMAGED_WEIGHTS_HINT, encode, tokenizer_for
 from gpt2 import activation_shapes, chunks, memory_needed, model_config, scratch_shapes
+from model_files import load_model
 from prepare_tinyshakespeare import prepare
 from sampling import softmax
 from tokenizer import END_OF_TEXT
@@ -243,7 +243,7 @@ def print_attention(tokens, weights, heading, name_of):
 
 def draw_attention(tokens, weights, title, name_of, path):
     """Draw one head's attention weights, one row per position. Each row sums to 1."""
-    from matplotlib.colors import PowerNorm     # its square root makes small weights visible
+    from matplotlib.colors import PowerNorm  # its square root makes small weights visible
     from matplotlib.figure import Figure
 
     T = len(tokens)

@@ -20,14 +20,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import kernels_cpu
-from model_files import load_model
+from cli import OneLineParser, UserError, run_program
 from dev import draw_step, style
 from dev.explore import attention_weights
 from dev.style import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, RED, WIDTH
-from cli import OneLineParser, UserError, run_program
 from generate_gpt2 import encode, tokenizer_for
-from gpt2 import (CHANNELS_PER_HEAD, RESIDUAL_PROJECTIONS, Config, activation_shapes, model_config, parameter_shapes,
-                  scratch_shapes)
+from gpt2 import (
+    CHANNELS_PER_HEAD,
+    RESIDUAL_PROJECTIONS,
+    Config,
+    activation_shapes,
+    model_config,
+    parameter_shapes,
+    scratch_shapes,
+)
+from model_files import load_model
 from tokenizer import gpt2_encoding
 from train_gpt2 import CLASSIFIER_ROWS, GPT2, compile_kernels
 
@@ -96,7 +103,7 @@ def draw_layernorm(pyplot, model):
     rstd = 1 / np.sqrt(inp.var() + kernels_cpu.LAYERNORM_EPSILON)
     norm = (inp - inp.mean()) * rstd
     terms = [np.eye(C), -np.ones((C, C)) / C, -np.outer(norm, norm) / C]
-    titles = ["1: the element\nitself", "−1/C: through\nthe row's mean", "−norm[i] norm[j] / C:\nthrough its rstd",
+    titles = ["1: the element\nitself", "-1/C: through\nthe row's mean", "-norm[i] norm[j] / C:\nthrough its rstd",
               "∂norm[i] / ∂inp[j],\nin units of rstd"]
     figure, panels = pyplot.subplots(1, 4, figsize=(WIDTH, 2.7))
     for axes, matrix, title, sign in zip(panels, [*terms, sum(terms)], titles, ["+", "+", "=", ""]):
@@ -249,7 +256,7 @@ def draw_roofline(pyplot, model):
         intensities, seconds = np.array(kernels[name]).T
         share = np.minimum(1, intensities * bandwidth / flops).mean()
         axes.plot(intensities, np.full(len(intensities), y), "o", color=ORANGE if share == 1 else BLUE, markersize=7)
-        for x, text in enumerate((f"{share:.1%}", f"{1000 * sum(seconds):,.0f}" if any(seconds) else "–")):
+        for x, text in enumerate((f"{share:.1%}", f"{1000 * sum(seconds):,.0f}" if any(seconds) else "-")):
             columns.text(x, y, text, horizontalalignment="right", verticalalignment="center")
     for x, heading in enumerate(("of peak\nFLOP/s", "ms/step,\nat least")):
         columns.text(x, len(names) - 0.2, heading, horizontalalignment="right")

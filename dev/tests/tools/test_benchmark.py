@@ -16,9 +16,7 @@ import train_gpt2_gpu
 from cli import UserError
 from cuda_on_cpu import CpuDevice
 from dev import benchmark, benchmark_generate
-from dev.benchmark import (
-    OURS, OURS_INT8, OURS_TF32, PROGRAMS, Peers, Program, Shape, bytes_moved, summarize, take_turns, time_launches,
-    timing_kernels)
+from dev.benchmark import OURS, OURS_INT8, OURS_TF32, PROGRAMS, Peers, Program, Shape
 from dev.benchmark_generate import GGUF_NAMES, seconds_until, time_generation, write_model
 from device import open_device
 from generate_gpt2 import Decoder, quantize
@@ -34,7 +32,7 @@ def test_flops_of_the_kernels_add_up_to_the_flops_of_a_step():
     """Counted call by call from the shapes of the arguments, and by formula."""
     model = train_gpt2.GPT2(TINY, batch_size=3, sequence_length=10, threads=1)
     tokens = np.ones((3, 10), dtype=np.int32)
-    with timing_kernels() as calls:
+    with benchmark.timing_kernels() as calls:
         model.forward(tokens)
         model.backward(tokens)
     assert sum(call.flops for call in calls) == sum(training_flops(TINY, 3, 10))
@@ -45,7 +43,7 @@ def test_summary():
     """Times and ratios are medians; TF32 programs are compared with ours in TF32."""
     def rounds(*seconds):
         return [dict(seconds=[value], peak_memory=memory) for memory, value in enumerate(seconds)]
-    summary = summarize({OURS: rounds(1.0, 10.0, 2.0), "peer": rounds(2.0, 20.0, 6.0),
+    summary = benchmark.summarize({OURS: rounds(1.0, 10.0, 2.0), "peer": rounds(2.0, 20.0, 6.0),
                          OURS_TF32: rounds(0.5, 0.5, 0.5), "peer tf32": rounds(2.0, 2.0, 2.0)})
     assert summary == {OURS: (2000, 1, 2), "peer": (6000, 2, 2), OURS_TF32: (500, 1, 2), "peer tf32": (2000, 4, 2)}
 
@@ -65,7 +63,7 @@ def test_without_pytorch_it_measures_our_step_alone(tmp_path):
                    "--python", shutil.which("false"), "--output", chart)
     assert finished.returncode == 0, finished.stderr
     assert "no torch in " in finished.stderr and "pip install torch" in finished.stderr
-    assert [row[1] for row in rows_of(finished.stdout) if row[0] == "1x16"][0] == OURS and "PyTorch" not in finished.stdout
+    assert ["1x16", OURS] in [row[:2] for row in rows_of(finished.stdout)] and "PyTorch" not in finished.stdout
     assert "kernel at 1x16" in finished.stdout and chart.read_bytes().startswith(b"\x89PNG")
 
 
@@ -113,7 +111,7 @@ def test_every_launch_and_product_is_timed_and_the_results_stay_the_same(stand_i
         launch(name, *arguments, **options)
 
     stand_in.launch = noted
-    calls = time_launches(stand_in)
+    calls = benchmark.time_launches(stand_in)
     assert (step(stand_in) == untimed).all()
     calls = calls()
     assert [call.name for call in calls if not call.flops] == [name for name in launched if name != "spin"]
@@ -127,7 +125,7 @@ def test_bytes_moved():
     kernels = parse_signatures("\n".join(kernels_gpu.SOURCES))
 
     def moved(name, *arguments):
-        return bytes_moved(kernels[name], arguments)
+        return benchmark.bytes_moved(kernels[name], arguments)
 
     def floats(*shape):
         return np.empty(shape, dtype=np.float32)
@@ -210,7 +208,8 @@ def test_the_fastest_variant_that_works_is_kept(capsys):
 
     programs = {OURS: Program(None), "peer": Program(None, "module", tuple(
         {"attention": attention} for attention in ("flash", "plain", "sparse")))}
-    results = take_turns(programs, {"module": Peers("python", "--python", "package")}, 2, measure, lambda label, result: label)
+    peers = {"module": Peers("python", "--python", "package")}
+    results = benchmark.take_turns(programs, peers, 2, measure, lambda label, result: label)
     assert {name: len(rounds) for name, rounds in results.items()} == {OURS: 2, "peer, sparse": 2}
     assert "left out: no flash attention" in capsys.readouterr().err
 

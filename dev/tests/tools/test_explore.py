@@ -3,9 +3,9 @@ import re
 
 import numpy as np
 import pytest
-from conftest import random_params
 
 import train_gpt2
+from conftest import random_params
 from dataloader import write_tokens
 from dev import explore
 from dev.explore import attention_weights, next_tokens

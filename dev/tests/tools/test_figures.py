@@ -3,21 +3,21 @@ from functools import cache
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import kernels_float64 as exact
 import numpy as np
 import pytest
-from conftest import random_params
 from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 from PIL import Image
-from test_kernels import finite_differences
 
 import gpt2
+import kernels_float64 as exact
 import train_gpt2
+from conftest import random_params
 from dev import draw_step, figures, style
 from dev.explore import attention_weights
 from dev.recorder import Call, record_step, tiny_step
 from model_files import save_model
+from test_kernels import finite_differences
 
 MODEL = gpt2.Config(64, 50257, 50304, num_layers=2, num_heads=2, channels=8)
 
@@ -108,7 +108,7 @@ def test_layernorm(drawn):
     row = np.array([0.2, -1.1, 0.6, 1.9, -0.4, 0.9, -1.6, 0.3])
     ones, zeros = np.ones(C), np.zeros(C)
     _, _, [scale] = exact.layernorm_forward(row[None], ones, zeros)
-    expected = [finite_differences(lambda x: exact.layernorm_forward(x[None], ones, zeros)[0][0, i], row) / scale
+    expected = [finite_differences(lambda x, i=i: exact.layernorm_forward(x[None], ones, zeros)[0][0, i], row) / scale
                 for i in range(C)]
     np.testing.assert_allclose(jacobian, expected, atol=1e-4)
 
@@ -167,7 +167,7 @@ def test_roofline(drawn):
         assert [*line.get_xdata()] == pytest.approx(intensities)
         share = intensities[0] / balance if min(intensities) < balance else 1
         seconds = sum(calls * max(flops / flops_per_second, moved / bytes_per_second) for calls, flops, moved in mine)
-        assert (texts[0, y], texts[1, y]) == (f"{share:.1%}", f"{1000 * seconds:,.0f}" if seconds > 0 else "–")
+        assert (texts[0, y], texts[1, y]) == (f"{share:.1%}", f"{1000 * seconds:,.0f}" if seconds > 0 else "-")
     verticals = {line.get_label(): line.get_xdata()[0] for line in axes.lines if line.get_marker() != "o"}
     assert verticals == pytest.approx({"2 CPU cores: 13": 385 / 30, "H100, float32: 20": 67 / 3.35,
                                        "H100, TF32: 148": 495 / 3.35})
@@ -266,7 +266,7 @@ def test_sizes_on_the_page_are_those_of_the_124m_model(page):
 def without(calls, kernel):
     """The calls without the first one of a kernel."""
     first = [call.kernel for call in calls].index(kernel)
-    return calls[:first] + calls[first + 1:]
+    return [*calls[:first], *calls[first + 1:]]
 
 
 @pytest.mark.parametrize("broken", [
@@ -274,7 +274,7 @@ def without(calls, kernel):
     lambda calls: without(calls, "residual_forward"),
     lambda calls: [call for call in calls if call.layer != 0],
     lambda calls: [call._replace(kernel="gelu_backward") if call.kernel == "attention_backward" else call for call in calls],
-    lambda calls: [call._replace(arrays=call.arrays[:-1] + [call.arrays[-1]._replace(name="fch_gelu")])
+    lambda calls: [call._replace(arrays=[*call.arrays[:-1], call.arrays[-1]._replace(name="fch_gelu")])
                    if str(call) == "fch_gelu[2] = gelu_forward(fch[2])" else call for call in calls],
 ], ids=["backward missing", "residual missing", "layer missing", "another kernel", "another array"])
 def test_page_is_not_drawn_if_passes_do_not_mirror(calls, broken):

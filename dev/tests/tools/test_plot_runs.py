@@ -128,5 +128,5 @@ def test_unusable_log_is_a_one_line_error(run_main, run_folder, tmp_path, text, 
 
 
 def test_missing_log(tmp_path):
-    with pytest.raises(UserError, match="cannot read .*log.csv: No such file.*output folder"):
+    with pytest.raises(UserError, match=r"cannot read .*log.csv: No such file.*output folder"):
         read_run(tmp_path)
