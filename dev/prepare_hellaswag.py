@@ -34,8 +34,7 @@ MAX_EXAMPLE_TOKENS = MAX_UINT16 // 2 - EXAMPLE_WORDS - 1 - COMPLETIONS    # in a
 def main():
     parser = OneLineParser(description="Write a file of HellaSwag examples.")
     parser.add_argument("--input", type=Path, metavar="FILE", help="use this JSONL file instead of downloading one")
-    parser.add_argument("--output", type=Path, metavar="FILE", default=DATA_DIR / "hellaswag_val.bin",
-                        help="the file to write (default: hellaswag_val.bin in the folder data beside the programs)")
+    parser.add_flag("--output", default=DATA_DIR / "hellaswag_val.bin", type=Path, metavar="FILE", help="the file to write")
     options = parser.parse_args()
     prepare(options.input, options.output)
 
