@@ -206,7 +206,7 @@ def test_gradients_of_the_examples(layer):
 
     np.testing.assert_allclose(names["out"], out(), rtol=1e-5, atol=1e-6)
     for name in differentiable:
-        expected = finite_differences(lambda x: np.sum(out(**{name: x}) * names["dout"]), arguments[name])
+        expected = finite_differences(lambda x, name=name: np.sum(out(**{name: x}) * names["dout"]), arguments[name])
         np.testing.assert_allclose(names["d" + name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
@@ -334,7 +334,7 @@ def test_every_kernel_has_a_page():
 @every_page
 def test_pages_name_nothing_that_is_gone(page):
     """Kernels must exist as kernels; other names must occur somewhere in the program or in the page's examples."""
-    kernels = cpu_kernels() | gpu_kernels() | {name for name in vars(train_gpt2.GPT2)}
+    kernels = cpu_kernels() | gpu_kernels() | set(vars(train_gpt2.GPT2))
     program = "\n".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), ROOT / "dev" / "figures.py"])
     words = set(re.findall(r"[A-Za-z_]\w*", program + examples(page)))
     for name in named(page) - {"onehot", "dx", "x"}:
