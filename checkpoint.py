@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from model_files import load_model, save_model
 from cli import UserError
 from distributed import SINGLE_PROCESS, World
 from files import atomic_file, atomic_folder
 from gpt2 import Config, Tensors
+from model_files import load_model, save_model
 
 MOMENTS = "adam_m.npy", "adam_v.npy"
 STATE = "training.json"
@@ -66,7 +66,7 @@ def delete(checkpoint: Path) -> None:
     try:
         os.rename(checkpoint, unnamed)
     except OSError as error:
-        raise UserError(f"cannot delete {checkpoint}: {error.strerror}; delete it by hand, then continue with --resume") from error
+        raise UserError(f"cannot delete {checkpoint}: {error.strerror}; delete it by hand, then --resume") from error
     shutil.rmtree(unnamed, ignore_errors=True)
 
 

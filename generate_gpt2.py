@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 import kernels_cpu as kernels
-from model_files import load_model
-from dataloader import TOKENS_MAGIC, open_tokens
 from cli import OneLineParser, UserError, bounded, run_program
+from dataloader import TOKENS_MAGIC, open_tokens
 from gpt2 import VOCABULARY, Config, Tensors, ceil_div, parameter_shapes
 from matmul_cpu import QUANT_GROUP, in_large_pages
+from model_files import load_model
 from sampling import sample
 from tokenizer import END_OF_TEXT, gpt2_encoding
 

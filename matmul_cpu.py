@@ -71,10 +71,11 @@ BLOCK_ROWS = 1024                         # of a, where it has to be transposed
 PREFETCH_AHEAD = 7680                     # bytes: the hardware prefetcher stops at the end of a 4096-byte page
 
 FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+ZERO = INT64(0)
 VECTOR = ir.VectorType(FLOAT, LANES)
 
 
-def pointer(build, address, row=0, row_bytes=INT64(0), number=INT64(0)):
+def pointer(build, address, row=0, row_bytes=ZERO, number=ZERO):
     """A pointer to number `number` of row `row` of a matrix that starts at address."""
     start = build.add(address, build.mul(INT64(row), row_bytes))
     return build.gep(build.inttoptr(start, FLOAT.as_pointer()), [number])

@@ -158,7 +158,7 @@ def check_parameters(model_class, reference):
     for name, value in reference.without_padding(model.params):
         if name == "qkvb":
             # The bias of the keys adds the same amount to all scores of a query, which softmax ignores:
-            # its gradient is zero but for rounding, and Adam divides rounding by its own size.
+            # its gradient is zero except for rounding, and Adam divides rounding by its own size.
             C = reference.config.channels
             yield reference.row("qkvb (queries)", value[:, :C], f"params.{name}", np.s_[:, :C])
             yield reference.row("qkvb (values)", value[:, 2 * C :], f"params.{name}", np.s_[:, 2 * C :])

@@ -403,8 +403,8 @@ def print_configuration(options, model, train_loader, val_loader, examples=(), *
     }
     if examples:
         too_long = sum(example.length > T for example in examples)
-        rows["hellaswag"] = (f"{len(examples):,} examples in {options.hellaswag}, {too_long:,} longer than {T} tokens, "
-                             "of which the model reads the end")
+        rows["hellaswag"] = (f"{len(examples):,} examples in {options.hellaswag}, {too_long:,} longer than {T} "
+                             "tokens: the model reads their end")
     for name, value in rows.items():
         print(f"{name:>13} | {value}")
     print(flush=True)

@@ -1,4 +1,4 @@
-"""What several test files share; and it lets them import the program, which stands at the top level of the checkout."""
+"""Fixtures shared by the test files. Puts the top level of the checkout, where the program is, on the import path."""
 import os
 import subprocess
 import sys
@@ -10,9 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from cli import UserError, run_program
 from cuda_on_cpu import CpuDevice
 from device import open_device
-from cli import UserError, run_program
 from gpt2 import Tensors, initialize, parameter_shapes
 from tokenizer import gpt2_encoding
 
@@ -26,7 +26,7 @@ DEVICES = {
 
 @pytest.fixture(scope="module", params=DEVICES)
 def on(request):
-    """A device: the CPU with a block's threads run from the first to the last, or from the last to the first, or the GPU."""
+    """A device: the CPU with the threads of a block run in order, or in reverse order, or the GPU."""
     try:
         return DEVICES[request.param]()
     except UserError as error:
@@ -35,7 +35,7 @@ def on(request):
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device_flag(request):
-    """The flag that chooses a device there is."""
+    """The flag for a device that this machine has."""
     try:
         open_device(request.param, "float32")
     except UserError as error:
@@ -66,7 +66,7 @@ def transformers():
 
 
 def random_params(config):
-    """GPT-2's initialization, its weights some times larger: attention is then not the same everywhere."""
+    """GPT-2's initialization with weights 8 times larger, so that attention is not uniform."""
     params = Tensors(parameter_shapes(config))
     initialize(params, config, seed=0)
     params.flat *= 8
@@ -81,7 +81,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture
 def run_main(monkeypatch, capsys):
-    """run_main(program, *flags) runs a program's module in this process. What is not an error fit for a user fails the test."""
+    """run_main(program, *flags) runs the main of a module in this process. Any exception but a UserError fails the test."""
     def run(program, *flags):
         monkeypatch.setattr(sys, "argv", [program.__file__, *map(str, flags)])
         threads = numba.get_num_threads()

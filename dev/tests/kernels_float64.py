@@ -1,11 +1,11 @@
 """
-Every kernel a second time: slow, in float64 NumPy, written from the mathematics and not from kernels_cpu.py.
+The naive version of every kernel: slow NumPy in float64, written from the math and not from kernels_cpu.py.
 
-The names and the arguments are those of the kernels, but results are returned instead of written, and a backward
-function takes the inputs of its forward alone (not its saved statistics), so that nothing can be wrong in both.
-Backward functions return the gradient itself: adding it to what was there before is the caller's business.
+Names and arguments are those of the kernels, but results are returned instead of written. A backward function takes only
+the inputs of its forward, not saved statistics, so that an error in those cannot hide. It returns the gradient itself;
+the caller adds it to earlier ones.
 
-Rows are handled one at a time, attention looks only at the keys a query may see, and softmax and layernorm are
+Rows are handled one at a time, attention reads only the keys that a query may see, and softmax and layernorm are
 differentiated through their explicit Jacobian matrices. test_kernels.py checks each backward function here against
 finite differences of its forward function.
 """

@@ -38,7 +38,7 @@ def test_gpu_program_is_imported_without_numba():
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of the product's modules."""
-    shutil.copytree(ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(".*", "__pycache__", "data", "out", "dev", "build"))
+    shutil.copytree(ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(".*", "__pycache__", "data", "out", "dev"))
     return tmp_path / "checkout"
 
 
@@ -84,7 +84,7 @@ def test_read_only_checkout_and_home(checkout, tmp_path):
         for program in ("train_gpt2.py", "train_gpt2_gpu.py", "generate_gpt2.py", "prepare_text.py"):
             finished = run(checkout, program, "--help", prefix=drop, HOME=str(home))
             assert (finished.returncode, finished.stderr) == (0, ""), finished
-        program = "import files, os; print(files.cache_folder()); print(os.environ['GPT2_BY_HAND_CACHE'], files.DATA_DIR.parent)"
+        program = "import files, os; print(files.cache_folder(), os.environ['GPT2_BY_HAND_CACHE'], files.DATA_DIR.parent)"
         finished = run(checkout, "-c", program, prefix=drop, HOME=str(home))
         [folder, variable, data] = finished.stdout.split()
         assert folder == variable == data and not Path(folder).exists()

@@ -1,4 +1,4 @@
-"""Checkpoints: a run that stops and goes on is the run that never stopped, whatever stops it, and no mistake loses one."""
+"""Checkpoints: a resumed run is bit-for-bit identical to an uninterrupted one, and nothing loses a checkpoint."""
 import csv
 import gc
 import json
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +19,21 @@ import checkpoint
 import train_gpt2
 import train_gpt2_gpu
 import training
-from dataloader import write_tokens
-from cli import UserError
-from gpt2 import Config, Tensors
 from checkpoint import checkpoints, load_state
+from cli import UserError
+from dataloader import write_tokens
+from gpt2 import Config, Tensors
 from training import Progress
 
 CONFIG = Config(max_seq_len=8, vocab_size=60, padded_vocab_size=128, num_layers=2, num_heads=2, channels=16)
 STEPS = 12
 STOP = 6
-# All that a step may depend on: two batches to a step from files in shuffled order, a schedule that falls at the end, and soon
-# after the stop an outlier among the losses and one among the norms. Overfitted to few tokens, the model is best on others
-# early on. The seed was searched for.
+# Everything a step may depend on: two micro-batches per step from shuffled shards, a schedule that decays at the end, and soon
+# after the stop an outlier among the losses and one among the norms. The model overfits, so that its best validation loss comes
+# early. The seed was chosen to give all of this.
 FLAGS = ["--batch-size", 2, "--sequence-length", 8, "--total-batch-size", 32, "--num-iterations", STEPS, "--warmup-iters", 2,
-         "--learning-rate", 0.03, "--schedule", "wsd", "--shuffle-shards", "--skip-update-lossz", 1.3, "--skip-update-gradz", 1.3,
-         "--seed", 15, "--val-loss-every", 1, "--val-max-steps", 3, "--sample-every", 0]
+         "--learning-rate", 0.03, "--schedule", "wsd", "--shuffle-shards", "--skip-update-lossz", 1.3,
+         "--skip-update-gradz", 1.3, "--seed", 15, "--val-loss-every", 1, "--val-max-steps", 3, "--sample-every", 0]
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ def run(run_main, monkeypatch, tmp_path, data):
 
 
 def left_behind(folder):
-    """What a run leaves that does not depend on the clock: its log, and the bytes of its models and moments."""
+    """The output of a run that does not depend on time: its log, and the bytes of its models and moments."""
     rows = [(row["step"], row["train_loss"], row["val_loss"], row["grad_norm"], row["learning_rate"])
             for row in csv.DictReader(open(folder / "log.csv"))]
     latest = checkpoints(folder)[-1]
@@ -80,7 +81,7 @@ def left_behind(folder):
 
 @pytest.fixture
 def uninterrupted(run, tmp_path):
-    """What a run leaves that was not interrupted; it is made once."""
+    """The output of an uninterrupted run, made once."""
     if not EXPECTED:
         EXPECTED.append(run_uninterrupted(run, tmp_path))
     return EXPECTED[0]
@@ -101,7 +102,7 @@ def run_uninterrupted(run, tmp_path):
 
 @pytest.mark.parametrize("stop", range(1, STEPS))
 def test_stopped_and_resumed_run_is_the_uninterrupted_one(run, uninterrupted, tmp_path, stop):
-    """To the last bit, whichever step the signal comes in; Ctrl-C and SIGTERM have the shell's exit statuses."""
+    """Bit for bit, for a signal in any step. Exit statuses are the shell's for Ctrl-C and SIGTERM."""
     number = signal.SIGINT if stop % 2 else signal.SIGTERM
     finished = run("out", stop=stop, number=number)
     assert finished.status == 128 + number and f"stopped after step {stop}" in finished.out
@@ -120,8 +121,8 @@ FORGOTTEN = {
        for name in ("step", "data", "best_val_loss", "latest_losses", "latest_norms")},
     **{flag: lambda latest, flag=flag, value=value: change_flag(latest, flag, value)
        for flag, value in dict(total_batch_size=16, schedule="cosine", warmup_iters=12, learning_rate=1e-3, num_iterations=11,
-                               learning_rate_decay_frac=0.5, weight_decay=0.0, grad_clip=0.01, shuffle_shards=False, batch_size=1,
-                               skip_update_lossz=0.0, skip_update_gradz=0.0, val_max_steps=1).items()},
+                               learning_rate_decay_frac=0.5, weight_decay=0.0, grad_clip=0.01, shuffle_shards=False,
+                               batch_size=1, skip_update_lossz=0.0, skip_update_gradz=0.0, val_max_steps=1).items()},
 }
 
 
@@ -137,7 +138,7 @@ def change_flag(latest, flag, value):
 
 @pytest.mark.parametrize("name", FORGOTTEN)
 def test_whatever_is_forgotten_shows(run, uninterrupted, tmp_path, name):
-    """Every single thing that a checkpoint holds is needed: without it, the rest of the run is another."""
+    """Everything in a checkpoint is needed: without any one part, the rest of the run differs."""
     run("out", stop=STOP)
     FORGOTTEN[name](checkpoints(tmp_path / "out")[-1])
     run("out", "--resume", new=False)
@@ -145,7 +146,7 @@ def test_whatever_is_forgotten_shows(run, uninterrupted, tmp_path, name):
 
 
 def test_gpu_program_resumes_too(run, tmp_path):
-    """On its own, and from a checkpoint of the CPU program."""
+    """From its own checkpoint, and from one of the CPU program."""
     cpu = "--device", "cpu"
     assert run("whole", *cpu, program=train_gpt2_gpu).status == 0
     assert run("out", *cpu, program=train_gpt2_gpu, stop=STOP).status == 128 + signal.SIGTERM
@@ -159,7 +160,7 @@ def test_gpu_program_resumes_too(run, tmp_path):
 
 @pytest.mark.parametrize("program, flags", [(train_gpt2, ()), (train_gpt2_gpu, ("--device", "cpu"))], ids=["cpu", "gpu"])
 def test_what_was_loaded_does_not_stay_in_memory(run, tmp_path, monkeypatch, program, flags):
-    """While a resumed run trains: neither a second copy of the parameters, nor the mapped files of the moments."""
+    """While a resumed run trains, there is no second copy of the parameters, and no mapped file of moments."""
     def loaded():
         gc.collect()
         arrays = [array for array in gc.get_objects() if isinstance(array, Tensors) and "wte" in array.shapes]
@@ -186,7 +187,7 @@ def test_checkpoint_that_cannot_be_deleted(tmp_path, monkeypatch):
 
 
 def test_best_model_is_not_the_last(run, tmp_path):
-    """But the one of the step with the lowest validation loss, which a run of so many steps ends with."""
+    """`best` is the model of the step with the lowest validation loss: a run of that many steps ends with it."""
     run("whole", "--schedule", "constant")
     rows, (last, best, *_), _ = left_behind(tmp_path / "whole")
     losses = [float(row[2]) for row in rows if row[2]]
@@ -195,7 +196,7 @@ def test_best_model_is_not_the_last(run, tmp_path):
 
 
 def test_checkpoints_every_so_often(run, tmp_path):
-    """The latest K are kept, the last one is of the last step, and any of them is a model that can be loaded."""
+    """The latest K are kept, the last one is of the last step, and each can be loaded as a model."""
     assert run("out", "--checkpoint-every", 4, "--keep-checkpoints", 2).status == 0
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-00000008", "step-00000012"]
     latest = checkpoints(tmp_path / "out")[-1]
@@ -205,7 +206,7 @@ def test_checkpoints_every_so_often(run, tmp_path):
 
 
 def test_finished_run(run, tmp_path):
-    """It can be made longer; a new run in its folder replaces it, checkpoints and all."""
+    """It can be extended; a new run in its folder replaces everything, checkpoints included."""
     run("out")
     assert_one_line(run("out", "--resume", new=False), 1, "finished, after 12 steps", "--num-iterations")
     finished = run("out", "--resume", "--num-iterations", 14, new=False)
@@ -217,7 +218,7 @@ def test_finished_run(run, tmp_path):
 
 
 def test_log_goes_on_after_the_checkpoint(run, uninterrupted, tmp_path):
-    """Steps that the checkpoint does not know of are done again, and a line that was cut short is left out."""
+    """Steps after the checkpoint are repeated, and an incomplete line is dropped."""
     run("out", stop=STOP)
     with open(tmp_path / "out" / "log.csv", "a") as log:
         log.write(f"{STOP + 1},9.9,,,9.9,0.1,1,1\n{STOP + 2},9.")
@@ -272,8 +273,10 @@ def test_other_tokens(run, tmp_path, data):
 DAMAGES = {
     "no state": (lambda latest: (latest / "training.json").unlink(), ("training.json", "No such file")),
     "cut state": (lambda latest: cut(latest / "training.json"), ("training.json", "not the JSON")),
-    "state of something else": (lambda latest: (latest / "training.json").write_text("[1]"), ("training.json", "lacks", "flags")),
-    "state without the step": (lambda latest: (latest / "training.json").write_text('{"flags": {}}'), ("training.json", "lacks step")),
+    "state of something else": (lambda latest: (latest / "training.json").write_text("[1]"),
+                                ("training.json", "lacks", "flags")),
+    "state without the step": (lambda latest: (latest / "training.json").write_text('{"flags": {}}'),
+                               ("training.json", "lacks step")),
     "no moment": (lambda latest: (latest / "adam_v.npy").unlink(), ("adam_v.npy", "No such file")),
     "cut moment": (lambda latest: cut(latest / "adam_m.npy"), ("adam_m.npy", "damaged")),
     "empty moment": (lambda latest: (latest / "adam_m.npy").write_bytes(b""), ("adam_m.npy", "damaged")),
@@ -294,7 +297,7 @@ def cut(path):
 
 @pytest.mark.parametrize("damage, parts", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_checkpoint(run, tmp_path, damage, parts):
-    """One line that names the file; and once the folder is deleted, the run goes on from the checkpoint before."""
+    """One line that names the file. Once the folder is deleted, --resume continues from the checkpoint before."""
     run("out", "--checkpoint-every", 1, "--keep-checkpoints", 2, stop=STOP)
     earlier, latest = checkpoints(tmp_path / "out")
     damage(latest)
@@ -303,7 +306,7 @@ def test_damaged_checkpoint(run, tmp_path, damage, parts):
     assert run("out", "--resume", new=False).status == 0
 
 
-# Whatever stops the program
+# Kills and full disks
 
 PROGRAM = """
 import sys
@@ -318,14 +321,13 @@ ROOT = Path(train_gpt2.__file__).parent
 
 
 def command(config, *flags):
-    """Runs train_gpt2.py with a small model in a process of its own."""
-    sizes = config.max_seq_len, config.vocab_size, config.padded_vocab_size, config.num_layers, config.num_heads, config.channels
-    return [sys.executable, "-c", PROGRAM.format(*sizes), str(ROOT), *map(str, flags)]
+    """The command that runs train_gpt2.py with a small model in its own process."""
+    return [sys.executable, "-c", PROGRAM.format(*astuple(config)), str(ROOT), *map(str, flags)]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_killed_at_any_moment(tmp_path, data):
-    """While it writes a checkpoint after every step: there always is one, and the run goes on from it."""
+    """A run that writes a checkpoint after every step always leaves one to resume from."""
     flags = ["--output-dir", tmp_path / "out", "--input-bin", data / "train_*.bin", "--batch-size", 2, "--sequence-length", 8,
              "--sample-every", 0, "--checkpoint-every", 1, "--keep-checkpoints", 2, "--num-iterations", 100_000]
     generator, steps = np.random.default_rng(0), []
@@ -335,7 +337,7 @@ def test_killed_at_any_moment(tmp_path, data):
             if line.startswith("step ") and checkpoints(tmp_path / "out"):
                 break
         else:
-            raise AssertionError(f"the run did not go on after {kill} kills: exit status {process.wait()}")
+            raise AssertionError(f"no progress after {kill} kills: exit status {process.wait()}")
         time.sleep(generator.uniform(0, 0.05))
         process.kill()
         process.wait()
@@ -352,7 +354,7 @@ KILLS = int(os.environ.get("KILLS", 5))     # each takes a second, most of it to
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit on the size of a file")
 def test_full_disk(tmp_path, data, run):
-    """A checkpoint that cannot be written is one line, nothing of it is left, and the one before is whole."""
+    """A checkpoint that cannot be written is one line; nothing of it remains, and the one before is complete."""
     run("out", stop=STOP)
     latest = checkpoints(tmp_path / "out")[-1]
     before = {path: path.read_bytes() for path in latest.iterdir()}

@@ -91,7 +91,7 @@ def test_all_ranks_together_read_what_one_process_reads(tmp_path):
     path = write_counting_file(tmp_path / "tokens.bin", 0, 3 * 2 * 4 * 5 + 1)
     single = DataLoader(path, 2, 4, VOCAB_SIZE)
     ranks = [DataLoader(path, 2, 4, VOCAB_SIZE, rank, 3) for rank in range(3)]
-    for step in range(7):  # more than the five steps in the file
+    for _ in range(7):  # more than the five steps in the file
         for rank in ranks:
             for mine, expected in zip(rank.next_batch(), single.next_batch()):
                 np.testing.assert_array_equal(mine, expected)

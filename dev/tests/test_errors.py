@@ -1,4 +1,4 @@
-"""What a user's mistakes look like in training: one line that says what to do, the exit status, nothing half-written.
+"""Mistakes of a user in training: one line that says what to do, the exit status, nothing half-written.
 
 Most tests call `main` in this process, which spares them a second of imports each; those about signals, pipes, a missing
 network and the working directory start a process of their own.
@@ -22,17 +22,17 @@ import pytest
 import train_gpt2
 import train_gpt2_gpu
 import training
+from cli import UserError
 from conftest import Finished
 from dataloader import write_tokens
 from distributed import World
-from cli import UserError
 
 PROGRAM = Path(train_gpt2.__file__).resolve()
 B, T = 1, 16
 SMALL = ("--model", "d2", "--batch-size", B, "--sequence-length", T, "--num-iterations", 3, "--sample-every", 0)
 DIVERGE = ("--learning-rate", 1e30, "--warmup-iters", 0)
 LOG_COLUMNS = "step,train_loss,val_loss,hellaswag,grad_norm,learning_rate,milliseconds,tokens_per_second"
-SECONDS = 300  # until a process that should long have ended is given up; it may have to compile the kernels
+SECONDS = 300  # timeout of a process, which may have to compile the kernels
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def tokens(tmp_path):
 
 @pytest.fixture
 def out(tmp_path):
-    """An output folder that is not there yet."""
+    """An output folder that does not exist yet."""
     return tmp_path / "out"
 
 
@@ -89,10 +89,10 @@ def assert_nothing_unfinished(folder):
     assert not list(folder.rglob("*.tmp"))
 
 
-# What a run leaves behind (first here, so that Matplotlib has built its font cache before it could be seen below)
+# Output of a run (first, so that Matplotlib has built its font cache before later tests look at standard error)
 
 def test_same_command_gives_the_same_losses_from_any_working_directory(tokens, tmp_path):
-    """Bit for bit: every digit of the log but the times. The first run starts without compiled kernels."""
+    """Bit for bit: every digit of the log except the times. The first run starts with an empty kernel cache."""
     flags = (*SMALL, "--num-iterations", 5, "--total-batch-size", 2 * B * T, "--val-loss-every", 2)
     folders = [tmp_path / name for name in ("here", "elsewhere")]
     for folder in folders:
@@ -186,7 +186,7 @@ def test_mistake_on_the_command_line(run, tokens, out, flags, parts):
 
 
 def test_help_states_the_real_defaults(run, monkeypatch):
-    """As a value where the default is one, in words where it depends on something else, and once."""
+    """As a value, or in words if it depends on something else; and once."""
     monkeypatch.setenv("COLUMNS", "200")
     finished = run("--help")
     assert finished.status == 0 and finished.err == ""
@@ -206,7 +206,7 @@ def test_help_states_the_real_defaults(run, monkeypatch):
             assert stated == [str(value)], text
 
 
-# True processes: status, standard error to the letter
+# In processes: exit status and exact standard error
 
 def test_process_ends_with_one_line(tokens, out, tmp_path):
     (tmp_path / "cut.bin").write_bytes(tokens.read_bytes()[:-1])
@@ -221,7 +221,7 @@ def test_process_ends_with_one_line(tokens, out, tmp_path):
 
 
 def test_no_network_and_no_data(tmp_path):
-    """A copy of the program without its data folder, and a proxy that nobody answers."""
+    """A copy of the program without its data folder, and a proxy that does not answer."""
     checkout, home = tmp_path / "checkout", tmp_path / "home"
     checkout.mkdir(), home.mkdir()
     for path in PROGRAM.parent.glob("*.py"):
@@ -246,7 +246,7 @@ def test_vocabulary_that_cannot_be_had_only_costs_the_samples(run, tokens, out, 
     assert len(read_log(out)) == 3
 
 
-# What cannot be written
+# Output that cannot be written
 
 def unwritable_folders(tmp_path):
     (tmp_path / "file").write_bytes(b"as it was")
@@ -259,7 +259,7 @@ def unwritable_folders(tmp_path):
 
 @pytest.mark.parametrize("program", [train_gpt2, train_gpt2_gpu])
 def test_output_folder_that_cannot_be_written(run_main, tmp_path, monkeypatch, program):
-    """Is noticed before anything is read, compiled or computed."""
+    """Is found before anything is read, compiled or computed."""
     def too_late(*arguments):
         raise AssertionError("the flags were taken for good ones")
     monkeypatch.setattr(program, "load_or_create_model", too_late)
@@ -290,7 +290,7 @@ def test_only_the_process_that_writes_tries_the_output_folder(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit on the size of a file")
 def test_full_disk(run, tokens, out):
-    """As far as a limit on the size of a file is like one: some lines of the log find room, and the next does not."""
+    """Simulated by a limit on the size of a file: some lines of the log fit, the next does not."""
     import resource
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
@@ -319,10 +319,10 @@ def test_model_larger_than_memory(run, tokens, out, monkeypatch, message):
     assert not out.exists()
 
 
-# Numbers that are no longer numbers
+# Divergence
 
 def finite_steps(folder):
-    """The training steps in the log, after making sure that every number there is one."""
+    """The training steps in the log, after asserting that all its numbers are finite."""
     rows = read_log(folder)
     assert all(math.isfinite(float(value)) for row in rows for value in row.values() if value), rows
     return [int(row["step"]) for row in rows if row["train_loss"]]
@@ -350,7 +350,7 @@ def test_divergence_that_shows_only_in_a_sample(run, tokens, out, monkeypatch):
     assert finite_steps(out) == [1]
 
 
-# Runs that somebody ends, and terminals
+# Interrupted runs, pipes and terminals
 
 def read_until(process, text):
     for line in process.stdout:
@@ -361,7 +361,7 @@ def read_until(process, text):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
 def test_ctrl_c(tokens, out):
-    # Where the tests run in the background SIGINT is ignored, and a process starts with what its parent ignores.
+    # A background job ignores SIGINT, and child processes inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = start(*SMALL, "--num-iterations", 100_000, "--input-bin", tokens, "--output-dir", out)
@@ -398,7 +398,7 @@ def test_reader_that_goes_away(tokens, out):
 
 
 def test_terminal_that_lacks_a_character(run, tokens, out, monkeypatch):
-    """As when output goes into a file on Windows. Early samples hold letters of any script."""
+    """As when output goes to a file on Windows. Early samples contain letters of any script."""
     monkeypatch.setattr(training, "fetch_vocabulary", lambda: None)
     monkeypatch.setattr(train_gpt2, "sample_text", lambda *arguments: "naïve ب")
     screen = io.BytesIO()

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 import generate_gpt2
-from conftest import Finished
-from model_files import load_model, save_model
-from dataloader import write_tokens
 from cli import UserError, run_program
+from conftest import Finished
+from dataloader import write_tokens
 from generate_gpt2 import MEMORY_BOUND_ROWS, Decoder, TextStream, generate, mean_loss, quantize
 from gpt2 import Config, Tensors, initialize, parameter_shapes
+from model_files import load_model, save_model
 from tokenizer import END_OF_TEXT
 from train_gpt2 import GPT2
 
@@ -35,7 +35,7 @@ CONFIGS = {
 
 
 def random_params(config, seed=0, scale=8):
-    """GPT-2's initialization, its weights some times larger: attention is then not the same everywhere."""
+    """GPT-2's initialization with larger weights, so that attention is not uniform."""
     params = Tensors(parameter_shapes(config))
     initialize(params, config, seed)
     generator = np.random.default_rng(seed)
@@ -66,7 +66,7 @@ def assert_close(actual, expected, bound=1e-5):
 
 
 def read(decoder, texts, parts):
-    """(B, T, V): the logits at every position of texts that the decoder reads in parts of so many tokens."""
+    """(B, T, V): the logits at every position of texts that the decoder reads in parts of these lengths."""
     texts, position, logits = np.array(texts, dtype=np.int32), 0, []
     for part in parts:
         rows = decoder.forward(np.ascontiguousarray(texts[:, position:position + part]))
@@ -105,7 +105,7 @@ def test_context_exceeded():
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
 def test_batch_equals_single(int8):
-    """To the bit, while few texts are read side by side; more take other kernels, which add in another order."""
+    """Bit for bit, for up to MEMORY_BOUND_ROWS texts; more take other kernels, which add in another order."""
     config, T = CONFIGS["groups"], 12
     params, texts = random_params(config), random_texts(config, MEMORY_BOUND_ROWS + 1, T)
     params = quantize(config, params) if int8 else params
@@ -120,7 +120,7 @@ def test_batch_equals_single(int8):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("parts", ["one by one", "at once"])
 def test_int8_equals_float32_of_the_rounded_weights(name, parts):
-    """What the int8 weights stand for, computed in float32 by the other kernels."""
+    """The int8 weights, converted to float32 and used by the other kernels."""
     config = CONFIGS[name]
     T = config.max_seq_len
     params, texts = random_params(config), random_texts(config, 2, T)
@@ -148,7 +148,7 @@ def test_int8_is_a_quarter_of_the_memory_and_keeps_nothing_of_the_original():
 
 @pytest.mark.parametrize("B", [1, 3])
 def test_next_logits_of_growing_texts(B):
-    """Beyond the context too: the model sees the latest half of it, and then all that comes until it is full again."""
+    """Beyond the context too: the model sees the most recent half of it, and then more until it is full again."""
     config = CONFIGS["odd"]
     T = config.max_seq_len
     params, texts = random_params(config), random_texts(config, B, 3 * T)
@@ -162,7 +162,7 @@ def test_next_logits_of_growing_texts(B):
 
 
 def test_same_prompt_for_several_texts():
-    """It is read once, and every text goes on from it in its own way."""
+    """It is read once, and every text continues it in its own way."""
     config, B = CONFIGS["odd"], 3
     params = random_params(config)
     prompt = random_texts(config, 1, 6)[0]
@@ -192,7 +192,7 @@ def test_greedy_equals_greedy_without_a_cache():
 
 
 def test_seeds_and_samples():
-    """The same seed gives the same text, another one another; a sample does not depend on how many there are."""
+    """The same seed gives the same text, another seed another; a sample does not depend on how many there are."""
     config = CONFIGS["groups"]
     params = random_params(config)
     texts = generated(config, params, [1, 2], 30, num_texts=MEMORY_BOUND_ROWS)
@@ -263,13 +263,13 @@ def streamed(encoding, tokens, stops=()):
 
 @pytest.mark.parametrize("text", ["naïve café", "漢字かな 한국어 עברית", "🙂👩‍👩‍👧‍👦🏳️‍🌈", "e\u0301\u200b\x00", ""])
 def test_no_half_characters(encoding, text):
-    """Byte by byte, the worst way in which tokens can cut a text."""
+    """Byte by byte, the worst way to split a text into tokens."""
     pieces = streamed(encoding, [encoding.encode_single_token(bytes([byte])) for byte in text.encode()])
     assert "".join(pieces) == text and "\ufffd" not in pieces and max(map(len, pieces)) <= 1
 
 
 def test_stream_of_any_tokens_is_the_text_of_all(encoding):
-    """Whatever tokens a model makes up, most of which are no UTF-8 together."""
+    """Random tokens, most of them not valid UTF-8 together."""
     generator = np.random.default_rng(0)
     for _ in range(300):
         tokens = generator.choice([*range(188, 256), *generator.integers(50257, size=20)], size=40).tolist()
@@ -313,7 +313,8 @@ def run(run_main, monkeypatch, encoding):
 def assert_one_line(finished, status, *parts):
     """An error with all of the parts, in this order."""
     assert finished.status == status, finished
-    assert finished.err.startswith("generate_gpt2.py: error: ") and finished.err.find("\n") == len(finished.err) - 1, finished.err
+    assert finished.err.startswith("generate_gpt2.py: error: "), finished.err
+    assert finished.err.find("\n") == len(finished.err) - 1, finished.err
     assert re.search(".*".join(re.escape(str(part)) for part in parts), finished.err), (finished.err, parts)
 
 
@@ -340,7 +341,7 @@ def test_the_text_is_that_of_the_tokens(run, encoding):
 
 
 def test_text_appears_as_it_is_made(run, encoding, monkeypatch):
-    """When a token is chosen, all that the tokens before it make certain has been written, and does not wait in a buffer."""
+    """When a token is sampled, all text that is certain by then has been written and flushed."""
     class Screen(io.StringIO):
         """Knows what was written to it before it was last flushed."""
         seen = ""
@@ -424,7 +425,7 @@ def test_stop_and_end_of_text(run, encoding):
 
 
 def test_interactive_remembers(run, encoding):
-    """The second line follows the first and its answer, after a newline; nothing is read twice."""
+    """The second line follows the first and its reply, after a newline; nothing is read twice."""
     params = random_params(TINY, scale=20)
     finished = run("--interactive", "--temperature", 0, "--max-new-tokens", 3, stdin=b"I\nyou\n", params=params)
     text = encoding.encode("I")
@@ -434,7 +435,8 @@ def test_interactive_remembers(run, encoding):
     second = encoding.decode(generated(TINY, params, text, 3, temperature=0)[0])
     assert finished.out == f"{first}\n{second}\n" and finished.status == 0
     assert SPEED.search(finished.err).groups() == (str(1 + 1 + len(encoding.encode("\nyou"))), "4")
-    with_prompt = run("--interactive", "--prompt", "I", "--temperature", 0, "--max-new-tokens", 3, stdin=b"you\n", params=params)
+    flags = "--interactive", "--prompt", "I", "--temperature", 0, "--max-new-tokens", 3
+    with_prompt = run(*flags, stdin=b"you\n", params=params)
     assert with_prompt.out == finished.out
 
 
@@ -444,14 +446,14 @@ def test_interactive_with_nothing_said(run):
 
 
 def test_interactive_forgets_the_end_of_a_text(run, encoding):
-    """A model that says nothing but <|endoftext|>, which the next line then does not follow."""
+    """A model that generates only <|endoftext|>, which must not precede the next line."""
     finished = run("--interactive", stdin=b"I\nyou\n", params=silent_params())
     assert finished.out == "\n\n"
     assert SPEED.search(finished.err).groups() == (str(1 + len(encoding.encode("\nyou"))), "0")
 
 
 def test_int8(run, tmp_path):
-    """It generates, and its rounding shows in the loss, a little."""
+    """It generates, and its rounding changes the loss slightly."""
     finished = run("--prompt", "I", "--quantize", "int8", "--max-new-tokens", 3)
     assert finished.status == 0 and SPEED.search(finished.err)
     write_tokens(tmp_path / "tokens.bin", range(100))
@@ -483,7 +485,7 @@ def test_perplexity_of_tokens_of_another_vocabulary(run, tmp_path):
     assert_one_line(run("--perplexity", tokens, config=config), 1, tokens, "token 50 at position 2", "vocabulary of 50")
 
 
-# True processes
+# In processes
 
 def test_first_run_gives_the_text_of_every_later_one(tmp_path, encoding):
     """It compiles the kernels, and says so on standard error. From any working directory; nothing but text is piped."""
@@ -569,7 +571,7 @@ def test_more_samples_than_memory(run, monkeypatch):
 
 
 def test_help_states_the_real_defaults(run, monkeypatch):
-    """As a value where the default is one, in words where it depends on something else, and once."""
+    """As a value, or in words if it depends on something else; and once."""
     monkeypatch.setenv("COLUMNS", "200")
     finished = run("--help")
     assert finished.status == 0 and finished.err == ""

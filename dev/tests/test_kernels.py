@@ -11,11 +11,12 @@ starts as NaN, and what it adds to starts from numbers that are not zero.
 """
 from dataclasses import dataclass
 
-import kernels_cpu
-import kernels_float64 as exact
 import numba
 import numpy as np
 import pytest
+
+import kernels_cpu
+import kernels_float64 as exact
 
 OUTPUTS = {
     "encoder_forward": ("out",),
@@ -45,12 +46,12 @@ LEARNING_RATE, BETA1, BETA2, EPSILON = 0.1, 0.9, 0.95, 1e-8
 # Calling the kernels
 
 def unset(*shape):
-    """What a kernel must overwrite."""
+    """An output that a kernel must overwrite."""
     return np.full(shape, np.nan, dtype=np.float32)
 
 
 class Accumulator:
-    """What a kernel must add to: `array` starts from random numbers, `added()` is what was added to them."""
+    """An output that a kernel must add to: `array` starts with random numbers, `added()` is what was added."""
 
     def __init__(self, *shape):
         self.start = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
@@ -184,7 +185,7 @@ def integers(high, *shape):
 
 
 def encoder_cases(B, T, C, V=5):
-    """With so small a vocabulary, tokens repeat."""
+    """The vocabulary is small, so tokens repeat."""
     sizes, tokens = f"B{B}-T{T}-C{C}", integers(V, B, T)
     wte, wpe = normal(V, C), normal(T + 2, C, seed=1)
     yield Case("encoder_forward", sizes, dict(tokens=tokens, wte=wte, wpe=wpe))
@@ -250,7 +251,7 @@ CASES = (
     + [Case("global_norm", f"size{size}", dict(grads=normal(size))) for size in (1, 1000, 1000003)]
 )
 
-# One of a moderate size for each kernel, for what need not be tried at every size.
+# One case of moderate size per kernel, for tests that need no other sizes.
 CASE = {case.kernel: case for case in CASES if case.sizes in (
     "B3-T13-C7", "N13-C36", "N13-C36-OC109", "B1-T13-NH3-HS12", "N13-C7", "N13-V65-Vp128-spread30",
     "size1003-step10-decay0.1-scale0.25", "size1000")}
@@ -313,7 +314,7 @@ def test_float64_backward_against_finite_differences(backward):
     backward_args = next(case.args for case in SMALL if case.kernel == backward)
     actual = results(exact, backward, backward_args)
     for name, gradient in gradients.items():
-        def loss(x):
+        def loss(x, name=name):
             return np.sum(results(exact, forward, {**forward_args, name: x})["out"] * backward_args["dout"])
         assert relative_error(actual[gradient], finite_differences(loss, forward_args[name])) <= 1e-8, name
 
@@ -410,22 +411,22 @@ def test_layernorm_of_numbers_far_from_zero():
 @pytest.mark.parametrize("kernel", ["matmul_forward", "matmul_backward"])
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
 def test_matmul_shared_among_threads(kernel, threads):
-    """Also among more threads than there are columns to go round."""
+    """Also with more threads than blocks of columns."""
     args = CASE[kernel].args
     check(kernel, results(Fast, kernel, {**args, "threads": threads}), results(exact, kernel, args))
 
 
 @pytest.mark.parametrize("case", [*matmul_cases(N=35, C=1001, OC=777)], ids=str)
 def test_matmul_gives_the_same_bits_on_any_number_of_threads(case):
-    """Sizes with which every number of threads has other numbers at the edge of its block."""
+    """Sizes for which the edges of the threads' blocks differ with the number of threads."""
     one = results(Fast, case.kernel, {**case.args, "threads": 1})
     for threads in (2, 3):
         assert_same_bits(results(Fast, case.kernel, {**case.args, "threads": threads}), one)
 
 
 # Whole tiles and parts of them, and one or several blocks in each direction: of rows (where a is transposed), depth, columns.
-@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (3, 5, 7), (8, 16, 48), (7, 16, 96), (15, 33, 45), (67, 131, 33), (1030, 20, 17),
-                                     (30, 1600, 20), (20, 24, 800)])
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (3, 5, 7), (8, 16, 48), (7, 16, 96), (15, 33, 45), (67, 131, 33),
+                                     (1030, 20, 17), (30, 1600, 20), (20, 24, 800)])
 @pytest.mark.parametrize("a_transposed", [False, True])
 @pytest.mark.parametrize("b_transposed", [False, True])
 @pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (1.0, 1.0), (-0.3, 0.7)])
@@ -463,7 +464,7 @@ def test_matmul_backward_without_bias():
 
 @pytest.mark.parametrize("changed", [1, 64, 100])
 def test_attention_never_looks_ahead(changed):
-    """What comes out before a position is the same, bit for bit, whatever stands at that position and after it."""
+    """Outputs before a position do not depend, bit for bit, on inputs at that position and after it."""
     B, T, NH = 1, 130, 3
     qkv = normal(B * T, 36 * 3)
     later = qkv.copy()
@@ -476,7 +477,7 @@ def test_attention_never_looks_ahead(changed):
 
 
 def test_attention_with_large_scores():
-    """Scores of several hundred: exp of them would overflow if the largest were not taken off first."""
+    """Scores of several hundred: exp would overflow if the largest were not subtracted first."""
     args = dict(qkv=10 * normal(65, 36 * 3), B=1, T=65, NH=3)
     check("attention_forward", results(Fast, "attention_forward", args), results(exact, "attention_forward", args))
     args["dout"] = normal(65, 36)
@@ -511,7 +512,7 @@ def test_padding_gets_no_probability_and_no_gradient(padding):
 
 
 def test_classifier_over_the_whole_range_of_exp():
-    """Probabilities down to 1e-37, each held to its own size: this is the test of the kernels' exponential."""
+    """Probabilities down to 1e-37, each with its own relative error: this tests the kernels' exponential."""
     V = 8001
     logits = np.linspace(0, -85, V, dtype=np.float32).reshape(1, -1)
     targets = np.array([V - 1], dtype=np.int32)
@@ -522,7 +523,7 @@ def test_classifier_over_the_whole_range_of_exp():
 
 
 def test_classifier_with_large_logits():
-    """A target that is certain costs nothing, one that is ruled out costs the whole distance."""
+    """A certain target has loss 0; an impossible one has the distance of its logit from the largest."""
     logits = np.full((2, 128), -80, dtype=np.float32)
     logits[:, 3] = 80
     losses, dlogits = Fast.fused_classifier(logits, np.array([3, 4], dtype=np.int32), 1.0, 100)
@@ -533,7 +534,7 @@ def test_classifier_with_large_logits():
 
 
 def test_global_norm_of_unequal_numbers():
-    """A large number followed by a million small ones, each of which a float32 sum of squares would round away."""
+    """A large number followed by a million small ones: a float32 sum of squares would lose every one of them."""
     grads = np.full(1000003, 1e-4, dtype=np.float32)
     grads[0] = 1
     check("global_norm", dict(norm=kernels_cpu.global_norm(grads)), dict(norm=exact.global_norm(grads)))

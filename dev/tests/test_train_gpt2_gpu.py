@@ -1,4 +1,4 @@
-"""The whole GPU program: against the PyTorch reference, against the CPU program, and what a user's mistakes look like.
+"""The whole GPU program: against the PyTorch reference, against the CPU program, and the mistakes of a user.
 
 The checks of test_gpt2.py, on three devices: on the CPU with a block's threads run from the first to the last and from the
 last to the first (cuda_on_cpu), and on the GPU, where there is one.
@@ -11,10 +11,10 @@ import pytest
 import test_gpt2
 import train_gpt2
 import train_gpt2_gpu
-from dataloader import DataLoader, write_tokens
-from cuda_on_cpu import CpuDevice
-from device import CudaDevice
 from cli import UserError
+from cuda_on_cpu import CpuDevice
+from dataloader import DataLoader, write_tokens
+from device import CudaDevice
 from gpt2 import Config, activation_shapes, memory_needed, model_config
 
 STEPS = 20
@@ -35,7 +35,7 @@ def tokens(tmp_path):
 # Against PyTorch and against the CPU program
 
 def model_on(on):
-    """train_gpt2_gpu.GPT2 as test_gpt2.py makes models, with tokens and targets that are still NumPy's."""
+    """train_gpt2_gpu.GPT2 with the interface that test_gpt2.py expects: tokens and targets are NumPy arrays."""
     class Model(train_gpt2_gpu.GPT2):
         def __init__(self, config, batch_size, sequence_length, threads):
             super().__init__(config, batch_size, sequence_length, on)
@@ -60,7 +60,7 @@ def test_tiny_model_against_pytorch(on, check):
 
 
 def test_chunks_of_the_classifier(on, monkeypatch):
-    """A batch of more rows than have logits at a time has the same loss and gradients."""
+    """A batch of more rows than CLASSIFIER_ROWS has the same loss and gradients."""
     reference = test_gpt2.Reference(test_gpt2.TINY, test_gpt2.BOUNDS["tiny"])
     monkeypatch.setattr(train_gpt2_gpu, "CLASSIFIER_ROWS", 50)
     rows = [*test_gpt2.check_gradients(model_on(on), reference), *test_gpt2.check_losses(model_on(on), reference)]
@@ -76,8 +76,8 @@ def columns(path, *names):
 def test_training_like_the_cpu_program(run, device_flag, tokens, tmp_path):
     """Twenty steps with accumulation and clipping, and a validation: losses and norms to 1e-5 relative."""
     flags = ("--model", "d2", "--batch-size", 2, "--sequence-length", 9, "--total-batch-size", 36, "--num-iterations", STEPS,
-             "--input-bin", tokens, "--input-val-bin", tokens, "--val-max-steps", 2, "--sample-every", 0, "--learning-rate", 1e-3,
-             "--warmup-iters", 2, "--val-loss-every", 10)
+             "--input-bin", tokens, "--input-val-bin", tokens, "--val-max-steps", 2, "--sample-every", 0,
+             "--learning-rate", 1e-3, "--warmup-iters", 2, "--val-loss-every", 10)
     for program, own in ((train_gpt2, ()), (train_gpt2_gpu, device_flag)):
         finished = run(*flags, *own, "--output-dir", tmp_path / program.__name__, program=program)
         assert finished.status == 0, finished.err
@@ -95,8 +95,8 @@ def test_each_program_goes_on_from_what_the_other_saved(run, device_flag, tokens
              "--val-max-steps", 3)
     own = {train_gpt2: (), train_gpt2_gpu: device_flag}
     folders = tmp_path / "first", tmp_path / "second"
-    finished = [run("--model", "d2", "--num-iterations", 5, "--warmup-iters", 0, *flags, *own[first], "--output-dir", folders[0],
-                    program=first),
+    finished = [run("--model", "d2", "--num-iterations", 5, "--warmup-iters", 0, *flags, *own[first],
+                    "--output-dir", folders[0], program=first),
                 run("--model", folders[0], "--num-iterations", 1, "--learning-rate", 0, *flags, *own[second],
                     "--output-dir", folders[1], program=second)]
     assert [each.status for each in finished] == [0, 0], finished
@@ -166,7 +166,7 @@ def test_two_models_on_two_devices():
 def test_prefetched_batches_are_those_of_the_loader(on, tokens):
     plain, prefetched = (DataLoader(tokens, 2, 16, 50257) for _ in range(2))
     prefetched = train_gpt2_gpu.Prefetch(prefetched, on)
-    for batch in range(70):         # a good way round: there are 62
+    for batch in range(70):         # more than an epoch, which has 62
         if batch == 5:
             plain.reset()
             prefetched.reset()
@@ -180,8 +180,8 @@ def test_prefetched_batches_are_those_of_the_loader(on, tokens):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_needed_is_what_is_allocated(monkeypatch, recompute):
     counting, allocated = CpuDevice(), []
-    for name in ("zeros", "empty"):
-        monkeypatch.setattr(counting, name, lambda size, make=getattr(counting, name): allocated.append(size) or make(size))
+    for name, make in (("zeros", counting.zeros), ("empty", counting.empty)):
+        monkeypatch.setattr(counting, name, lambda size, make=make: allocated.append(size) or make(size))
     config = model_config("d2")
     train_gpt2_gpu.GPT2(config, 2, 8, counting, recompute)
     needed = memory_needed(config, activation_shapes(config, 2, 8, recompute), train_gpt2_gpu.gpu_scratch_shapes(config, 2, 8))

@@ -1,12 +1,12 @@
-"""The first weights, the learning rate, and the training loop: that it averages, clips, stops and learns as it says."""
+"""Initialization, the learning-rate schedule, and the training loop: averages, clipping, stopping, learning."""
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import train_gpt2
-from dataloader import DataLoader, write_tokens
 from cli import UserError
+from dataloader import DataLoader, write_tokens
 from gpt2 import Config, Tensors, initialize, parameter_shapes
 from train_gpt2 import GPT2, evaluate
 from training import OUTLIER_WINDOW, Progress, StopRequest, learning_rate, parse_options, z_score
@@ -22,7 +22,7 @@ def options(*flags):
 # Initialization
 
 def test_first_weights():
-    """Standard deviations to 3 %, of which the largest sampling error here is a third."""
+    """Standard deviations to 3 %, three times the largest sampling error."""
     config = Config(64, 500, 512, num_layers=3, num_heads=2, channels=64)
     params = Tensors(parameter_shapes(config))
     initialize(params, config, seed=0)
@@ -60,7 +60,7 @@ def rates(schedule, warmup_iters=10):
 def test_schedule(schedule, middle, end):
     r = rates(schedule)
     assert r[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
-    assert r[54] == pytest.approx(middle)            # halfway between the end of the warm-up and the end
+    assert r[54] == pytest.approx(middle)            # halfway between the end of warmup and the end of training
     assert r[99] == pytest.approx(end)
     assert r[9:] == sorted(r[9:], reverse=True)
 
@@ -83,7 +83,7 @@ def test_no_warmup():
 # The training loop
 
 class Log:
-    """Keeps what the training loop reports."""
+    """Records what the training loop reports, in place of a TrainingLog and a Saver."""
 
     def __init__(self):
         self.losses, self.norms, self.rates, self.validations, self.notes = [], [], [], {}, {}
@@ -107,14 +107,14 @@ class Log:
 
 
 def train(model, settings, train_loader, val_loader, log, progress=None):
-    """The training loop; a Log stands in for what writes to the disk, too."""
+    """The training loop, with a Log in place of everything that writes to disk."""
     train_gpt2.train(model, settings, train_loader, val_loader, examples=[], samples=False, log=log,
                      progress=progress or Progress(), stop=StopRequest(), save=log)
 
 
 @pytest.fixture
 def loader(tmp_path):
-    """Makes a loader of batches of batch_size sequences of 4*8 random tokens."""
+    """loader(batch_size) is a DataLoader over 4*8 random tokens."""
     write_tokens(tmp_path / "tokens.bin", np.random.default_rng(0).integers(CONFIG.vocab_size, size=4 * T + 1))
     return lambda batch_size: DataLoader(tmp_path / "tokens.bin", batch_size, T, CONFIG.vocab_size)
 
@@ -161,7 +161,7 @@ def test_accumulated_batches_train_like_one_large_batch(loader):
 
 
 def test_a_single_batch_is_learned_by_heart(loader):
-    """And no other batch is seen, let alone learned."""
+    """And no other batch is seen or learned."""
     log, model, batches = Log(), small_model(2), loader(2)
     settings = options("--batch-size", "2", "--num-iterations", "150", "--overfit-single-batch", "--learning-rate", "1e-2")
     train(model, settings, batches, None, log)
@@ -207,7 +207,7 @@ def test_tokens_beyond_the_context():
 
 
 def test_classifier_in_chunks(loader, monkeypatch):
-    """Loss and gradients do not depend on how many rows of logits exist at a time, the last chunk being shorter."""
+    """Loss and gradients do not depend on CLASSIFIER_ROWS, even if the last chunk is shorter."""
     inputs, targets = loader(2).next_batch()
     losses, gradients = [], []
     for rows in (512, 5):
@@ -221,7 +221,7 @@ def test_classifier_in_chunks(loader, monkeypatch):
 
 
 def test_next_token_logits_of_a_prompt_of_any_length(loader):
-    """The logits of the last token, whether one token was given or all of a sequence."""
+    """The logits after the last token, for prompts of any length."""
     model = small_model(1)
     tokens = loader(1).next_batch()[0]
     for length in (1, 5, T):
@@ -233,7 +233,7 @@ def test_next_token_logits_of_a_prompt_of_any_length(loader):
 # Memory
 
 def test_recomputed_activations_give_the_same_gradients():
-    """To the last bit, from the activations of one layer and the outputs of all; and again, for another batch size."""
+    """Bit for bit, with the activations of one layer in memory; and again with another batch size."""
     config = replace(CONFIG, num_layers=4)
     results = []
     for recompute in (False, True):
@@ -253,7 +253,7 @@ def test_recomputed_activations_give_the_same_gradients():
 # Outliers
 
 def test_z_score():
-    """Of the newest value among the window it has joined, and none before the window is full."""
+    """Of the newest value in its window, and NaN before the window is full."""
     values, window = np.random.default_rng(0).normal(size=3 * OUTLIER_WINDOW).tolist(), []
     for i, value in enumerate(values):
         score = z_score(window, value)
@@ -268,15 +268,16 @@ def test_z_score():
 
 @pytest.mark.parametrize("flags, name", [(("--skip-update-lossz", "5"), "loss"), (("--skip-update-gradz", "5"), "norm")])
 def test_update_of_an_outlier_is_skipped(loader, flags, name):
-    """Everything stays as it was but for the gradients, which are cleared; without the flag the step is like any other."""
+    """Only the gradients change: they are cleared. Without the flag the update is not skipped."""
     for given in (flags, ()):
         log, model = Log(), small_model(2)
         progress = Progress(latest_losses=[4 + 1e-6 * i for i in range(OUTLIER_WINDOW)],
                             latest_norms=[1e-3 + 1e-9 * i for i in range(OUTLIER_WINDOW)])
         if name == "loss":
-            model.params.lnfw[...] = 300        # certain, and wrong
+            model.params.lnfw[...] = 300        # confident, and wrong
         before = model.params.flat.copy()
-        train(model, options("--batch-size", "2", "--num-iterations", "1", "--grad-clip", "0", *given), loader(2), None, log, progress)
+        settings = options("--batch-size", "2", "--num-iterations", "1", "--grad-clip", "0", *given)
+        train(model, settings, loader(2), None, log, progress)
         assert np.array_equal(model.params.flat, before) == bool(given)
         assert not model.grads.flat.any() and model.adam_m.any() != bool(given)
         assert list(log.notes) == ([1] if given else [])
