@@ -18,45 +18,13 @@ from cli import bounded, run_program
 from dataloader import DataLoader
 from distributed import SINGLE_PROCESS, DataParallel, World, start
 from files import main_memory
-from gpt2 import (
-    BETA1,
-    BETA2,
-    EPSILON,
-    WEIGHT_DECAYED,
-    Config,
-    Tensors,
-    activation_shapes,
-    activations,
-    chunks,
-    initialize,
-    memory_needed,
-    new_array,
-    parameter_shapes,
-    scratch_shapes,
-)
+from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize,
+                  memory_needed, new_array, parameter_shapes, scratch_shapes)
 from hellaswag import count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, NO_BIAS
-from training import (
-    OUT_OF_MEMORY_HINT,
-    NullLog,
-    Progress,
-    StopRequest,
-    TrainingLog,
-    can_sample,
-    check_finite,
-    check_memory,
-    data_loaders,
-    flags_to_save,
-    initial_progress,
-    is_due,
-    learning_rate,
-    load_or_create_model,
-    outlier,
-    parse_options,
-    prepare_data,
-    print_configuration,
-    sample_text,
-)
+from training import (OUT_OF_MEMORY_HINT, NullLog, Progress, StopRequest, TrainingLog, can_sample, check_finite, check_memory,
+                      data_loaders, flags_to_save, initial_progress, is_due, learning_rate, load_or_create_model, outlier,
+                      parse_options, prepare_data, print_configuration, sample_text)
 
 
 class GPT2:

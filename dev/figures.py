@@ -25,15 +25,8 @@ from dev import draw_step, style
 from dev.explore import attention_weights
 from dev.style import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, RED, WIDTH
 from generate_gpt2 import encode, tokenizer_for
-from gpt2 import (
-    CHANNELS_PER_HEAD,
-    RESIDUAL_PROJECTIONS,
-    Config,
-    activation_shapes,
-    model_config,
-    parameter_shapes,
-    scratch_shapes,
-)
+from gpt2 import (CHANNELS_PER_HEAD, RESIDUAL_PROJECTIONS, Config, activation_shapes, model_config, parameter_shapes,
+                  scratch_shapes)
 from model_files import load_model
 from tokenizer import gpt2_encoding
 from train_gpt2 import CLASSIFIER_ROWS, GPT2, compile_kernels

@@ -13,16 +13,8 @@ from generate_gpt2 import generate, mean_loss
 from generate_gpt2_gpu import Decoder
 from gpt2 import Config
 from model_files import load_model, save_model
-from test_generate import (
-    CONFIGS,
-    REFERENCE,
-    THREADS,
-    assert_cached_equals_full,
-    assert_close,
-    full_logits,
-    random_params,
-    random_texts,
-)
+from test_generate import (CONFIGS, REFERENCE, THREADS, assert_cached_equals_full, assert_close, full_logits, random_params,
+                           random_texts)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
