@@ -24,6 +24,7 @@ import numpy as np
 
 from gpt2 import ceil_div
 
+CLASSIFIER_ROWS = 2048  # rows of logits that exist at any one time: 2048 * 50304 * 4 bytes = 412 MB
 device = None           # device.CudaDevice or cuda_on_cpu.CpuDevice: where arrays live and kernels run, set by `use`
 
 

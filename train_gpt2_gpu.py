@@ -13,11 +13,10 @@ from dataloader import DataLoader
 from device import open_device
 from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize,
                   memory_needed, parameter_shapes, scratch_shapes, training_flops)
+from kernels_gpu import CLASSIFIER_ROWS
 from launcher import Device
 from training import (OUT_OF_MEMORY_HINT, can_sample, check_memory, data_loaders, load_or_create_model, parse_options,
                       prepare_data)
-
-CLASSIFIER_ROWS = 2048    # rows of logits that exist at any one time: 2048 * 50304 * 4 bytes = 412 MB
 
 
 def gpu_scratch_shapes(config: Config, B: int, T: int) -> dict[str, tuple]:
