@@ -8,8 +8,8 @@ of them a sequence of little-endian uint16:
     n and the n tokens of the context, then n and the n tokens of each completion
 
 The score is llm.c's, too: the model chooses the completion with the lowest mean cross-entropy per token, given the context.
-Such a score, normalized by length, is called acc_norm. lm-evaluation-harness normalizes by bytes instead of tokens and formats
-the contexts differently, so its scores differ: llm.c's notes give GPT-2 124M 0.2955, and 0.3114 by the harness.
+This length-normalized score is called acc_norm. lm-evaluation-harness normalizes by bytes instead of tokens and formats the
+contexts differently, so its scores differ: according to llm.c's notes, GPT-2 124M scores 0.2955 here and 0.3114 there.
 """
 from collections.abc import Callable, Sequence
 from pathlib import Path
