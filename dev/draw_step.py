@@ -64,7 +64,7 @@ MEANINGS = {
 def mirror(forward, backward):
     """Pairs (forward call, its backward call or None) in the order of the forward pass.
 
-    The twin of X_forward is X_backward, if there is such a kernel. Raises ValueError unless the backward calls are the twins of
+    The twin of X_forward is X_backward, if that kernel exists. Raises ValueError unless the backward calls are the twins of
     the forward calls in reverse order.
     """
     twins = [twin if hasattr(kernels, twin := call.kernel.replace("_forward", "_backward")) else None for call in forward]
