@@ -1169,6 +1169,19 @@ def write_source(path, text):
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+def environment(cache):
+    """That of a process in a copy, with compiled kernels in the folder `cache`."""
+    # Python does not notice a change that leaves a file's size and time as they were, so no bytecode must be kept.
+    return {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "NUMBA_CACHE_DIR": "", "GPT2_BY_HAND_CACHE": str(cache)}
+
+
+def compile_kernels(folder):
+    """Compile the kernels of a copy, so that no test has to, and none finds the note that says so in a program's output."""
+    program = "import generate_gpt2, train_gpt2; train_gpt2.compile_kernels(); generate_gpt2.compile_kernels()"
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, cwd=folder, env=environment(folder / "cache"), capture_output=True, check=True)
+
+
 def run_tests(folder, tests, cache):
     """Run pytest in folder, with compiled kernels in the folder `cache`. Return the first test that fails, or None.
 
@@ -1176,9 +1189,7 @@ def run_tests(folder, tests, cache):
     """
     selection = tests.split(maxsplit=2)     # a file, and perhaps -k and an expression
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", *selection]
-    # Python does not notice a change that leaves a file's size and time as they were, so no bytecode must be kept.
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "NUMBA_CACHE_DIR": "", "GPT2_BY_HAND_CACHE": str(cache)}
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(cache))
     failed = re.search(r"^FAILED (\S+)", result.stdout, re.MULTILINE)
     if result.returncode == 0:
         return None
@@ -1219,6 +1230,8 @@ def run_table(mutations, jobs):
         for job in range(jobs):
             folder = Path(temporary) / f"job{job}"
             copy_checkout(folder)
+            if any(mutation.file not in KERNELS for mutation in mutations):
+                compile_kernels(folder)
             free.put(folder)
 
         def in_a_copy(work, item):
