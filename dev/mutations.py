@@ -876,7 +876,7 @@ MUTATIONS = [Mutation(*row) for row in [
     ("checkpoint: llm.c's padding not checked", "model_files.py",
      "if padded != config.padded_vocab_size:", "if False:", checkpoints("damaged_llmc")),
     ("checkpoint: llm.c's length not checked", "model_files.py",
-     "if size != expected:", "if False:", checkpoints("damaged_llmc or without_harm")),
+     "if size != expected:", "if False:", checkpoints("damaged_llmc or harmless")),
     ("checkpoint: llm.c's header not checked", "files.py",
      "if len(header) < HEADER_BYTES:", "if False:", checkpoints("damaged_llmc")),
     ("checkpoint: llm.c's version not checked", "files.py",
