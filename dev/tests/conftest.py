@@ -94,3 +94,9 @@ def run_main(monkeypatch, capsys):
             numba.set_num_threads(threads)
         return Finished(status, *capsys.readouterr())
     return run
+
+
+@pytest.fixture(scope="session")
+def cold_cache(tmp_path_factory):
+    """A kernel cache that is empty at first, for processes; tests that need it cold for different kernels share it."""
+    return {"NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("kernels"))}

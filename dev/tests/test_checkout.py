@@ -48,17 +48,18 @@ def run(checkout, *arguments, prefix=(), **environment):
 
 
 def test_edited_product_is_compiled_again(checkout, tmp_path):
-    """Numba by itself would keep running matmul_forward with the old sgemm. The cache of the old sources is deleted."""
+    """Numba by itself would keep running matvec_forward with the old product. The cache of the old sources is deleted."""
     program = ("import numpy as np, kernels_cpu\n"
                "out, one, weight = np.zeros((1, 1), np.float32), np.ones((1, 1), np.float32), np.ones((1, 1), np.float32)\n"
-               "kernels_cpu.matmul_forward(out, one, weight, kernels_cpu.NO_BIAS, kernels_cpu.make_workspace(1))\n"
-               "print(out[0, 0], sum(kernels_cpu.matmul_forward.stats.cache_hits.values()))")
+               "kernels_cpu.matvec_forward(out, one, weight, kernels_cpu.NO_BIAS, kernels_cpu.make_workspace(1))\n"
+               "print(out[0, 0], sum(kernels_cpu.matvec_forward.stats.cache_hits.values()))")
     source = checkout / "matmul_cpu.py"
     outputs, caches = [], []
-    for alpha in ("np.float32(1 * alpha)", "np.float32(1 * alpha)", "np.float32(2 * alpha)"):
+    line = "rest += rows[r, c] * "
+    for factor in (1, 1, 2):
         text = (ROOT / "matmul_cpu.py").read_text()
-        assert text.count("np.float32(alpha)") == 1
-        source.write_text(text.replace("np.float32(alpha)", alpha))
+        assert text.count(line) == 1
+        source.write_text(text.replace(line, f"{line}np.float32({factor}) * "))
         os.utime(source, (0, 0))
         finished = run(checkout, "-c", program, GPT2_BY_HAND_CACHE=str(tmp_path / "cache"))
         assert finished.returncode == 0, finished.stderr

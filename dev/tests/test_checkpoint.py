@@ -40,6 +40,7 @@ FLAGS = ["--batch-size", 2, "--sequence-length", 8, "--total-batch-size", 32, "-
 def small_model(monkeypatch):
     monkeypatch.setattr(training, "model_config", lambda name: CONFIG)
     monkeypatch.setattr(training, "OUTLIER_WINDOW", 4)
+    monkeypatch.setattr(training.TrainingLog, "plot", lambda log: None)     # takes a third of the time of a short run
 
 
 @pytest.fixture(scope="module")

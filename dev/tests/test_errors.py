@@ -91,13 +91,13 @@ def assert_nothing_unfinished(folder):
 
 # Output of a run (first, so that Matplotlib has built its font cache before later tests look at standard error)
 
-def test_same_command_gives_the_same_losses_from_any_working_directory(tokens, tmp_path):
+def test_same_command_gives_the_same_losses_from_any_working_directory(tokens, tmp_path, cold_cache):
     """Bit for bit: every digit of the log except the times. The first run starts with an empty kernel cache."""
     flags = (*SMALL, "--num-iterations", 5, "--total-batch-size", 2 * B * T, "--val-loss-every", 2)
     folders = [tmp_path / name for name in ("here", "elsewhere")]
     for folder in folders:
         folder.mkdir()
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    environment = {**os.environ, **cold_cache}
     for path, folder, compiles in (("../tokens.bin", folders[0], True), (tokens, folders[1], False)):
         finished = finish(start(*flags, "--input-bin", path, "--input-val-bin", path, cwd=folder, env=environment))
         assert finished.status == 0 and finished.err == "", finished

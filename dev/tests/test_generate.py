@@ -487,13 +487,13 @@ def test_perplexity_of_tokens_of_another_vocabulary(run, tmp_path):
 
 # In processes
 
-def test_first_run_gives_the_text_of_every_later_one(tmp_path, encoding):
+def test_first_run_gives_the_text_of_every_later_one(tmp_path, encoding, cold_cache):
     """It compiles the kernels, and says so on standard error. From any working directory; nothing but text is piped."""
     params = random_params(TINY, scale=20)
     save_model(tmp_path / "model", TINY, params)
     new = generated(TINY, params, encoding.encode("To be"), 40, seed=1337, temperature=0.8, top_p=0.95)[0]
     expected = ("To be" + encoding.decode(new) + "\n").encode()
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONUTF8": "1"}
+    environment = {**os.environ, **cold_cache, "PYTHONUTF8": "1"}
     finished = [subprocess.run([sys.executable, PROGRAM, "--model", "model", "--max-new-tokens", "40"], input=b"To be",
                                capture_output=True, cwd=tmp_path, env=environment, timeout=300) for _ in range(2)]
     for run, compiles in zip(finished, (True, False)):
