@@ -49,6 +49,15 @@ def test_every_exercise_is_a_bug_of_the_lesson():
         assert not exercise.page or (CHECKOUT / "dev" / "derivations" / f"{exercise.page}.md").exists()
 
 
+def test_page_of_exercises_fits_the_program():
+    page = (CHECKOUT / "dev" / "EXERCISES.md").read_text()
+    easy, medium, last = mutations.EASY, mutations.MEDIUM, len(EXERCISES)
+    assert f"Exercises 1 to {easy} are easy, {easy + 1} to {medium} medium, {medium + 1} to {last} hard" in page
+    for file, line in (("kernels_cpu.py", "largest = row_max(row)\n"), ("kernels_cpu.py", "return largest + np.log(total)\n"),
+                       ("train_gpt2.py", "1 / (N * accumulation_steps)")):
+        assert f"`{line.strip()}`" in page and (CHECKOUT / file).read_text().count(line) == 1
+
+
 def test_exercise_has_one_bug_and_gives_nothing_away(main, tmp_path):
     status, out, _ = main("--exercise", 17, "--output-dir", tmp_path / "copy")
     mutation = mutations.mutation_of(17)
