@@ -56,11 +56,11 @@ def save_checkpoint(output_dir: Path, config: Config, params: Tensors, moments, 
         with atomic_file(folder / STATE) as file:
             file.write(json.dumps(state, indent=2).encode())
     for old in checkpoints(output_dir)[:-keep]:
-        delete(old)
+        delete_checkpoint(old)
     return path
 
 
-def delete(checkpoint: Path) -> None:
+def delete_checkpoint(checkpoint: Path) -> None:
     """Delete a checkpoint, renaming it first: a folder with its name must be complete. Raises UserError if that fails."""
     unnamed = checkpoint.with_name(f"{checkpoint.name}.{os.getpid()}.tmp")
     try:
@@ -81,8 +81,11 @@ def load_state(path: Path) -> dict:
     missing = [key for key in STATE_KEYS if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f"{path / STATE} lacks {', '.join(missing)}; {REPAIR_HINT}")
-    if "shuffle" in state["flags"]:     # the former name of --shuffle-shards
-        state["flags"]["shuffle_shards"] = state["flags"].pop("shuffle")
+    flags = state["flags"]
+    if not (isinstance(flags, dict) and all(re.fullmatch(r"[a-z]\w*", name, re.ASCII) for name in flags)):
+        raise UserError(f"{path / STATE}: flags are {flags!r:.100}, expected the names and values of flags; {REPAIR_HINT}")
+    if "shuffle" in flags:     # the former name of --shuffle-shards
+        flags["shuffle_shards"] = flags.pop("shuffle")
     return state
 
 
@@ -118,14 +121,14 @@ class Saver:
     def __init__(self, model, output_dir: Path, keep: int, flags: dict, world: World = SINGLE_PROCESS):
         self.model, self.output_dir, self.keep, self.flags, self.world = model, output_dir, keep, flags, world
 
-    def checkpoint(self, progress) -> None:
+    def save_checkpoint(self, progress) -> None:
         """Write a checkpoint, from which --resume continues. progress is a training.Progress."""
         moments = self.model.get_moments()      # every process sends its shard
         if self.world.rank == 0:
             state = asdict(progress) | {"flags": self.flags}
             save_checkpoint(self.output_dir, self.model.config, self.model.get_params(), moments, state, self.keep)
 
-    def model_to(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """Write the model to a folder."""
         if self.world.rank == 0:
             save_model(folder, self.model.config, self.model.get_params())

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -49,8 +50,8 @@ class World:
             atexit.register(self.communicator.Abort, getattr(error, "status", 1))     # once the error is on the screen
 
     @contextlib.contextmanager
-    def local_rank_zero_first(self):
-        """Run the body on one process of each machine, then on the others: they find its downloads and caches."""
+    def local_rank_zero_first(self) -> Iterator[None]:
+        """Run the body on one process of each machine, then on the others: they find what it downloaded and compiled."""
         if self.size > 1 and self.local_rank > 0:
             self.machine.Barrier()
         yield
@@ -102,7 +103,7 @@ class World:
 SINGLE_PROCESS = World()
 
 
-def start() -> World:
+def join_world() -> World:
     """The World that mpiexec started, or SINGLE_PROCESS. Raises UserError if mpi4py is needed and not installed."""
     if all(os.environ.get(name, "1") == "1" for name in SIZE_VARIABLES):
         return SINGLE_PROCESS
@@ -117,15 +118,14 @@ def start() -> World:
 class DataParallel:
     """A model that several processes train together, with the methods of train_gpt2.GPT2.
 
-    Wraps the model: each method does what all processes do together, and leaves the rest to the model's own. Of its moments
-    the model reads and writes this process's shard only. They come from np.zeros, which takes memory as it is written to,
-    so the other shards take none.
+    Wraps the model: each method does what all processes do together, and leaves the rest to the model's own. The model updates
+    this process's shard only. The other shards of its moments are never written to, and so take no memory: Linux and macOS
+    provide the pages of np.zeros when they are written.
     """
 
     def __init__(self, model, world: World):
         self.model, self.world = model, world
-        self.shard = world.shard(model.params.size)
-        model.slices = model.params.slices(self.shard.start, self.shard.stop)
+        self.shard = model.owned = world.shard(model.params.size)
 
     def __getattr__(self, name):
         return getattr(self.model, name)    # forward, loss, params, ...
@@ -147,9 +147,9 @@ class DataParallel:
         self.world.reduce_scatter(self.model.grads.flat)
         return math.sqrt(self.world.sum(self.model.gradient_norm() ** 2))
 
-    def update(self, *arguments) -> None:
+    def update(self, step: int, learning_rate: float, weight_decay: float, norm: float, grad_clip: float) -> None:
         """GPT2.update on this process's shard, then an all-gather of the parameters."""
-        self.model.update(*arguments)
+        self.model.update(step, learning_rate, weight_decay, norm, grad_clip)
         self.world.all_gather(self.model.params.flat)
 
     def finish_step(self, loss: float, norm: float, started: float) -> tuple:

@@ -11,8 +11,9 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +22,7 @@ from platformdirs import user_cache_path
 from cli import UserError
 
 CACHE_VARIABLE = "GPT2_BY_HAND_CACHE"
+TEMPORARY_PREFIX = "gpt2-by-hand-"
 PIP_SECONDS = 120  # enough for two megabytes over a slow line
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -37,28 +39,58 @@ def main_memory() -> tuple[int, int] | None:
     return total, total
 
 
+def try_to_write(folder: Path) -> None:
+    """Create and delete a file in a folder. Raises OSError if that fails."""
+    probe = folder / f"{os.getpid()}.tmp"   # tempfile would try thousands of names on Windows
+    probe.touch()
+    probe.unlink()
+
+
 @functools.cache
 def cache_folder() -> Path:
     """Where compiled code is kept between runs: $GPT2_BY_HAND_CACHE, or a folder in the user's cache folder.
 
     If nothing can be written there, it is a temporary folder, deleted at exit, which child processes share.
     """
-    folder = Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("gpt2-by-hand", appauthor=False))
     try:
+        folder = Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("gpt2-by-hand", appauthor=False))
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        temporary = tempfile.TemporaryDirectory(prefix="gpt2-by-hand-")
+        try_to_write(folder)
+        return folder
+    except (OSError, RuntimeError):     # RuntimeError: the user has no home folder
+        temporary = tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, ignore_cleanup_errors=True)
         atexit.register(temporary.cleanup)
         os.environ[CACHE_VARIABLE] = temporary.name
         return Path(temporary.name)
 
 
+def cache_lifetime() -> str:
+    """How long the contents of cache_folder last, for a message."""
+    if cache_folder().name.startswith(TEMPORARY_PREFIX):
+        return f"for this run only (set {CACHE_VARIABLE} to a folder that can be written)"
+    return "once"
+
+
+def delete_unused(paths: Iterable[Path], days: float = 30) -> None:
+    """Delete the files and folders that have not been used for some days; programs touch what they use."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > days * 86400:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def data_folder() -> Path:
-    """The folder of token files and the vocabulary: `data` in the checkout or, if that is read-only, in cache_folder."""
+    """The folder of token files and the vocabulary: `data` in the checkout or, if it cannot be written, in cache_folder.
+
+    A read-only `data` that has files in it is used as it is.
+    """
     folder = Path(__file__).resolve().parent / "data"
-    return folder if folder.is_dir() or os.access(folder.parent, os.W_OK) else cache_folder() / "data"
+    try:
+        try_to_write(folder if folder.is_dir() else folder.parent)
+    except OSError:
+        if not (folder.is_dir() and any(folder.iterdir())):
+            return cache_folder() / "data"
+    return folder
 
 
 DATA_DIR = data_folder()
@@ -118,11 +150,9 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 def check_writable(flag: str, folder: Path) -> None:
     """Raise UserError if no file can be made in a folder, which need not exist yet. Nothing is left behind."""
-    there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
-    probe = there / f"{os.getpid()}.tmp"    # tempfile would try thousands of names on Windows
+    existing = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
     try:
-        probe.touch()
-        probe.unlink()
+        try_to_write(existing)
     except OSError as error:
         raise UserError(f"cannot write to {flag} {folder}: {error.strerror}; choose a folder that can be written") from error
 

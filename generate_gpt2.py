@@ -8,6 +8,7 @@ import contextlib
 import math
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -18,15 +19,16 @@ import numpy as np
 import kernels_cpu as kernels
 from cli import OneLineParser, UserError, bounded, run_program
 from dataloader import TOKENS_MAGIC, open_tokens
-from gpt2 import VOCABULARY, Config, Tensors, ceil_div, parameter_shapes
+from files import cache_lifetime
+from gpt2 import VOCABULARY, Config, Tensors, ceil_div, chunks, parameter_shapes
 from matmul_cpu import QUANT_GROUP, in_large_pages
 from model_files import load_model
 from sampling import sample
 from tokenizer import END_OF_TEXT, gpt2_encoding
 
-MEMORY_BOUND_ROWS = 24    # up to this many rows a matrix product is memory-bound: it waits for its weight
+MEMORY_BOUND_ROWS = 24    # up to this many rows, a matrix product is limited by reading its weight
 OUT_OF_MEMORY_HINT = "choose a smaller --model, fewer --num-samples or --quantize int8"
-DAMAGED_WEIGHTS_HINT = "the model's weights are damaged, or it diverged in training; take another --model"
+DAMAGED_WEIGHTS_HINT = "the model's weights are damaged, or it diverged in training; use another --model"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,7 +43,7 @@ class Int8Weight(NamedTuple):
 def quantize(config: Config, params: Tensors) -> SimpleNamespace:
     """A copy of the parameters with wte and the weights of all linear layers as Int8Weight.
 
-    They take a quarter of their memory, plus a sixteenth of that for the scales.
+    These take a quarter of the memory, plus a sixteenth of that for the scales.
     """
     weights = {name: getattr(params, name) for name in LINEAR_WEIGHTS} | {"wte": params.wte[None, :config.vocab_size]}
     shapes = {name: tensor.shape for name, tensor in weights.items()}
@@ -80,11 +82,11 @@ def linear_forward(out, inp, weight, bias, workspace):
 # The decoder
 
 class Decoder:
-    """GPT-2 with a KV cache: reads B texts side by side, each token once.
+    """GPT-2 with a KV cache, for a batch of B texts.
 
     params: gpt2.Tensors, or what `quantize` returns
     keys, values: the cache, (L, B, NH, maxT, HS) each
-    start: position in the texts of the first token in the cache
+    start: index in the texts of the first token in the cache
     length: number of tokens of each text in the cache, at most config.max_seq_len
     """
 
@@ -98,8 +100,8 @@ class Decoder:
     def forward(self, tokens: np.ndarray) -> np.ndarray:
         """Return the normalized output of the last block (N, C), N = B*T, for tokens (B, T) that follow those in the cache.
 
-        Appends to the cache. B may be smaller than the number of texts: the first B are read. Raises ValueError if they do not
-        fit the context.
+        Appends to the cache. B may be smaller than num_texts: the first B are read. Raises ValueError if the context is too
+        short.
         """
         B, T = tokens.shape
         N, C, workspace = B * T, self.config.channels, self.workspace
@@ -151,8 +153,8 @@ class Decoder:
         """The logits (B, V) of the next token of each of B texts, lists of tokens of the same length.
 
         The texts must begin with those of the last call: only the new tokens are read. When the context is full, the cache is
-        cleared and the most recent half context is read again. Dropping the oldest tokens alone would not do: the others would
-        move to other positions, and each position has an embedding of its own.
+        cleared and the most recent half context is read again. Just dropping the oldest tokens is not enough: the rest would
+        move to other positions, with other position embeddings.
         """
         length = len(texts[0])
         if length - self.start > self.config.max_seq_len:
@@ -172,7 +174,7 @@ def generate(decoder: Decoder, texts: list, generators: list, max_new_tokens: in
     """Yield the next token of each of the texts and append it, max_new_tokens times.
 
     Each text has its own random generator. With up to MEMORY_BOUND_ROWS texts, the bits of a text's logits do not depend on
-    the other texts. With more, other kernels are used and logits differ by 1e-6, which may be enough for another token.
+    the other texts. With more, other kernels are used and logits differ by 1e-6, which may change a sampled token.
     Raises UserError if logits are not finite.
     """
     for _ in range(max_new_tokens):
@@ -199,8 +201,7 @@ def mean_loss(decoder: Decoder, tokens) -> float:
         decoder.length = 0
         rows = decoder.forward(np.array([tokens[start:end]], dtype=np.int32))[scored - start:]
         targets = np.array(tokens[scored + 1:end + 1], dtype=np.int32)
-        for first in range(0, len(rows), kernels.CLASSIFIER_ROWS):
-            part = slice(first, first + kernels.CLASSIFIER_ROWS)
+        for part in chunks(len(rows), kernels.CLASSIFIER_ROWS):
             total += decoder.losses(rows[part], targets[part]).sum(dtype=np.float64)
         scored, start = end, end - T // 2
     return total / n
@@ -210,7 +211,7 @@ def mean_loss(decoder: Decoder, tokens) -> float:
 # From tokens to text
 
 class TextStream:
-    """Turns tokens into text as they arrive, up to the first of the texts in `stops`.
+    """Turns tokens into text as they arrive, up to the first stop string.
 
     A token may end inside a UTF-8 character, and a text may end with the beginning of a stop: both wait for the next token.
     stopped: whether a stop was found
@@ -223,11 +224,11 @@ class TextStream:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that is certain after this token."""
+        """The text that can be printed after this token."""
         return self.release(self.decoder.decode(self.encoding.decode_single_token_bytes(token)))
 
     def finish(self) -> str:
-        """The text that was still waiting, when no token follows."""
+        """The remaining text, when no token follows."""
         text = self.release(self.decoder.decode(b"", final=True)) + self.waiting
         self.waiting = ""
         return text
@@ -261,7 +262,7 @@ class Speed:
 
 
 def write_texts(decoder: Decoder, encoding, texts: list, generators: list, options, speed: Speed) -> list[str]:
-    """Continue the texts until each has max_new_tokens more tokens, meets a stop or ends. Return what was added, as text.
+    """Continue the texts until each has max_new_tokens more tokens, hits a stop string or ends. Return what was added, as text.
 
     The first text is streamed to standard output. Counts and times are added to `speed`.
     """
@@ -294,7 +295,7 @@ def write_texts(decoder: Decoder, encoding, texts: list, generators: list, optio
         if decoder.start > 0 and not truncated:
             truncated = True
             context = decoder.config.max_seq_len
-            note("\n[longer than the model's context: from here on the model sees the latest "
+            note("\n[context full: from here on the model sees only the latest "
                  f"{context // 2:,} to {context:,} tokens]")
         if all(ended):
             break
@@ -312,7 +313,7 @@ def note(text) -> None:
 # The command line
 
 def parse_options(description: str, arguments: list | None = None, **own_flags):
-    """The flags as a namespace. own_flags are those of one program only: threads=dict(type=..., help=...).
+    """The flags, as a named tuple. own_flags are those of one program only: threads=dict(type=..., help=...).
 
     Raises UserError with status 2 for a wrong flag or combination.
     """
@@ -328,14 +329,14 @@ def parse_options(description: str, arguments: list | None = None, **own_flags):
         help="above 1 is more random, below 1 less; 0: always the most likely token")
     add("--top-k", default=0, type=count, help="sample from the k most likely tokens; 0: all")
     add("--top-p", default=0.95, type=bounded(float, 0, 1),
-        help="sample from the most likely tokens that together have this probability")
+        help="nucleus sampling: the most likely tokens with this total probability")
     add("--repetition-penalty", default=1.0, type=bounded(float, 1),
-        help="lowers the probability of tokens that have occurred; 1: off")
+        help="penalizes tokens that have already occurred; 1: off")
     add("--seed", default=1337, type=count, help="random seed for sampling: the same seed gives the same text")
-    add("--num-samples", default=1, type=positive, help="texts to generate, side by side")
+    add("--num-samples", default=1, type=positive, help="texts to generate in one batch")
     switch("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times")
     switch("--interactive", action="store_true",
-           help="continue line after line of standard input, each after all text before it")
+           help="continue each line of standard input, given all text so far")
     add("--perplexity", metavar="FILE", help="score a text or token file instead of generating")
     for name, settings in own_flags.items():
         add(f"--{name}", **settings)
@@ -347,13 +348,13 @@ def parse_options(description: str, arguments: list | None = None, **own_flags):
         parser.error("--stop is empty, expected a text")
     if options.interactive and options.num_samples > 1:
         parser.error(f"--num-samples is {options.num_samples}, expected 1 with --interactive")
-    return options
+    return namedtuple("Options", vars(options))(**vars(options))
 
 
 def compile_kernels() -> None:
     """Compile the kernels into Numba's cache, unless they are there."""
     if not kernels.all_compiled(decoding=True):
-        note("compiling the kernels, once: some 10 seconds")
+        note(f"compiling the kernels, {cache_lifetime()}: about 10 seconds")
         kernels.compile_in_processes("generate_gpt2")
 
 
@@ -372,7 +373,7 @@ def read_bytes(path: str, size: int = -1) -> bytes:
         with open(path, "rb") as file:
             return file.read(size)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; name a file that can be read") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; pass a readable file") from error
 
 
 def as_text(name: str, contents: bytes) -> str:
@@ -397,25 +398,26 @@ def tokenizer_for(config: Config, name: str):
     """GPT-2's encoding, the only one known here. Raises UserError if the model has another vocabulary."""
     if config.vocab_size != VOCABULARY:
         raise UserError(f"--model {name} has a vocabulary of {config.vocab_size:,} tokens, expected GPT-2's {VOCABULARY:,}: "
-                        "for text there is no other tokenizer here (--perplexity takes token files)")
+                        "only GPT-2's tokenizer is supported (--perplexity takes token files)")
     return gpt2_encoding()
 
 
-def score(decoder: Decoder, options) -> None:
-    """Print the perplexity of the text or token file options.perplexity."""
-    path, config = options.perplexity, decoder.config
+def score(decoder: Decoder, path: str, model_name: str) -> None:
+    """Print the perplexity of a text or token file."""
+    config = decoder.config
     if read_bytes(path, 4) == np.array(TOKENS_MAGIC, dtype="<i4").tobytes():
         tokens = open_tokens(path, config.vocab_size)
     else:
-        tokens = [END_OF_TEXT, *tokenizer_for(config, options.model).encode_ordinary(as_text(path, read_bytes(path)))]
+        tokens = [END_OF_TEXT, *tokenizer_for(config, model_name).encode_ordinary(as_text(path, read_bytes(path)))]
     if len(tokens) < 2:
-        raise UserError(f"{path} holds {len(tokens)} token, expected at least 2: the first is not scored")
+        raise UserError(f"{path} holds {len(tokens)} token{'s' * (len(tokens) != 1)}, expected at least 2: the first is not "
+                        "scored")
     started = time.perf_counter()
     loss = mean_loss(decoder, tokens)
     seconds = time.perf_counter() - started
     if not math.isfinite(loss):
         raise UserError(f"the loss on {path} is {loss}: {DAMAGED_WEIGHTS_HINT}")
-    print(f"perplexity {np.exp(np.float64(loss)):,.3f} | loss {loss:.5f} nats a token | {len(tokens) - 1:,} tokens of {path}")
+    print(f"perplexity {np.exp(np.float64(loss)):,.3f} | loss {loss:.5f} nats per token | {len(tokens) - 1:,} tokens of {path}")
     note(f"{(len(tokens) - 1) / seconds:,.1f} tok/s")
 
 
@@ -432,9 +434,9 @@ def complete(decoder: Decoder, encoding, prompt: str, options, generators: list,
 
 
 def converse(decoder: Decoder, encoding, options, generators: list, speed: Speed) -> None:
-    """Continue line after line of standard input until it ends, each with all the text before it as its prompt.
+    """Continue each line of standard input until it ends, with all text so far as its prompt.
 
-    Ctrl-C ends a reply, not the conversation. Line and reply are separated by a newline, as on the screen.
+    Ctrl-C ends a reply, not the conversation. A newline separates a reply from the next line.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, it gives `input` arrow keys and a history
@@ -465,7 +467,7 @@ def read_prompt(options) -> str:
 def run(decoder: Decoder, encoding, prompt: str, options) -> None:
     """Do what the flags ask for: score a file, continue the prompt, or converse."""
     if options.perplexity:
-        score(decoder, options)
+        score(decoder, options.perplexity, options.model)
         return
     generators = [np.random.default_rng([options.seed, i]) for i in range(options.num_samples)]
     speed = Speed()
@@ -479,7 +481,7 @@ def run(decoder: Decoder, encoding, prompt: str, options) -> None:
 def main():
     options = parse_options(
         "Generate text with GPT-2 on the CPU.",
-        quantize=dict(choices=["int8"], help="store weights in 8 bits: 4x less memory, and faster"),
+        quantize=dict(choices=["int8"], help="store weights in 8 bits: a quarter of the size, and faster"),
         threads=dict(type=bounded(int, 1), help="CPU threads (default: one per core)"))
     threads = kernels.use_threads(options.threads)
     prompt = read_prompt(options)

@@ -10,7 +10,7 @@ import numpy as np
 
 CONTEXT = 1024
 VOCABULARY = 50257
-PADDED_VOCABULARY = 50304           # the next multiple of 128: matrix products like aligned sizes; no token uses the extra rows
+PADDED_VOCABULARY = 50304           # the next multiple of 128, for aligned matrix products; no token uses the extra rows
 HEADS_BY_DEPTH = {2: 2, 4: 4, 6: 6, 8: 8, 12: 12, 24: 16, 36: 20, 48: 25}
 CHANNELS_PER_HEAD = 64
 
@@ -37,7 +37,7 @@ def model_config(name: str) -> Config:
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple]:
-    """Name -> shape of every parameter, in llm.c's order. Weights are (output channels, input channels); L is the layer."""
+    """Name -> shape of every parameter, in llm.c's order. Weights are (layers, output channels, input channels)."""
     L, C = config.num_layers, config.channels
     return {
         "wte": (config.padded_vocab_size, C),     # token embedding, and the classifier's weight
@@ -63,7 +63,7 @@ MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
 RESIDUAL_PROJECTIONS = ("attprojw", "fcprojw")
 
 # AdamW
-WEIGHT_DECAYED = MATRICES                   # biases and layernorm's weights do not decay
+WEIGHT_DECAYED = MATRICES                   # no decay for biases and layernorm weights
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8     # with small batches, a beta2 of 0.95 forgets rare tokens too soon
 
 
@@ -112,7 +112,7 @@ def activations(config: Config, B: int, T: int, recompute: bool, allocate: Calla
 def scratch_shapes(config: Config, B: int, T: int, classifier_rows: int) -> dict[str, tuple]:
     """Name -> shape of the buffers that every layer reuses.
 
-    Logits are computed `classifier_rows` rows at a time; for the whole batch they would outweigh all other activations.
+    Logits are computed `classifier_rows` rows at a time: for 4 x 1024 tokens they would take 824 MB.
     """
     N, C = B * T, config.channels
     return {
@@ -134,7 +134,7 @@ def memory_needed(config: Config, activation_shapes: dict, scratch_shapes: dict,
 
 
 def ceil_div(length: int, size: int) -> int:
-    """How many pieces of `size` cover `length`: the quotient, rounded up."""
+    """length / size, rounded up."""
     return -(-length // size)
 
 
@@ -146,9 +146,9 @@ def chunks(rows: int, size: int) -> list[slice]:
 def training_flops(config: Config, B: int, T: int) -> tuple[int, int]:
     """FLOPs of a training step's matrix products on a batch: (linear layers, attention).
 
-    Each weight of a linear layer takes part in one product forward and two backward (input, weight), with a multiplication
-    and an addition per token each; so does the classifier's, for all rows of the padded vocabulary. Attention does two
-    products forward and four backward. Only scores that the causal mask keeps count, those of keys j <= i.
+    Each weight of a linear layer, and of the classifier (padded vocabulary), takes part in one product forward and two
+    backward, 2 FLOPs per token each. Attention has two products forward and four backward, not counting recomputation, over
+    the scores that the causal mask keeps (j <= i).
     """
     L, C = config.num_layers, config.channels
     return 6 * B * T * (12 * L * C * C + config.padded_vocab_size * C), 6 * L * C * B * T * (T + 1)
@@ -159,7 +159,7 @@ def new_array(size: int) -> np.ndarray:
 
 
 class Tensors:
-    """One flat float32 buffer, `flat`, with a view into it for each entry of a name -> shape table, as an attribute.
+    """One flat buffer, `flat`. Each entry of a name -> shape table is an attribute: a view into it.
 
     `allocate(size)` returns the buffer, which may be longer than needed.
     """
@@ -173,9 +173,9 @@ class Tensors:
             setattr(self, name, self.flat[offset:offset + prod(shape)].reshape(shape))
             offset += prod(shape)
 
-    def slices(self, start: int = 0, stop: int | None = None) -> list[tuple[str, slice]]:
-        """(name, slice of `flat`) pairs in the order of the table, cut to flat[start:stop]."""
-        stop = self.size if stop is None else stop
+    def slices(self, within: slice | None = None) -> list[tuple[str, slice]]:
+        """(name, slice of `flat`) pairs in the order of the table; only what lies `within` a slice of flat, if given."""
+        start, stop = (within.start, within.stop) if within else (0, self.size)
         ends = np.cumsum([prod(shape) for shape in self.shapes.values()]).tolist()
         slices = [(name, slice(max(begin, start), min(end, stop))) for name, begin, end in zip(self.shapes, [0, *ends], ends)]
         return [(name, part) for name, part in slices if part.start < part.stop]
@@ -186,10 +186,10 @@ class Tensors:
 
 
 def initialize(params: Tensors, config: Config, seed: int) -> None:
-    """Fill `params` (NumPy arrays) as GPT-2 does: weights from N(0, 0.02), biases 0, layernorm weights 1.
+    """Fill `params` (NumPy arrays) as GPT-2 does: normal weights with standard deviation 0.02, biases 0, layernorm weights 1.
 
     Each block adds to the residual stream twice. To keep its variance from growing with depth, the 2L projections that
-    feed it start smaller by 1/sqrt(2L). The padding rows of wte are zero and stay zero. Derived in
+    feed it are scaled by 1/sqrt(2L). The padding rows of wte are zero and stay zero. Derived in
     dev/derivations/initialization.md.
     """
     generator = np.random.default_rng(seed)

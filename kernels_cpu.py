@@ -16,11 +16,11 @@ Contents
     Compiling                           threads, and Numba's cache
 
 How to read a kernel
-    Arguments run: outputs, saved statistics, inputs, weights, dimensions. In a backward pass, dout, the gradient it starts
+    Argument order: outputs, saved statistics, inputs, weights, dimensions. In a backward pass, dout, the gradient it starts
     from, comes before the saved statistics. A name that starts with `d` is the gradient of the loss with respect to the
     tensor named after it, and has its shape. Each backward stands right under its forward.
-    A docstring gives the result with its shapes, why it is so, what the backward pass will need, and the cost. The pages it
-    names, in dev/derivations/, derive every gradient step by step, with an example to check by hand.
+    A docstring gives the result, its shapes, the reason, what the backward pass needs, and the cost. The pages it names,
+    in dev/derivations/, derive every gradient step by step, with an example to check by hand.
 
 Shapes
     B sequences, T positions, N = B*T rows (one per token), C channels, NH heads of HS = C/NH channels, OC output channels,
@@ -33,9 +33,9 @@ Accumulate or overwrite
     residual stream.
 
 Costs
-    FLOPs are additions, multiplications, divisions, comparisons and square roots; an exponential counts as 20. Bytes are those
-    that have to move between memory and processor, each array once for reading and once for writing. A kernel is
-    memory-bound if it does fewer than a dozen FLOPs per byte, which is what a processor has time for.
+    FLOPs count additions, multiplications, divisions, comparisons and square roots; an exponential counts as 20. Bytes are
+    those that have to move between memory and processor, each array once for reading and once for writing. A kernel is
+    memory-bound below about 13 FLOPs per byte, the FLOP rate of two cores over their memory bandwidth.
 
 Threads
     There is one thread pool, Numba's: a threaded BLAS would compete with it. Each thread computes its own block of a matrix
@@ -52,7 +52,7 @@ from numba import config, njit, prange, set_num_threads
 from numba.core.dispatcher import Dispatcher
 
 from cli import UserError
-from matmul_cpu import BLOCK_COLUMNS, FASTMATH, QUANT_GROUP, SCRATCH, helper, in_large_pages, multiply_few_rows, sgemm
+from matmul_cpu import BLOCK_COLUMNS, FASTMATH, QUANT_GROUP, SCRATCH, ceil_div, helper, in_large_pages, multiply_few_rows, sgemm
 
 kernel = njit(parallel=True, cache=True, fastmath=FASTMATH, error_model="numpy")
 
@@ -62,8 +62,8 @@ LAYERNORM_EPSILON = np.float32(1e-5)
 GELU_SCALE = np.float32(np.sqrt(2 / np.pi))
 GELU_CUBIC = np.float32(0.044715)
 QUERY_TILE = 128    # rows of the attention matrix that a thread has in memory at a time
-MAX_LANES = 64      # running maxima side by side
-COLUMN_BLOCK = 64   # channels that a thread sums over all tokens at a time
+MAX_LANES = 64      # running maxima in row_max
+COLUMN_BLOCK = 64   # channels per thread in a sum over tokens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -71,8 +71,8 @@ COLUMN_BLOCK = 64   # channels that a thread sums over all tokens at a time
 
 @helper
 def partition(part, parts, length):
-    """The [start, stop) of one of `parts` equal parts of a row, cut at multiples of 16 numbers, one cache line."""
-    lines = (length + 15) // 16
+    """[start, stop) of piece `part` of `parts` of a row, cut at multiples of 16 numbers, one cache line."""
+    lines = ceil_div(length, 16)
     return min(lines * part // parts * 16, length), min(lines * (part + 1) // parts * 16, length)
 
 
@@ -107,7 +107,7 @@ def exp(x):
 
 @helper
 def row_max(row):
-    """The largest element. It only shifts a softmax, so it may miss a NaN, which comes out in the sum.
+    """The largest element. It may miss a NaN: softmax only subtracts it, and its sum is NaN all the same.
 
     A loop with a single maximum would not vectorize, since floating-point maxima may not be reordered when a NaN is
     possible. MAX_LANES running maxima side by side fill a vector register without any reordering.
@@ -162,13 +162,13 @@ def encoder_forward(out, tokens, wte, wpe):
 def encoder_backward(dwte, dwpe, dout, tokens):
     """dwte[token] += dout and dwpe[position] += dout, for every row of dout (N, C); dwte (Vp, C), dwpe (maxT, C).
 
-    A token can occur many times, so threads that each took some rows would race. Each takes some channels instead.
+    A token can occur many times, so threads that split the rows would race. They split the channels.
 
     Cost: 2*N*C FLOPs, 4*(3*N*C + 2*T*C) bytes: memory-bound. Derived in dev/derivations/encoder.md.
     """
     B, T = tokens.shape
     C = dout.shape[1]
-    for block in prange((C + COLUMN_BLOCK - 1) // COLUMN_BLOCK):
+    for block in prange(ceil_div(C, COLUMN_BLOCK)):
         columns = slice(block * COLUMN_BLOCK, min((block + 1) * COLUMN_BLOCK, C))
         for n in range(B * T):
             b, t = n // T, n % T
@@ -236,7 +236,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
         for c in range(C):
             norm = (inp[n, c] - m) * r
             dinp[n, c] += r * (dout[n, c] * weight[c] - dnorm_mean - norm * dnorm_norm_mean)
-    for block in prange((C + COLUMN_BLOCK - 1) // COLUMN_BLOCK):
+    for block in prange(ceil_div(C, COLUMN_BLOCK)):
         columns = slice(block * COLUMN_BLOCK, min((block + 1) * COLUMN_BLOCK, C))
         dw, db = dweight[columns], dbias[columns]
         for n in range(N):
@@ -251,7 +251,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
 # Matrix product: the linear layers, and the logits
 
 def make_workspace(threads):
-    """Scratch memory (threads, SCRATCH) for the kernels that multiply matrices, which run on as many threads."""
+    """Scratch memory for matrix products, (threads, SCRATCH): a row for each thread."""
     return in_large_pages((threads, SCRATCH))
 
 
@@ -259,7 +259,7 @@ def make_workspace(threads):
 def matmul_forward(out, inp, weight, bias, workspace):
     """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC). An empty bias array means there is none.
 
-    By far the most time is spent in this kernel and the next. Each thread owns a block of output columns, so each row of
+    Most of the time is spent here and in matmul_backward. Each thread owns a block of output columns, so each row of
     the weight is read once, by one thread. workspace is what `make_workspace` returns: a row of scratch memory for each
     thread.
 
@@ -331,7 +331,7 @@ def one_head(rows, b, T, h, HS):
 def attend(out, lse, q, k, v, position):
     """One head of attention_forward: out (T, HS) and lse (T) from q (T, HS), k and v (position + T, HS).
 
-    The queries are those of the last T positions; there are `position` before them.
+    The T queries are at positions `position` to position + T - 1.
     """
     T, HS = q.shape
     scratch = np.empty(SCRATCH, dtype=np.float32)
@@ -357,8 +357,8 @@ def attention_forward(out, lse, qkv):
         out[i]      = sum_j p[i, j] * v[j]
 
     in each sequence and head, i and j being positions. qkv (N, 3C) holds queries, keys and values side by side, each with its
-    heads side by side. The scores exist for one tile of queries at a time. Those of keys after the tile's last query are
-    never computed; the few after an earlier query of it are set to zero.
+    heads side by side. The scores exist for one tile of queries at a time. Keys after the tile's last query
+    are not scored; other masked scores are set to zero.
 
     Backward needs qkv, out, and lse (B, NH, T), the log-sum-exp of each row, which is saved: one number per row is all it
     takes to recompute p.
@@ -379,13 +379,13 @@ def attention_backward(dqkv, dout, out, lse, qkv):
 
     out = p @ v gives                        dv[j] = sum_i p[i, j] * dout[i]      dp[i, j] = dout[i] . v[j]
     The softmax of a row gives               dscore[i, j] = p[i, j] * (dp[i, j] - delta[i])
-    A score acts on its own p[i, j], and through lse[i] on the whole row: each p[i, k] loses p[i, k] * p[i, j]. So
-    delta[i] = sum_k p[i, k] * dp[i, k] = dout[i] . out[i], which is why out is kept: no second pass over the row.
+    score[i, j] affects p[i, j] directly, and every p[i, k] through lse[i], by -p[i, k] * p[i, j]. So
+    delta[i] = sum_k p[i, k] * dp[i, k] = dout[i] . out[i]: keeping out saves a second pass over the row.
     score = q @ k.T / sqrt(HS) gives         dq[i] = sum_j dscore[i, j] * k[j] / sqrt(HS)
                                              dk[j] = sum_i dscore[i, j] * q[i] / sqrt(HS)
 
-    Keys and values collect from every tile that saw them. Going through the tiles from the last, which saw all of them,
-    the first product overwrites (beta = 0) and the later ones add (beta = 1).
+    dk and dv sum over tiles. The last tile sees all keys, so it goes first and overwrites (beta = 0); the others add
+    (beta = 1).
 
     Cost: (10*HS + 23)*P + 2*N*C FLOPs for P = B*NH*T*(T + 1)/2 pairs, 4*(8*N*C + NH*N) bytes: compute-bound.
     Derived in dev/derivations/attention.md.
@@ -402,7 +402,7 @@ def attention_backward(dqkv, dout, out, lse, qkv):
         do = one_head(dout, b, T, h, HS)
         scratch = np.empty(SCRATCH, dtype=np.float32)
         buffer = np.empty(2 * min(QUERY_TILE, T) * T, dtype=np.float32)
-        tiles = (T + QUERY_TILE - 1) // QUERY_TILE
+        tiles = ceil_div(T, QUERY_TILE)
         for tile in range(tiles - 1, -1, -1):
             start, stop = tile * QUERY_TILE, min((tile + 1) * QUERY_TILE, T)
             size = (stop - start) * stop
@@ -432,9 +432,9 @@ def attention_backward(dqkv, dout, out, lse, qkv):
 def attention_cached_forward(out, keys, values, qkv, position):
     """attention_forward for T tokens that follow `position` others, with a KV cache.
 
-    keys and values (B, NH, maxT, HS) are the cache: they hold those of the positions before `position`, and those of the T
-    positions in qkv (B*T, 3C) are appended. Every query sees all positions up to its own. A single query needs no matrix
-    product: it reads the cache in place.
+    keys and values (B, NH, maxT, HS) are the cache, filled up to `position`; those of the T tokens in qkv (B*T, 3C) are
+    appended. Every query sees all positions up to its own. A single query needs no matrix product: it reads the cache in
+    place.
 
     Cost of a single query: (4*HS + 24)*P FLOPs for P = B*NH*(position + 1) keys, 8*HS*P bytes: memory-bound.
     See dev/derivations/attention.md.
@@ -451,7 +451,7 @@ def attention_cached_forward(out, keys, values, qkv, position):
             attend(one_head(out, b, T, h, HS), np.empty(T, dtype=np.float32), one_head(qkv, b, T, h, HS), k, v, position)
         else:
             p = np.empty(position + 1, dtype=np.float32)
-            query, average = qkv[b, h * HS:(h + 1) * HS], out[b, h * HS:(h + 1) * HS]    # whose numbers are side by side
+            query, average = qkv[b, h * HS:(h + 1) * HS], out[b, h * HS:(h + 1) * HS]    # contiguous
             for j in range(position + 1):
                 key, score = k[j], np.float32(0)
                 for c in range(HS):
@@ -525,7 +525,7 @@ def residual_forward(out, inp1, inp2):
 
 @kernel
 def fused_classifier(losses, logits, targets, dloss, vocab_size):
-    """losses (N) from logits (N, Vp) and int32 targets (N), the logits being overwritten by their gradients.
+    """losses (N) from logits (N, Vp) and int32 targets (N). Overwrites logits with their gradients.
 
         loss = -log(p[target])       p = softmax(logits over the first vocab_size columns)
         dlogits = (p - onehot(target)) * dloss
@@ -560,12 +560,12 @@ def fused_classifier(losses, logits, targets, dloss, vocab_size):
 
 @kernel
 def global_norm(grads):
-    """The Euclidean norm of grads (P), one flat array: a float64, summed block by block so that no thread count changes it.
+    """The Euclidean norm of grads (P), one flat array: a float64, summed in an order independent of the thread count.
 
     Cost: 2*P FLOPs, 4*P bytes: memory-bound. Derived in dev/derivations/clipping.md.
     """
     size = 65536
-    blocks = (grads.size + size - 1) // size
+    blocks = ceil_div(grads.size, size)
     partial = np.empty(blocks)
     for block in prange(blocks):
         squares = 0.0
@@ -587,8 +587,8 @@ def adamw_update(params, grads, m, v, learning_rate, beta1, beta2, eps, weight_d
         m = beta1 * m + (1 - beta1) * g              v = beta2 * v + (1 - beta2) * g**2
         params -= learning_rate * (m_hat / (sqrt(v_hat) + eps) + weight_decay * params)
 
-    m and v start at zero and so are too small at first, by exactly the factors that m_hat = m / (1 - beta1**step) and
-    v_hat = v / (1 - beta2**step) undo. Clearing grads here, while they are in cache, saves another pass over them.
+    m and v start at zero, so they are biased toward zero at first. m_hat = m / (1 - beta1**step) and
+    v_hat = v / (1 - beta2**step) correct that bias. Clearing grads here, while they are in cache, saves another pass over them.
 
     Cost: 16*P FLOPs, 32*P bytes: memory-bound. Derived in dev/derivations/adamw.md.
     """
@@ -610,7 +610,7 @@ def adamw_update(params, grads, m, v, learning_rate, beta1, beta2, eps, weight_d
 # Decoding, one token at a time
 
 def on_one_thread(kernel):
-    """The same kernel without threads: for a few rows, waking the others would take longer than the work."""
+    """The same kernel on one thread: for a few rows, waking more threads takes longer than the work."""
     function = FunctionType(kernel.py_func.__code__, globals())
     function.__name__ = function.__qualname__ = f"{kernel.__name__}_on_one_thread"    # also its name in Numba's cache
     return helper(function)
@@ -622,7 +622,7 @@ residual_forward_on_one_thread = on_one_thread(residual_forward)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Decoding with int8 weights: decoding is as fast as the weights can be read
+# Decoding with int8 weights: decoding is limited by reading the weights
 #
 # QUANT_GROUP consecutive numbers of a row share a scale: weight[o, c] is about numbers[o, c] * scales[o, c // QUANT_GROUP],
 # with numbers from -127 to 127. The last group of a row may be shorter. Activations stay float32.
@@ -641,11 +641,10 @@ def quantize(numbers, scales, weight):
 
 @helper
 def quantize_group(numbers, weight):
-    """numbers from weight, up to QUANT_GROUP of both: the largest becomes 127 or -127. Returns their scale.
+    """Quantize up to QUANT_GROUP weights: the largest magnitude becomes 127 or -127. Returns their scale.
 
-    The largest is found among the bits: without their sign, floats are in the order of the integers that have the same
-    bits, and integers can be compared a whole vector at a time. Infinity and NaN stand above all numbers there. They make
-    the scale NaN, and with it whatever is computed from the group.
+    The maximum is taken on the bits: without the sign bit, floats sort like integers with the same bits, and integer
+    comparisons vectorize. Infinity and NaN sort above all numbers; they make the scale NaN, and everything computed from it.
     """
     bits = weight.view(np.int32)
     largest_bits = np.int32(0)
@@ -696,7 +695,7 @@ def matvec_int8_forward(out, inp, numbers, scales, bias, workspace):
 def matmul_int8_forward(out, inp, numbers, scales, bias, workspace):
     """matmul_forward with a weight in int8, numbers (OC, C) and scales (OC, groups).
 
-    Each thread turns some rows at a time into float32. See dev/derivations/matmul.md.
+    Each thread dequantizes some rows at a time. See dev/derivations/matmul.md.
     """
     N, OC = out.shape
     C = inp.shape[1]
@@ -732,7 +731,7 @@ def use_threads(threads, processes=1):
     cores = config.NUMBA_NUM_THREADS
     threads = threads or max(1, cores // processes)
     if threads > cores:
-        raise UserError(f"--threads is {threads}, expected at most {cores}, all there are here; lower it", status=2)
+        raise UserError(f"--threads is {threads}, expected at most {cores}, the number of cores; lower it", status=2)
     set_num_threads(threads)
     return threads
 
@@ -751,12 +750,12 @@ def all_compiled(decoding=False):
 
 
 def compile_in_processes(program):
-    """Compile into Numba's cache, in two processes, what run_every_kernel(False) and (True) of a program's module call.
+    """Fill Numba's cache by calling a program's run_every_kernel(False) and (True) in two processes.
 
     A parallel kernel that was just compiled may add in another order than the same kernel loaded from the cache. No run
     computes with kernels that it compiled itself, so the first run gives the same bits as every later one. The two processes
-    start with different kernels, and each finds in the cache what the other has compiled. They print nothing: what fails
-    there fails again here.
+    start with different kernels, and each finds in the cache what the other has compiled. Their errors are
+    hidden: they recur here.
     """
     run = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {program}; {program}.run_every_kernel"
     compilers = [subprocess.Popen([sys.executable, "-c", f"{run}({argument})"], stderr=subprocess.DEVNULL)

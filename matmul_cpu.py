@@ -5,7 +5,6 @@ of the result. dev/derivations/matmul.md has the arithmetic; this file is about 
 """
 import hashlib
 import os
-import shutil
 from pathlib import Path
 
 # Busy-wait iterations of idle OpenMP threads. GNU's default, milliseconds long, makes a step four times slower as soon as
@@ -18,26 +17,28 @@ from llvmlite import ir
 from numba import config, njit, types
 from numba.extending import intrinsic
 
-from files import cache_folder
+from files import cache_folder, delete_unused
 
 
-def use_kernel_cache(*sources):
-    """Have Numba cache compiled kernels in a folder named by a hash of the files they are written in.
+def use_kernel_cache():
+    """Have Numba cache compiled kernels in a folder named by a hash of this file and kernels_cpu.py.
 
-    Numba compiles a function again when its own file changes, but not when a function it calls does, in another file: a
-    kernel would keep running an old `sgemm`. A folder per content cannot be out of date. It lies in the user's cache folder,
-    below one for this checkout, since the checkout may be read-only; those of earlier contents are deleted.
+    Numba compiles a function again when its own file changes, but not when a function that it calls changes in another file:
+    a kernel would keep running an old `sgemm`. A folder per content cannot be out of date. It lies in the user's cache folder,
+    since the checkout may be read-only, below a folder for this checkout, in which earlier contents are deleted.
     """
-    checkout = hashlib.sha256(str(Path(__file__).resolve().parent).encode()).hexdigest()[:16]
-    contents = hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()[:16]
-    folder = Path(config.CACHE_DIR or cache_folder(), f"kernels-{checkout}")    # CACHE_DIR is NUMBA_CACHE_DIR, if set
-    for earlier in folder.glob("*"):
-        if earlier.name != contents:
-            shutil.rmtree(earlier, ignore_errors=True)
+    checkout = Path(__file__).resolve().parent
+    sources = [(checkout / name).read_bytes() for name in ("kernels_cpu.py", "matmul_cpu.py")]
+    contents = hashlib.sha256(b"\0".join(sources)).hexdigest()[:16]
+    folder = cache_folder() / f"kernels-{hashlib.sha256(str(checkout).encode()).hexdigest()[:16]}"
+    folder.mkdir(exist_ok=True)
+    os.utime(folder)
+    delete_unused(cache_folder().glob("kernels-*"))     # of other checkouts
+    delete_unused((earlier for earlier in folder.iterdir() if earlier.name != contents), days=0)
     config.CACHE_DIR = str(folder / contents)
 
 
-use_kernel_cache(Path(__file__).resolve(), Path(__file__).resolve().with_name("kernels_cpu.py"))
+use_kernel_cache()
 
 # Sums may be reordered and products fused into sums: without that a sum does not vectorize. Unlike `fastmath=True`, this set
 # does not assume that there are no NaNs: a NaN must come out wherever it went in.
@@ -222,9 +223,9 @@ def in_large_pages(shape, dtype=np.float32):
 
 
 @helper
-def whole_vectors(numbers):
-    """How many vectors hold `numbers` numbers: the quotient by LANES, rounded up."""
-    return (numbers + LANES - 1) // LANES
+def ceil_div(length, size):
+    """gpt2.ceil_div, for Numba."""
+    return (length + size - 1) // size
 
 
 @helper
@@ -234,7 +235,7 @@ def pack(out, inp):
     Rows are padded with zeros; the products with those are never stored.
     """
     depth, columns = inp.shape
-    row = whole_vectors(columns) * LANES
+    row = ceil_div(columns, LANES) * LANES
     whole = columns // LANES * LANES
     to, source = out.ctypes.data, inp.ctypes.data
     if inp.strides[1] == 4:
@@ -271,7 +272,7 @@ def multiply(c, alpha, a, b, beta, scratch):
     m, k = a.shape
     upright = a.strides[1] == 4
     rows = m if upright else min(m, BLOCK_ROWS)
-    copy = np.empty((0 if upright else rows, whole_vectors(k) * LANES), dtype=np.float32)
+    copy = np.empty((0 if upright else rows, ceil_div(k, LANES) * LANES), dtype=np.float32)
     for start in range(0, m, rows):
         part = a[start:start + rows, :]
         if not upright:
@@ -297,7 +298,7 @@ def multiply_blocks(c, alpha, a, b, beta, packed):
                 rows = min(TILE_ROWS, m - row)
                 for column in range(block, block_end, TILE_COLUMNS):
                     columns = min(TILE_COLUMNS, block_end - column)
-                    vectors = whole_vectors(columns)
+                    vectors = ceil_div(columns, LANES)
                     inside = rows == TILE_ROWS and columns == vectors * LANES
                     multiply_tile(vectors, c.ctypes.data + row * c.strides[0] + 4 * column if inside else edge.ctypes.data,
                                   c.strides[0] if inside else edge.strides[0], alpha, keep if inside else np.float32(0),

@@ -1,8 +1,8 @@
 """Train GPT-2 on the CPU: `python train_gpt2.py`. `python train_gpt2.py --help` lists all options.
 
 Read it from the top: the model's memory, its forward pass, its backward pass, the update, and the training loop. The
-forward and backward passes are flat lists of kernel calls (kernels_cpu.py) that mirror each other. Each trailing comment
-is the shape of what the call writes.
+forward and backward passes are flat lists of kernel calls (kernels_cpu.py) that mirror each other. A trailing comment is
+the shape of a call's main output.
 """
 import math
 import os
@@ -13,24 +13,24 @@ from pathlib import Path
 import numpy as np
 
 import kernels_cpu as kernels
-from checkpoint import Saver, checkpoints, delete
+from checkpoint import Saver, checkpoints, delete_checkpoint
 from cli import bounded, run_program
 from dataloader import DataLoader
-from distributed import SINGLE_PROCESS, DataParallel, World, start
-from files import main_memory
+from distributed import SINGLE_PROCESS, DataParallel, World, join_world
+from files import cache_lifetime, main_memory
 from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize,
                   memory_needed, new_array, parameter_shapes, scratch_shapes)
 from hellaswag import count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, NO_BIAS
 from training import (OUT_OF_MEMORY_HINT, NullLog, Progress, StopRequest, TrainingLog, can_sample, check_finite, check_memory,
-                      data_loaders, flags_to_save, initial_progress, is_due, learning_rate, load_or_create_model, outlier,
+                      data_loaders, initial_progress, is_due, learning_rate, load_or_create_model, outlier,
                       parse_options, prepare_data, print_configuration, sample_text)
 
 
 class GPT2:
-    """GPT-2 with its gradients, AdamW's moments and activations, for batches of up to (batch_size, sequence_length) tokens.
+    """GPT-2 with its gradients, activations and AdamW moments, for batches of up to (batch_size, sequence_length) tokens.
 
-    threads: into how many blocks a matrix product is split, at most Numba's number of threads
+    threads: number of blocks that a matrix product is split into, at most Numba's number of threads
     recompute: activation checkpointing: keep the activations of one layer, and recompute the others in the backward pass
 
     All parameters are zero until `initialize` or `set_params` fills them.
@@ -43,7 +43,7 @@ class GPT2:
         shapes = parameter_shapes(config)
         self.params, self.grads = Tensors(shapes), Tensors(shapes)
         self.adam_m, self.adam_v = new_array(self.params.size), new_array(self.params.size)
-        self.slices = self.params.slices()      # what `update` changes: (name, slice of the flat arrays) for every tensor
+        self.owned = slice(0, self.params.size)     # the part of the flat arrays that `update` changes: all of it
         self.acts = activations(config, batch_size, sequence_length, recompute, new_array)
         self.scratch = Tensors(scratch_shapes(config, batch_size, sequence_length, CLASSIFIER_ROWS))
         self.tokens = None
@@ -89,9 +89,9 @@ class GPT2:
                                   acts.residual3[-1], params.lnfw, params.lnfb)                                  # (N, C)
 
     def block_forward(self, l: int, stop_at_gelu: bool = False) -> None:
-        """Block l, from the residual stream before it to that after it, `acts.residual3[l]` (N, C).
+        """The forward pass of block l: ten calls. Its output is `acts.residual3[l]` (N, C).
 
-        stop_at_gelu: leave out the last two calls, which compute nothing that the block's backward pass reads
+        stop_at_gelu: skip the last two calls, whose outputs the block's backward pass does not read
         """
         params, acts, workspace = self.params, self.acts, self.workspace
         proj = self.scratch.proj[:self.tokens.size]
@@ -138,7 +138,7 @@ class GPT2:
             kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, workspace)                       # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
                                      1 / (N * accumulation_steps), self.config.vocab_size)                       # (rows, Vp)
-            # wte's gradient as the classifier's weight. encoder_backward, the last call, adds that of the token embedding.
+            # wte's gradient from the classifier; encoder_backward, the last call, adds that from the embedding.
             kernels.matmul_backward(dln[rows], grads.wte, NO_BIAS,
                                     logits, acts.lnf[rows], params.wte, workspace)                               # (rows, C)
         dresidual[...] = 0
@@ -170,18 +170,18 @@ class GPT2:
 
     def gradient_norm(self) -> float:
         """The Euclidean norm of all gradients together."""
-        return float(kernels.global_norm(self.grads.flat))
+        return float(kernels.global_norm(self.grads.flat[self.owned]))
 
     def update(self, step: int, learning_rate: float, weight_decay: float, norm: float, grad_clip: float) -> None:
-        """One AdamW step, counted from 1; it clears the gradients.
+        """AdamW step number `step`, from 1. Clears the gradients.
 
-        Gradients are first clipped to the global norm `grad_clip` (0 disables); `norm` is their norm. If it is not finite the
-        update is skipped, so that check_finite can find the first bad tensor.
+        Gradients are first clipped to the global norm `grad_clip` (0 disables); `norm` is theirs. If it is not finite, nothing
+        is updated or cleared, so that check_finite can find the first bad tensor.
         """
         if not math.isfinite(norm):
             return
         grad_scale = grad_clip / norm if 0 < grad_clip < norm else 1.0
-        for name, part in self.slices:
+        for name, part in self.params.slices(self.owned):
             kernels.adamw_update(self.params.flat[part], self.grads.flat[part], self.adam_m[part], self.adam_v[part],
                                  learning_rate, BETA1, BETA2, EPSILON,
                                  weight_decay if name in WEIGHT_DECAYED else 0.0, grad_scale, step)
@@ -195,13 +195,13 @@ class GPT2:
         return loss, norm, time.perf_counter() - started
 
     def token_losses(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """The cross-entropy (N,) of each of the targets (B, T) after tokens (B, T), by a forward pass."""
+        """Run a forward pass; return the cross-entropy (N,) of each of the targets (B, T) given tokens (B, T)."""
         self.forward(tokens)
         self.loss(targets)
         return self.acts.losses
 
     def next_token_logits(self, tokens: np.ndarray) -> np.ndarray:
-        """The logits (V,) of the token that follows tokens (1, T), by a forward pass."""
+        """Run a forward pass; return the logits (V,) of the token after tokens (1, T)."""
         self.forward(tokens)
         logits = self.scratch.logits[:1]
         kernels.matmul_forward(logits, self.acts.lnf[-1:], self.params.wte, NO_BIAS, self.workspace)
@@ -209,7 +209,7 @@ class GPT2:
 
 
 def evaluate(model: GPT2, loader: DataLoader, max_steps: int, world: World = SINGLE_PROCESS) -> float:
-    """The mean loss over the first max_steps validation batches, or all if there are fewer. Processes take turns."""
+    """The mean loss over at most max_steps validation batches, which are divided among the processes."""
     loader.reset()
     steps = min(max_steps, loader.batches)
     total = 0.0
@@ -221,15 +221,15 @@ def evaluate(model: GPT2, loader: DataLoader, max_steps: int, world: World = SIN
     return world.sum(float(total)) / steps
 
 
-def train(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader | None, examples: list, samples: bool,
-          log: TrainingLog, progress: Progress, stop: StopRequest, save: Saver, world: World = SINGLE_PROCESS) -> int:
+def train(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader | None, examples: list, print_samples: bool,
+          log: TrainingLog, progress: Progress, stop: StopRequest, saver: Saver, world: World = SINGLE_PROCESS) -> int:
     """The training loop, for any model with GPT2's methods. Returns the number of the signal that stopped it, or 0.
 
     options: the settings, see training.parse_options
     val_loader: None to train without validation
     examples: HellaSwag's examples to score the model on, possibly none
-    samples: whether to print samples of generated text
-    log, progress, stop, save: a TrainingLog, the Progress so far, which is kept up to date, a StopRequest and a Saver
+    print_samples: whether to print samples of generated text
+    progress: the Progress so far, updated in place
 
     On a GPU the methods of a model return before it is done: losses and norms are numbers only after `finish_step`.
     """
@@ -269,16 +269,16 @@ def train(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader
             log.validation(step, val_loss)
             if val_loss < progress.best_val_loss:
                 progress.best_val_loss = val_loss
-                save.model_to(options.output_dir / "best")
+                saver.save_model(options.output_dir / "best")
         if examples and is_due(options.hellaswag_every or n, step, n):
             own_examples = examples[world.rank::world.size]
             correct = count_correct(model.token_losses, own_examples, options.batch_size, options.sequence_length)
             log.hellaswag(step, world.sum(correct), len(examples))
-        if samples and is_due(options.sample_every, step, n):
+        if print_samples and is_due(options.sample_every, step, n):
             log.sample(sample_text(step, model, options.seed, options.sequence_length))
-        stopped = world.max(stop.signal)    # a signal may reach one process only, and the others in another step
+        stopped = world.max(stop.signal)    # a signal may reach only one process, or each in another step
         if is_due(options.checkpoint_every, step, n) or stopped:
-            save.checkpoint(progress)
+            saver.save_checkpoint(progress)
         if stopped:
             return stopped
     return 0
@@ -294,9 +294,9 @@ def load_weights(model: GPT2, params: Tensors | None, moments: list | None, seed
         model.set_moments(*moments)
 
 
-def train_and_save(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader | None, samples: bool,
+def train_and_save(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader | None, print_samples: bool,
                    world: World = SINGLE_PROCESS, ideal_seconds: float | None = None, **device_rows) -> None:
-    """Train the model and save it. ideal_seconds is TrainingLog's, device_rows are print_configuration's."""
+    """Train the model and save it. For ideal_seconds see TrainingLog, for device_rows print_configuration."""
     examples = read_examples(options.hellaswag, model.config.vocab_size) if options.hellaswag else []
     progress = initial_progress(options, train_loader.fingerprint())
     train_loader.state = progress.data
@@ -304,23 +304,23 @@ def train_and_save(model: GPT2, options, train_loader: DataLoader, val_loader: D
     title = f"{options.model} on {Path(options.input_bin).name}"
     log = TrainingLog(options.output_dir, title, options.num_iterations, options.total_batch_size, ideal_seconds, progress.step
                       ) if world.rank == 0 else NullLog()
-    save = Saver(model, options.output_dir, options.keep_checkpoints, flags_to_save(options), world)
+    saver = Saver(model, options.output_dir, options.keep_checkpoints, options.flags, world)
     with log, StopRequest() as stop:
         if world.rank == 0 and progress.step == 0:
-            for earlier_run in checkpoints(options.output_dir):
-                delete(earlier_run)
-        stopped = train(model, options, train_loader, val_loader, examples, samples, log, progress, stop, save, world)
+            for checkpoint in checkpoints(options.output_dir):      # of an earlier run
+                delete_checkpoint(checkpoint)
+        stopped = train(model, options, train_loader, val_loader, examples, print_samples, log, progress, stop, saver, world)
     if stopped and progress.step < options.num_iterations:
-        print(f"stopped after step {progress.step:,}, with a checkpoint: --resume continues from it")
+        print(f"stopped after step {progress.step:,} and saved a checkpoint; continue with --resume")
         sys.exit(128 + stopped)     # the shell's convention
-    save.model_to(options.output_dir)
+    saver.save_model(options.output_dir)
     print(f"wrote the model to {options.output_dir}, a Hugging Face folder")
 
 
 def compile_kernels() -> None:
-    """Compile the kernels into Numba's cache, unless they are there."""
+    """Compile the kernels into Numba's cache if any is missing there."""
     if not kernels.all_compiled():
-        print("compiling the kernels, once: some 15 seconds", flush=True)
+        print(f"compiling the kernels, {cache_lifetime()}: about 15 seconds", flush=True)
         kernels.compile_in_processes("train_gpt2")
 
 
@@ -345,7 +345,7 @@ def run_every_kernel(backward_first: bool) -> None:
 
 
 def main():
-    with start() as world:
+    with join_world() as world:
         if world.rank > 0:
             sys.stdout = open(os.devnull, "w")
         options = parse_options("Train GPT-2 on the CPU.", world=world, threads=dict(
@@ -354,7 +354,7 @@ def main():
         config, params, moments = load_or_create_model(options.model, options.checkpoint, options.sequence_length)
         with world.local_rank_zero_first():
             prepare_data(options.input_bin, options.input_val_bin)
-            samples = can_sample(options.sample_every, config)
+            print_samples = can_sample(options.sample_every, config)
             compile_kernels()
         train_loader, val_loader = data_loaders(options, config, world)
         B, T = options.batch_size, options.sequence_length
@@ -366,9 +366,9 @@ def main():
         if world.size > 1:
             model = DataParallel(model, world)
         load_weights(model, params, moments, options.seed)
-        del params, moments     # free their memory; on Windows, a mapped checkpoint could not be deleted
+        del params, moments     # to free their memory; and Windows cannot delete a memory-mapped checkpoint
         processes = f"{world.size} processes of {threads}" if world.size > 1 else threads
-        train_and_save(model, options, train_loader, val_loader, samples, world, threads=processes, memory=memory)
+        train_and_save(model, options, train_loader, val_loader, print_samples, world, threads=processes, memory=memory)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from device import open_device
 from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize,
                   memory_needed, parameter_shapes, scratch_shapes, training_flops)
 from kernels_gpu import CLASSIFIER_ROWS
-from launcher import Device
+from launcher import Device, DeviceArray
 from training import (OUT_OF_MEMORY_HINT, can_sample, check_memory, data_loaders, load_or_create_model, parse_options,
                       prepare_data)
 
@@ -39,7 +39,6 @@ class GPT2:
         shapes = parameter_shapes(config)
         self.params, self.grads = Tensors(shapes, device.zeros), Tensors(shapes, device.zeros)
         self.adam_m, self.adam_v = device.zeros(self.params.size), device.zeros(self.params.size)
-        self.slices = self.params.slices()      # what `update` changes: (name, slice of the flat arrays) for every tensor
         self.acts = activations(config, batch_size, sequence_length, recompute, device.empty)
         self.scratch = Tensors(gpu_scratch_shapes(config, batch_size, sequence_length), device.empty)
         self.sequence_length = sequence_length
@@ -70,7 +69,7 @@ class GPT2:
         """Copies of AdamW's two moments, flat NumPy arrays in the order of the parameters."""
         return self.device.to_host(self.adam_m), self.device.to_host(self.adam_v)
 
-    def forward(self, tokens):
+    def forward(self, tokens: DeviceArray) -> None:
         """Compute `acts.lnf` (N, C), the normalized output of the last block, from tokens (B, T), N = B*T.
 
         Requires T <= the model's sequence_length (ValueError) and B*T <= the size it was built for. Activations live in one
@@ -93,9 +92,10 @@ class GPT2:
             self.block_forward(l)                                                                                # (N, C)
 
     def block_forward(self, l: int, stop_at_gelu: bool = False) -> None:
-        """Block l, from the output of its first layernorm to that of the layernorm after it: block l + 1's, or the last.
+        """The forward pass of block l, given the output of its first layernorm. Its output is `acts.residual3[l]` (N, C).
 
-        stop_at_gelu: leave out the last two calls, which compute nothing that the block's backward pass reads
+        The last call also computes the layernorm that follows: the first one of block l + 1, or the last of all.
+        stop_at_gelu: skip the last two calls, whose outputs the block's backward pass does not read
         """
         params, acts, proj, no_bias = self.params, self.acts, self.scratch.proj, self.no_bias
         residual = acts.residual3[l - 1] if l > 0 else acts.encoded
@@ -118,7 +118,7 @@ class GPT2:
         kernels.residual_layernorm_forward(acts.residual3[l], *norm,
                                            acts.residual2[l], proj, params.fcprojb[l], weight, bias)             # (N, C)
 
-    def loss(self, targets):
+    def loss(self, targets: DeviceArray) -> DeviceArray:
         """The mean cross-entropy of the last forward pass against targets (B, T), in nats per token."""
         kernels.use(self.device)
         params, acts = self.params, self.acts
@@ -134,7 +134,7 @@ class GPT2:
         kernels.add_mean_loss(total, self.acts.losses, 1 / self.tokens.size)
         return total[0]
 
-    def backward(self, targets, accumulation_steps=1):
+    def backward(self, targets: DeviceArray, accumulation_steps: int = 1) -> DeviceArray:
         """Return the mean loss against targets (B, T); accumulate into `grads` the gradient of loss / accumulation_steps.
 
         The forward pass in reverse. It starts with the classifier, which computes the loss and its gradient from one set of
@@ -152,7 +152,7 @@ class GPT2:
             kernels.matmul_forward(logits, acts.lnf[rows], params.wte, self.no_bias)                             # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
                                      1 / (N * accumulation_steps), self.config.vocab_size)                       # (rows, Vp)
-            # wte's gradient as the classifier's weight. encoder_backward, the last call, adds that of the token embedding.
+            # wte's gradient from the classifier; encoder_backward, the last call, adds that from the embedding.
             kernels.matmul_backward(dln[rows], grads.wte, self.no_bias, logits, acts.lnf[rows], params.wte)      # (rows, C)
         dresidual[...] = 0
         kernels.layernorm_backward(dresidual, grads.lnfw, grads.lnfb,
@@ -181,21 +181,21 @@ class GPT2:
         kernels.encoder_backward(grads.wte, grads.wpe, dresidual, self.tokens)                                   # (Vp, C)
         return self.mean_loss()
 
-    def gradient_norm(self):
+    def gradient_norm(self) -> DeviceArray:
         """The Euclidean norm of all gradients together."""
         kernels.use(self.device)
         norm = self.report[1:]
         kernels.global_norm(norm, self.grads.flat)
         return norm
 
-    def update(self, step, learning_rate, weight_decay, norm, grad_clip):
-        """One AdamW step, counted from 1; it clears the gradients.
+    def update(self, step: int, learning_rate: float, weight_decay: float, norm: DeviceArray, grad_clip: float) -> None:
+        """AdamW step number `step`, from 1. Clears the gradients.
 
-        Gradients are first clipped to the global norm `grad_clip` (0 disables); `norm` is their norm. If it is not finite the
-        update is skipped, so that check_finite can find the first bad tensor.
+        Gradients are first clipped to the global norm `grad_clip` (0 disables); `norm` is theirs. If it is not finite, nothing
+        is updated or cleared, so that check_finite can find the first bad tensor.
         """
         kernels.use(self.device)
-        for name, part in self.slices:
+        for name, part in self.params.slices():
             kernels.adamw_update(self.params.flat[part], self.grads.flat[part], self.adam_m[part], self.adam_v[part], norm,
                                  learning_rate, BETA1, BETA2, EPSILON,
                                  weight_decay if name in WEIGHT_DECAYED else 0.0, grad_clip, step)
@@ -204,7 +204,7 @@ class GPT2:
         """The start of a step, for `finish_step`: when all earlier launches have run."""
         return self.device.event()
 
-    def finish_step(self, loss, norm, started):
+    def finish_step(self, loss: DeviceArray, norm: DeviceArray, started) -> tuple[float, float, float]:
         """Wait for the device; return loss and norm as floats, and the seconds since `started`."""
         stopped = self.device.event()
         self.report[0] = loss
@@ -212,13 +212,13 @@ class GPT2:
         return loss, norm, self.device.seconds(started, stopped)
 
     def token_losses(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """The cross-entropy (N,) of each of the targets (B, T) after tokens (B, T), all NumPy arrays, by a forward pass."""
+        """Run a forward pass; return the cross-entropy (N,) of targets (B, T) given tokens (B, T), all NumPy arrays."""
         self.forward(self.device.to_device(tokens))
         self.loss(self.device.to_device(targets))
         return self.device.to_host(self.acts.losses)
 
     def next_token_logits(self, tokens: np.ndarray) -> np.ndarray:
-        """The logits (V,) of the token that follows tokens (1, T), both NumPy arrays, by a forward pass."""
+        """Run a forward pass; return the logits (V,) of the token after tokens (1, T), both NumPy arrays."""
         self.forward(self.device.to_device(tokens))
         logits = self.scratch.logits[:1]
         kernels.matmul_forward(logits, self.acts.lnf[-1:], self.params.wte, self.no_bias)
@@ -234,7 +234,7 @@ class Prefetch:
         self.upload = device.uploader((2, loader.batch_size, loader.sequence_length), np.int32)
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Start over at the first token."""
         self.loader.reset()
         self.fetch()
@@ -249,14 +249,14 @@ class Prefetch:
         self.loader.state = state
         self.fetch()
 
-    def fingerprint(self):
+    def fingerprint(self) -> int:
         return self.loader.fingerprint()
 
     def fetch(self):
         self.upcoming_state = self.loader.state
         self.upcoming = self.upload(np.stack(self.loader.next_batch()))
 
-    def next_batch(self):
+    def next_batch(self) -> tuple[DeviceArray, DeviceArray]:
         """Return inputs (B, T) and targets (B, T), int32 arrays on the device, valid until the next call."""
         inputs, targets = self.upcoming
         self.fetch()
@@ -274,16 +274,16 @@ def main():
     device = open_device(options.device, options.dtype)
     config, params, moments = load_or_create_model(options.model, options.checkpoint, options.sequence_length)
     prepare_data(options.input_bin, options.input_val_bin)
-    samples = can_sample(options.sample_every, config)
+    print_samples = can_sample(options.sample_every, config)
     B, T = options.batch_size, options.sequence_length
     needed = memory_needed(config, activation_shapes(config, B, T, options.recompute), gpu_scratch_shapes(config, B, T))
     memory = check_memory(f"{options.model} with batches of {B} x {T}", needed, device.memory(), device.name, options.recompute)
     train_loader, val_loader = (loader and Prefetch(loader, device) for loader in data_loaders(options, config))
     model = GPT2(config, B, T, device, options.recompute)
     load_weights(model, params, moments, options.seed)
-    del params, moments     # free their memory; on Windows, a mapped checkpoint could not be deleted
+    del params, moments     # to free their memory; and Windows cannot delete a memory-mapped checkpoint
     peak = device.peak_flops()
-    train_and_save(model, options, train_loader, val_loader, samples,
+    train_and_save(model, options, train_loader, val_loader, print_samples,
                    ideal_seconds=options.accumulation_steps * sum(training_flops(config, B, T)) / peak if peak else None,
                    device=f"{device.name}, {options.dtype}", memory=memory)
 

@@ -20,7 +20,7 @@ from distributed import SINGLE_PROCESS, World
 from files import DATA_DIR, atomic_file, check_writable
 from gpt2 import CONTEXT, HEADS_BY_DEPTH, RECOMPUTED, VOCABULARY, Config, Tensors, model_config
 from model_files import load_model
-from prepare_tinyshakespeare import prepare
+from prepare_tinyshakespeare import prepare as prepare_tinyshakespeare
 from sampling import sample
 from tokenizer import END_OF_TEXT, fetch_vocabulary, gpt2_encoding
 
@@ -28,7 +28,7 @@ TRAIN_TOKENS = DATA_DIR / "tiny_shakespeare_train.bin"
 VAL_TOKENS = DATA_DIR / "tiny_shakespeare_val.bin"
 CSV_COLUMNS = ("step", "train_loss", "val_loss", "hellaswag", "grad_norm", "learning_rate", "milliseconds", "tokens_per_second")
 OUTLIER_WINDOW = 128
-FLAGS_NOT_SAVED = "output_dir", "resume", "checkpoint", "accumulation_steps"
+FLAGS_NOT_SAVED = "output_dir", "resume"     # all others go into checkpoints
 FLAGS_THAT_MUST_MATCH = "model", "sequence_length", "total_batch_size", "seed", "shuffle_shards", "overfit_single_batch"
 NEW_MODELS = [f"d{depth}" for depth in HEADS_BY_DEPTH]
 OUT_OF_MEMORY_HINT = "choose a smaller --model, --batch-size or --sequence-length"
@@ -56,10 +56,10 @@ def make_parser(description: str, own_flags: dict) -> OneLineParser:
              "Hugging Face folder, its name on the hub, a .safetensors file, an llm.c .bin file")
     add("--input-bin", help="training tokens: a file, or a glob in quotes (default: Tiny Shakespeare, prepared on first use)")
     add("--input-val-bin", help="validation tokens (default: Tiny Shakespeare's if --input-bin is not given, else none)")
-    add("--output-dir", default="out", type=Path, help="folder for log.csv, loss.png and the trained model, which are replaced")
-    add("--batch-size", default=4, type=positive, help="sequences per (micro-)batch and process, B")
+    add("--output-dir", default="out", type=Path, help="folder for log.csv, loss.png and the trained model; overwritten")
+    add("--batch-size", default=4, type=positive, help="sequences per micro-batch per process, B")
     add("--sequence-length", default=64, type=positive,
-        help=f"tokens per sequence, T: the context of a new model; at most that of a pretrained one ({CONTEXT} for GPT-2's)")
+        help=f"tokens per sequence, T: a new model's context; at most a pretrained model's ({CONTEXT} for GPT-2)")
     add("--total-batch-size", type=positive, help="tokens per optimizer step, via gradient accumulation; a multiple of B*T "
         "times the number of processes (default: that product)")
     add("--num-iterations", default=1000, type=positive, help="optimizer steps")
@@ -95,9 +95,10 @@ def make_parser(description: str, own_flags: dict) -> OneLineParser:
 
 
 def parse_options(description: str, arguments: list | None = None, world: World = SINGLE_PROCESS, **own_flags):
-    """All settings of a run, frozen: the flags, those of the run to --resume, and everything that follows from them.
+    """All settings of a run, read-only: the flags, those of the run to --resume, and what follows from them.
 
-    Besides the flags: `checkpoint`, the folder to resume from or None, and `accumulation_steps`, micro-batches per step.
+    Besides the flags: `checkpoint`, the folder to resume from or None; `accumulation_steps`, micro-batches per step; and
+    `flags`, what a checkpoint records, a dict.
     Raises UserError, with status 2 for a wrong flag, if a flag or a combination is wrong, there is nothing to --resume,
     --output-dir cannot be written, or it holds an unfinished run that would be replaced.
     """
@@ -109,6 +110,7 @@ def parse_options(description: str, arguments: list | None = None, world: World 
         saved = load_state(checkpoint)["flags"]
         parser.set_defaults(**saved)
         settings = vars(parser.parse_args(arguments))
+        report_changes(saved, settings)
     tokens = settings["batch_size"] * settings["sequence_length"] * world.size
     total = settings["total_batch_size"] or tokens
     if total % tokens != 0:
@@ -117,13 +119,12 @@ def parse_options(description: str, arguments: list | None = None, world: World 
     for name in ("input_bin", "input_val_bin"):
         if settings[name] == "":
             parser.error(f"{flag_name(name)} is empty, expected a file or a glob")
+    flags = {name: value for name, value in settings.items() if name not in FLAGS_NOT_SAVED} | {"total_batch_size": total}
     if settings["input_bin"] is None:
         settings["input_bin"] = str(TRAIN_TOKENS)
         settings["input_val_bin"] = settings["input_val_bin"] or str(VAL_TOKENS)
-    settings |= {"total_batch_size": total, "accumulation_steps": total // tokens, "checkpoint": checkpoint}
+    settings |= {"total_batch_size": total, "accumulation_steps": total // tokens, "checkpoint": checkpoint, "flags": flags}
     options = namedtuple("Options", settings)(**settings)
-    if checkpoint:
-        report_changes(saved, settings)
     if world.rank == 0:     # the only process that writes
         check_writable("--output-dir", options.output_dir)
     if not checkpoint:
@@ -133,11 +134,6 @@ def parse_options(description: str, arguments: list | None = None, world: World 
 
 def flag_name(setting: str) -> str:
     return "--" + setting.replace("_", "-")
-
-
-def flags_to_save(options) -> dict:
-    """The flags of a run that a checkpoint records."""
-    return {name: value for name, value in options._asdict().items() if name not in FLAGS_NOT_SAVED}
 
 
 def latest_checkpoint(output_dir: Path) -> Path:
@@ -150,18 +146,18 @@ def latest_checkpoint(output_dir: Path) -> Path:
 
 
 def report_changes(saved: dict, settings: dict) -> None:
-    """Print which flags differ from those saved by the run that is resumed. Raises UserError for one that must not."""
+    """Print which flags differ from those of the resumed run. Raises UserError if one may not change."""
     for name, before in saved.items():
         flag, now = flag_name(name), settings.get(name, before)
         if now != before and name in FLAGS_THAT_MUST_MATCH:
-            raise UserError(f"{flag} is {now}, expected {before}, that of the run in {settings['output_dir']}; leave it out, "
+            raise UserError(f"{flag} is {now}, expected {before}, as in the run in {settings['output_dir']}; leave it out, "
                             "or start a new run in another --output-dir", status=2)
         if now != before:
-            print(f"{flag} is {now} from here on; it was {before}")
+            print(f"{flag} is {now} from here on; it was {'not given' if before is None else before}")
 
 
 def check_unfinished(output_dir: Path) -> None:
-    """Raise UserError if a run stopped halfway in this folder: forgetting --resume must not cost days of work."""
+    """Raise UserError if this folder holds an unfinished run: forgetting --resume must not cost days of work."""
     for checkpoint in checkpoints(output_dir)[-1:]:
         state = load_state(checkpoint)
         steps = state["flags"]["num_iterations"]
@@ -178,10 +174,11 @@ def is_due(every: int, step: int, last: int) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # Model and data
 
-def load_or_create_model(model: str, checkpoint: Path | None, sequence_length: int) -> tuple[Config, Tensors, tuple]:
+def load_or_create_model(model: str, checkpoint: Path | None, sequence_length: int
+                         ) -> tuple[Config, Tensors | None, list[np.ndarray] | None]:
     """Return (config, params, moments) of a checkpoint, a new model or a pretrained one.
 
-    params are Tensors, moments two flat arrays; params and moments are None for a new model, moments for a pretrained one.
+    params are Tensors, moments two flat arrays. A new model has neither (None), a pretrained one no moments.
     Raises UserError if there is no such model, or its context is shorter than the sequences.
     """
     params = moments = None
@@ -198,9 +195,9 @@ def load_or_create_model(model: str, checkpoint: Path | None, sequence_length: i
 
 
 def data_loaders(options, config: Config, world: World = SINGLE_PROCESS) -> tuple[DataLoader, DataLoader | None]:
-    """The DataLoaders of the training and the validation tokens (None if there are none). Raises UserError, see DataLoader.
+    """The DataLoaders for training and validation (None without validation tokens). Raises UserError, see DataLoader.
 
-    Each process reads its own part of every training batch, and all validation batches.
+    Processes divide every training batch among them; each reads all validation batches.
     """
     sizes = options.batch_size, options.sequence_length, config.vocab_size
     shuffle_seed = options.seed if options.shuffle_shards else None
@@ -209,7 +206,7 @@ def data_loaders(options, config: Config, world: World = SINGLE_PROCESS) -> tupl
 
 
 def check_memory(what: str, needed: int, memory: tuple | None, where: str, recompute: bool) -> str:
-    """Describe the memory that `what` needs, in bytes, beside (free, total). Raises UserError if it does not fit."""
+    """A string such as "1.2 GB of 8.0 GB free", from the bytes that `what` needs and (free, total). UserError if too many."""
     needs = f"{needed / 1e9:.1f} GB"
     if memory is None:
         return needs
@@ -222,15 +219,15 @@ def check_memory(what: str, needed: int, memory: tuple | None, where: str, recom
 
 
 def prepare_data(input_bin: str, input_val_bin: str | None) -> None:
-    """Prepare Tiny Shakespeare if these are its token files and they are missing. Raises UserError if that fails."""
+    """Prepare Tiny Shakespeare if its token files are wanted and missing. Raises UserError if that fails."""
     wanted = {input_bin, input_val_bin}
     if any(str(path) in wanted and not path.exists() for path in (TRAIN_TOKENS, VAL_TOKENS)):
         print(f"no tokens in {DATA_DIR} yet: preparing Tiny Shakespeare")
-        prepare()
+        prepare_tinyshakespeare()
 
 
 def can_sample(sample_every: int, config: Config) -> bool:
-    """Whether samples are wanted, and the vocabulary to decode them is there. Prints the reason if it is not."""
+    """Whether to print samples: they are wanted, and the vocabulary is available. Prints the reason if it is not."""
     if sample_every == 0:
         return False
     if config.vocab_size != VOCABULARY:
@@ -261,17 +258,17 @@ class Progress:
 def initial_progress(options, fingerprint: int) -> Progress:
     """The Progress of the run's checkpoint, or of a new run. `fingerprint` is that of the training tokens.
 
-    Raises UserError if there is nothing left to do, or the checkpoint is of a run on other tokens.
+    Raises UserError if there is nothing left to do, or the run was on other training tokens.
     """
     if not options.checkpoint:
         return Progress(fingerprint=fingerprint)
     state = load_state(options.checkpoint)
     if state["fingerprint"] != fingerprint:
         raise UserError(f"--input-bin {options.input_bin} holds other tokens than those that the run in {options.output_dir} "
-                        "has read so far; give it those, or start a new run in another --output-dir")
+                        "was trained on; pass those, or start a new run in another --output-dir")
     progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
     if progress.step >= options.num_iterations:
-        raise UserError(f"the run in {options.output_dir} is finished, after {progress.step:,} steps; give more "
+        raise UserError(f"the run in {options.output_dir} is finished, after {progress.step:,} steps; raise "
                         "--num-iterations, or leave out --resume to start a new run")
     return progress
 
@@ -279,7 +276,7 @@ def initial_progress(options, fingerprint: int) -> Progress:
 class StopRequest:
     """Defers the first Ctrl-C or SIGTERM to the end of the step; a second one interrupts at once.
 
-    signal: the number of the signal that came, or 0
+    signal: the number of the signal received, or 0
     """
     signal = 0
 
@@ -290,7 +287,7 @@ class StopRequest:
     def receive(self, signum, frame):
         self.signal = signum
         self.__exit__()
-        print("\nstopping when this step is done (press again to stop at once)", file=sys.stderr, flush=True)
+        print("\nstopping when this step is done (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)
 
     def __exit__(self, *exception):
         for signum, handler in self.handlers.items():
@@ -348,7 +345,7 @@ def z_score(window: list, value: float) -> float:
 
 
 def outlier(loss: float, norm: float, progress: Progress, loss_limit: float, norm_limit: float) -> str | None:
-    """Why to skip the update of a step with this loss and gradient norm: its z-score is above a limit. None: do not skip."""
+    """The reason to skip the update, a z-score of the loss or gradient norm above its limit; None: do not skip."""
     scores = {"loss": (z_score(progress.latest_losses, loss), loss_limit),
               "norm": (z_score(progress.latest_norms, norm), norm_limit)}
     for name, (score, limit) in scores.items():
@@ -371,7 +368,7 @@ def activations_in_order(model):
 
 
 def sample_text(step: int, model, seed: int, max_tokens: int) -> str:
-    """Text that the model generates after `step` steps: at most max_tokens tokens, and at most SAMPLE_TOKENS."""
+    """Text that the model generates after `step` steps: at most min(max_tokens, SAMPLE_TOKENS) tokens."""
     generator = np.random.default_rng(seed)
     tokens = [END_OF_TEXT]
     for _ in range(min(SAMPLE_TOKENS, max_tokens)):
@@ -387,17 +384,19 @@ def sample_text(step: int, model, seed: int, max_tokens: int) -> str:
 def print_configuration(options, model, train_loader, val_loader, examples=(), **device_rows) -> None:
     """Print the settings of a run as a small table; device_rows are those that depend on the device."""
     config = model.config
-    B, T, steps = options.batch_size, options.sequence_length, options.accumulation_steps
+    B, T = options.batch_size, options.sequence_length
+    batches = options.total_batch_size // (B * T)   # of all processes
+    decay = f", then {options.schedule} to {options.learning_rate_decay_frac:g} of it" if options.schedule != "constant" else ""
+    clipping = f"gradients clipped at norm {options.grad_clip:g}" if options.grad_clip else "no gradient clipping"
     rows = {
         "model": f"{options.model}: {config.num_layers} layers, {config.num_heads} heads, {config.channels} channels, "
                  f"{model.params.size / 1e6:.1f} M parameters",
-        "batch": f"{B} x {T} tokens" + (f", {steps} per step: {options.total_batch_size:,} tokens" if steps > 1 else ""),
+        "batch": f"{B} x {T} tokens" + (f", {batches} per step: {options.total_batch_size:,} tokens" if batches > 1 else ""),
         "training": f"{train_loader.num_tokens:,} tokens in {options.input_bin}",
         "validation": f"{val_loader.num_tokens:,} tokens in {options.input_val_bin}" if val_loader else "none",
         "steps": f"{options.num_iterations:,}, {options.num_iterations * options.total_batch_size:,} tokens in all",
-        "learning rate": f"{options.learning_rate:g} after {options.warmup_iters} steps of warmup, then {options.schedule} "
-                         f"to {options.learning_rate_decay_frac:g} of it",
-        "weight decay": f"{options.weight_decay:g}, gradients clipped at norm {options.grad_clip:g}",
+        "learning rate": f"{options.learning_rate:g} after {options.warmup_iters} steps of warmup{decay}",
+        "weight decay": f"{options.weight_decay:g}, {clipping}",
         **device_rows,
         "output": f"{options.output_dir}",
     }
@@ -411,15 +410,15 @@ def print_configuration(options, model, train_loader, val_loader, examples=(), *
 
 
 class TrainingLog:
-    """The lines of a run on the screen and in `log.csv` as it runs, and `loss.png` when it ends, however it ends.
+    """Prints the progress of a run, logs it to `log.csv`, and plots `loss.png` at the end, even after an error.
 
-    A row of log.csv is a training step or a validation, with the other columns empty.
+    A row of log.csv is a training step, a validation or a HellaSwag score; the other columns are empty.
 
-    title: of the picture
+    title: the title of the plot
     tokens_per_step: to compute the speed
     ideal_seconds: how long a step would take at the device's peak FLOP rate, if known. Its fraction of the measured time is
         the MFU, model FLOPs utilization (Chowdhery et al. 2022).
-    done: steps done by a run that is resumed; its log continues after them
+    done: steps already done by a resumed run; its log continues there
 
     Raises UserError if the output folder cannot be written.
     """
@@ -449,7 +448,7 @@ class TrainingLog:
             with suppress(UserError) if failure else nullcontext():     # the first error is the one to read
                 self.plot()
 
-    def step(self, step, loss, norm, rate, seconds):
+    def step(self, step: int, loss: float, norm: float, rate: float, seconds: float) -> None:
         """Report one training step: its loss before the update, gradient norm, learning rate and duration."""
         speed = self.tokens_per_step / seconds
         self.write(step=step, train_loss=loss, grad_norm=norm, learning_rate=rate,
@@ -458,24 +457,24 @@ class TrainingLog:
               f"{1000 * seconds:8.1f} ms | {speed:7,.0f} tok/s"
               + (f" | {self.ideal_seconds / seconds:5.1%} MFU" if self.ideal_seconds else ""), flush=True)
 
-    def validation(self, step, loss):
+    def validation(self, step: int, loss: float) -> None:
         """Report the mean loss on the validation tokens after `step` steps."""
         self.write(step=step, val_loss=loss)
         print(f"{self.heading(step)} |   val loss {loss:9.6f}", flush=True)
 
-    def hellaswag(self, step, correct, total):
+    def hellaswag(self, step: int, correct: int, total: int) -> None:
         """Report the fraction of HellaSwag's examples that the model gets right after `step` steps."""
         self.write(step=step, hellaswag=correct / total)
         print(f"{self.heading(step)} |  hellaswag {correct / total:9.6f} ({correct:,} of {total:,})", flush=True)
 
-    def sample(self, text):
+    def sample(self, text: str) -> None:
         """Print a generated text."""
         print("\n    " + text.strip().replace("\n", "\n    ") + "\n", flush=True)
 
     def heading(self, step):
         return f"step {step:{len(str(self.num_iterations))}}/{self.num_iterations}"
 
-    def note(self, step, text):
+    def note(self, step: int, text: str) -> None:
         """Print a remark about a step."""
         print(f"{self.heading(step)} | {text}", flush=True)
 
@@ -511,7 +510,7 @@ class TrainingLog:
 
 
 class NullLog:
-    """A TrainingLog that does nothing, for processes other than 0."""
+    """A TrainingLog that does nothing, for ranks other than 0."""
 
     def __enter__(self):
         return self
@@ -524,7 +523,7 @@ class NullLog:
 
 
 def log_lines(rows, header=True):
-    """The lines of log.csv for rows, dicts."""
+    """Format rows (dicts) as lines of CSV."""
     lines = io.StringIO()
     writer = csv.DictWriter(lines, CSV_COLUMNS, restval="", lineterminator="\n")
     if header:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import UserError
-from files import atomic_file, cache_folder, main_memory
+from files import atomic_file, cache_folder, delete_unused, main_memory
 from launcher import Device, DeviceArray, Shape
 
 FOLDER = Path(__file__).resolve().parent
@@ -233,6 +233,7 @@ def build_folder() -> Path:
     """The folder of compiled libraries, in the user's cache folder: the checkout may be read-only."""
     folder = cache_folder() / "cuda_on_cpu"
     folder.mkdir(parents=True, exist_ok=True)
+    delete_unused(folder.iterdir())
     return folder
 
 
@@ -252,4 +253,5 @@ def build(text, name, flags):
             lines = [line for line in compiler.stderr.splitlines() if "In function" not in line]
             raise KernelError("\n".join([f"{name} does not compile:", *lines[:ERROR_LINES]]))
         os.replace(unfinished, library)
+    os.utime(library)   # or delete_unused would delete it
     return library

@@ -1172,7 +1172,7 @@ def write_source(path, text):
 def environment(cache):
     """That of a process in a copy, with compiled kernels in the folder `cache`."""
     # Python does not notice a change that leaves a file's size and time as they were, so no bytecode must be kept.
-    return {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "NUMBA_CACHE_DIR": "", "GPT2_BY_HAND_CACHE": str(cache)}
+    return {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "GPT2_BY_HAND_CACHE": str(cache)}
 
 
 def compile_kernels(folder):

@@ -99,4 +99,4 @@ def run_main(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def cold_cache(tmp_path_factory):
     """A kernel cache that is empty at first, for processes; tests that need it cold for different kernels share it."""
-    return {"NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("kernels"))}
+    return {"GPT2_BY_HAND_CACHE": str(tmp_path_factory.mktemp("cache"))}

@@ -43,7 +43,8 @@ def checkout(tmp_path):
 
 
 def run(checkout, *arguments, prefix=(), **environment):
-    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"} | environment
+    inherited = {name: value for name, value in os.environ.items() if name not in ("GPT2_BY_HAND_CACHE", "XDG_CACHE_HOME")}
+    environment = inherited | environment
     return subprocess.run([*prefix, sys.executable, *arguments], cwd=checkout, env=environment, capture_output=True, text=True)
 
 

@@ -184,7 +184,7 @@ def test_checkpoint_that_cannot_be_deleted(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr("os.rename", rename)
     with pytest.raises(UserError, match="cannot delete .*step-00000001: Permission denied; delete it by hand"):
-        checkpoint.delete(tmp_path / "step-00000001")
+        checkpoint.delete_checkpoint(tmp_path / "step-00000001")
 
 
 def test_best_model_is_not_the_last(run, tmp_path):

