@@ -25,6 +25,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
 from cli import OneLineParser, UserError, bounded, run_program
+from files import atomic_folder
 
 TRAINING, DATA = "dev/tests/test_training.py", "dev/tests/test_dataloader.py"
 GRADIENTS = "test_gpt2.py -k gradients"
@@ -77,7 +78,7 @@ MUTATIONS = [Mutation(*row) for row in [
     ("encoder: position embedding subtracted", "kernels_cpu.py",
      "wte[token, c] + wpe[t, c]", "wte[token, c] - wpe[t, c]", kernel("encoder")),
     ("encoder backward: last channels left out", "kernels_cpu.py",
-     "C = dout.shape[1]\n    for block in prange((C + COLUMN_BLOCK - 1) // COLUMN_BLOCK):",
+     "C = dout.shape[1]\n    for block in prange(ceil_div(C, COLUMN_BLOCK)):",
      "C = dout.shape[1]\n    for block in prange(C // COLUMN_BLOCK):", kernel("encoder_backward")),
 
     # Layernorm
@@ -134,12 +135,12 @@ MUTATIONS = [Mutation(*row) for row in [
     ("layernorm backward: dbias overwritten", "kernels_cpu.py",
      "db[c] += do[c]", "db[c] = do[c]", kernel("layernorm_backward")),
     ("layernorm backward: last channels left out", "kernels_cpu.py",
-     "norm * dnorm_norm_mean)\n    for block in prange((C + COLUMN_BLOCK - 1) // COLUMN_BLOCK):",
+     "norm * dnorm_norm_mean)\n    for block in prange(ceil_div(C, COLUMN_BLOCK)):",
      "norm * dnorm_norm_mean)\n    for block in prange(C // COLUMN_BLOCK):", kernel("layernorm_backward")),
 
     # Matrix product
     ("matmul: last columns left out", "kernels_cpu.py",
-     "lines = (length + 15) // 16", "lines = length // 16", kernel("matmul")),
+     "lines = ceil_div(length, 16)", "lines = length // 16", kernel("matmul")),
     ("matmul: bias overwritten by the product", "kernels_cpu.py",
      "weight[start:stop].T, 1.0 if bias.size > 0 else 0.0", "weight[start:stop].T, 0.0",
      kernel("matmul")),
@@ -332,7 +333,7 @@ MUTATIONS = [Mutation(*row) for row in [
      "np.float64(part[i]) * np.float64(part[i])", "part[i] * part[i]", kernel("global_norm")),
     ("global_norm: root forgotten", "kernels_cpu.py", "return np.sqrt(total)", "return total", kernel("global_norm")),
     ("global_norm: last numbers left out", "kernels_cpu.py",
-     "blocks = (grads.size + size - 1) // size", "blocks = max(1, grads.size // size)", kernel("global_norm")),
+     "blocks = ceil_div(grads.size, size)", "blocks = max(1, grads.size // size)", kernel("global_norm")),
     ("adamw: m corrected for a step too many", "kernels_cpu.py",
      "1 - beta1 ** step", "1 - beta1 ** (step + 1)", kernel("adamw")),
     ("adamw: v not corrected", "kernels_cpu.py",
@@ -1020,8 +1021,8 @@ MUTATIONS = [Mutation(*row) for row in [
      erring("cannot_be_written")),
     ("errors: every process tries the output folder", "training.py", "if world.rank == 0:     # the only",
      "if True:     # which alone", erring("process_that_writes")),
-    ("errors: trying the output folder makes it", "files.py", "probe.touch()\n        probe.unlink()",
-     "folder.mkdir(parents=True, exist_ok=True)", erring("leaves_nothing")),
+    ("errors: trying the output folder makes it", "files.py", "        try_to_write(existing)\n",
+     "        folder.mkdir(parents=True, exist_ok=True)\n", erring("leaves_nothing")),
     ("errors: dangling link taken for a free name", "files.py", "os.path.lexists(path)", "os.path.exists(path)",
      erring("cannot_be_written")),
     ("evaluate: cache of the last batch kept", "dev/evaluate.py", "decoder.length = 0 ", "pass ",
@@ -1147,14 +1148,14 @@ def copy_checkout(folder, without=()):
     for path in paths:
         relative = path.relative_to(CHECKOUT)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        if not hidden and str(relative) not in without and path.stat().st_size <= LARGEST_FILE:
+        if not hidden and relative.as_posix() not in without and path.stat().st_size <= LARGEST_FILE:
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, folder / relative)
 
 
 def mutated(mutation, folder=CHECKOUT):
     """The file's text as it is and with the bug in it. Raises UserError if the row no longer fits the file."""
-    source = (folder / mutation.file).read_text()
+    source = (folder / mutation.file).read_text(encoding="utf-8")
     count = source.count(mutation.original)
     if count != 1:
         raise UserError(f"{mutation.name}: found {count} times in {mutation.file}, expected once: {mutation.original!r}; "
@@ -1165,7 +1166,7 @@ def mutated(mutation, folder=CHECKOUT):
 def write_source(path, text):
     """Write text to a file of the program, which keeps its time: its compiled kernels stay valid once it is restored."""
     times = path.stat()
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
@@ -1211,8 +1212,8 @@ def first_failure(folder, mutation):
         write_source(path, source)
 
 
-def without_bugs(mutations):
-    """The tests of all mutations together, once for each file: what pytest has to pass before the bugs go in."""
+def baseline_tests(mutations):
+    """The tests of all mutations together, once for each file: they must pass before a bug goes in."""
     expressions = {}
     for mutation in mutations:
         file, _, expression = mutation.tests.partition(" -k ")
@@ -1227,7 +1228,8 @@ def run_table(mutations, jobs):
         mutated(mutation)
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(jobs) as pool:
         free = queue.SimpleQueue()
-        for job in range(jobs):
+
+        def prepare(job):
             folder = Path(temporary) / f"job{job}"
             copy_checkout(folder)
             if any(mutation.file not in KERNELS for mutation in mutations):
@@ -1245,9 +1247,12 @@ def run_table(mutations, jobs):
             """(item, result) pairs, in the order of the items."""
             return zip(items, pool.map(lambda item: in_a_copy(work, item), items))
 
+        def baseline(folder, tests):
+            return run_tests(folder, tests, folder / "cache")
+
         try:
-            unchanged = in_order(lambda folder, tests: run_tests(folder, tests, folder / "cache"), without_bugs(mutations))
-            for _, failure in unchanged:
+            list(pool.map(prepare, range(jobs)))
+            for _, failure in in_order(baseline, baseline_tests(mutations)):
                 if failure:
                     raise UserError(f"{failure} fails without any bug; mend it first")
             survivors = 0
@@ -1281,7 +1286,7 @@ class Exercise(NamedTuple):
     page: str = ""      # the derivation, if there is one
 
 
-# From easy to hard. An exercise is known by its number, which is its place in this list: add new ones at the end.
+# From easy to hard. Readers know an exercise by its number, its place in this list: add new ones at the end.
 EXERCISES = [Exercise(*row) for row in [
     # Easy: the first wrong row of test_gpt2.py's report, or the first test that fails, names the culprit
     ("encoder: position embedding subtracted", FORWARD, "encoder"),
@@ -1354,15 +1359,12 @@ def mutation_of(number):
 def make_exercise(number, folder):
     """Copy the program to a folder that does not exist yet, with the bug in it, and print how to look for it."""
     mutation, exercise = mutation_of(number), EXERCISES[number - 1]
-    source, text = mutated(mutation)
-    try:
-        folder.mkdir(parents=True)
-        copy_checkout(folder, without=GIVEAWAYS)
-        write_source(folder / mutation.file, text)
-    except FileExistsError as error:
-        raise UserError(f"{folder} exists; delete it, or name another folder with --output-dir") from error
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; name another folder with --output-dir") from error
+    _, text = mutated(mutation)
+    if os.path.lexists(folder):
+        raise UserError(f"{folder} exists; delete it, or name another folder with --output-dir")
+    with atomic_folder(folder) as copy:
+        copy_checkout(copy, without=GIVEAWAYS)
+        write_source(copy / mutation.file, text)
     print(f"Exercise {number} ({level(number)}): {folder} is a copy of the program with one bug in it, in {exercise.place}.\n"
           f"Find it with whatever is in there, and correct it until the tests pass. A start:\n\n"
           f"    cd {shlex.quote(str(folder))}\n"
