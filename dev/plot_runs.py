@@ -100,7 +100,7 @@ def draw(runs, output):
             axes.plot(run.validation[:, column] / scale, run.validation[:, 2], color=color, linestyle="none",
                       marker="o", markersize=5, markeredgecolor="black", zorder=3)
         lines.append(line)
-    panels[0].set(xlabel="step", ylabel="loss (nats a token)", ylim=visible_losses(runs, smoothed))
+    panels[0].set(xlabel="step", ylabel="loss (nats per token)", ylim=visible_losses(runs, smoothed))
     panels[1].set(xlabel=f"{unit} of training")
     for axes in panels:
         axes.grid(alpha=0.3)
