@@ -250,10 +250,17 @@ def test_new_run_does_not_replace_an_unfinished_one(run, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("flags", [("--model", "d6"), ("--sequence-length", 4), ("--total-batch-size", 64), ("--seed", 2)])
+@pytest.mark.parametrize("flags", [("--model", "d6"), ("--sequence-length", 4), ("--sequence-length", 6),
+                                   ("--total-batch-size", 64), ("--seed", 2)])
 def test_what_must_not_change(run, tmp_path, flags):
     run("out", stop=STOP)
     assert_one_line(run("out", "--resume", *flags, new=False), 2, f"{flags[0]} is {flags[1]}, expected", "leave it out")
+
+
+def test_default_tokens_are_not_saved_as_a_path():
+    """A checkout may move, or its data be in another folder when the run is resumed."""
+    options = training.parse_options("", [])
+    assert options.input_bin == str(training.TRAIN_TOKENS) and options.flags["input_bin"] is options.flags["input_val_bin"] is None
 
 
 def test_what_may_change_is_said(run, tmp_path):
@@ -278,6 +285,8 @@ DAMAGES = {
                                 ("training.json", "lacks", "flags")),
     "state without the step": (lambda latest: (latest / "training.json").write_text('{"flags": {}}'),
                                ("training.json", "lacks step")),
+    "flags of another type": (lambda latest: change_state(latest, flags=None), ("training.json", "flags are None")),
+    "flag with no flag's name": (lambda latest: change_state(latest, flags={"a b": 1}), ("training.json", "flags are {'a b'")),
     "no moment": (lambda latest: (latest / "adam_v.npy").unlink(), ("adam_v.npy", "No such file")),
     "cut moment": (lambda latest: cut(latest / "adam_m.npy"), ("adam_m.npy", "damaged")),
     "empty moment": (lambda latest: (latest / "adam_m.npy").write_bytes(b""), ("adam_m.npy", "damaged")),
