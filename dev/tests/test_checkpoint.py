@@ -260,7 +260,8 @@ def test_what_must_not_change(run, tmp_path, flags):
 def test_default_tokens_are_not_saved_as_a_path():
     """A checkout may move, or its data be in another folder when the run is resumed."""
     options = training.parse_options("", [])
-    assert options.input_bin == str(training.TRAIN_TOKENS) and options.flags["input_bin"] is options.flags["input_val_bin"] is None
+    assert options.input_bin == str(training.TRAIN_TOKENS)
+    assert options.flags["input_bin"] is options.flags["input_val_bin"] is None
 
 
 def test_what_may_change_is_said(run, tmp_path):
