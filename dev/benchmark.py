@@ -238,8 +238,8 @@ def our_training(model, batches, task):
 
     def train(steps):
         log = StepTimes()
-        train_gpt2.train(model, options._replace(num_iterations=steps), batches, val_loader=None, examples=[], samples=False,
-                         log=log, progress=Progress(), stop=StopRequest(), save=None)
+        train_gpt2.train(model, options._replace(num_iterations=steps), batches, val_loader=None, examples=[],
+                         print_samples=False, log=log, progress=Progress(), stop=StopRequest(), saver=None)
         return log.seconds, log.loss
 
     return train

@@ -147,7 +147,7 @@ def test_every_update_has_the_rate_and_the_norm_of_its_step(loader, monkeypatch)
     settings = options("--num-iterations", "2", "--grad-clip", "0.5")
     monkeypatch.setattr(model, "update", lambda *arguments: updates.append(arguments))
     train(model, settings, loader(4), None, log)
-    assert updates == [(step, log.rates[step - 1], 0.1, log.norms[step - 1], 0.5) for step in (1, 2)]
+    assert updates == [(step, step / 50 * 1e-3, 0.1, log.norms[step - 1], 0.5) for step in (1, 2)]    # in warmup
 
 
 def test_accumulated_batches_train_like_one_large_batch(loader):
