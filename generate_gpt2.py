@@ -1,7 +1,7 @@
 """Generate text with GPT-2 on the CPU: `python generate_gpt2.py --model MODEL --prompt TEXT`. --help lists all options.
 
 Read it from the top: int8 weights; the decoder, whose flat forward pass is train_gpt2.py's with a KV cache; the sampling loop;
-from tokens to text; and the command line. Only text goes to standard output; notes and speed go to standard error.
+from tokens to text; and the command line. Results go to standard output; notes and speed go to standard error.
 """
 import codecs
 import contextlib
@@ -100,7 +100,7 @@ class Decoder:
     def forward(self, tokens: np.ndarray) -> np.ndarray:
         """Return the normalized output of the last block (N, C), N = B*T, for tokens (B, T) that follow those in the cache.
 
-        Appends to the cache. B may be smaller than num_texts: the first B are read. Raises ValueError if the context is too
+        Appends to the cache. B may be less than num_texts: the first B texts. Raises ValueError if the context is too
         short.
         """
         B, T = tokens.shape
@@ -434,7 +434,7 @@ def complete(decoder: Decoder, encoding, prompt: str, options, generators: list,
 
 
 def converse(decoder: Decoder, encoding, options, generators: list, speed: Speed) -> None:
-    """Continue each line of standard input until it ends, with all text so far as its prompt.
+    """Continue each line of standard input, given all text so far, until the input ends.
 
     Ctrl-C ends a reply, not the conversation. A newline separates a reply from the next line.
     """

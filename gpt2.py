@@ -37,7 +37,7 @@ def model_config(name: str) -> Config:
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple]:
-    """Name -> shape of every parameter, in llm.c's order. Weights are (layers, output channels, input channels)."""
+    """Name -> shape of every parameter, in llm.c's order. Linear weights are (layers, output channels, input channels)."""
     L, C = config.num_layers, config.channels
     return {
         "wte": (config.padded_vocab_size, C),     # token embedding, and the classifier's weight
@@ -101,7 +101,7 @@ RECOMPUTED = ("ln1", "ln1_mean", "ln1_rstd", "qkv", "att", "att_lse", "residual2
 
 
 def activations(config: Config, B: int, T: int, recompute: bool, allocate: Callable) -> "Tensors":
-    """The Tensors of activation_shapes. With `recompute`, tensor[l] is the same memory for every layer l."""
+    """The Tensors of activation_shapes. With `recompute`, all layers of those in RECOMPUTED share memory."""
     acts = Tensors(activation_shapes(config, B, T, recompute), allocate)
     if recompute:
         for name in RECOMPUTED:
@@ -112,7 +112,7 @@ def activations(config: Config, B: int, T: int, recompute: bool, allocate: Calla
 def scratch_shapes(config: Config, B: int, T: int, classifier_rows: int) -> dict[str, tuple]:
     """Name -> shape of the buffers that every layer reuses.
 
-    Logits are computed `classifier_rows` rows at a time: for 4 x 1024 tokens they would take 824 MB.
+    Logits are computed `classifier_rows` rows at a time: all of 4 x 1024 tokens would take 824 MB.
     """
     N, C = B * T, config.channels
     return {
@@ -174,7 +174,7 @@ class Tensors:
             offset += prod(shape)
 
     def slices(self, within: slice | None = None) -> list[tuple[str, slice]]:
-        """(name, slice of `flat`) pairs in the order of the table; only what lies `within` a slice of flat, if given."""
+        """(name, slice of `flat`) pairs in the order of the table, cut to the slice `within` if it is given."""
         start, stop = (within.start, within.stop) if within else (0, self.size)
         ends = np.cumsum([prod(shape) for shape in self.shapes.values()]).tolist()
         slices = [(name, slice(max(begin, start), min(end, stop))) for name, begin, end in zip(self.shapes, [0, *ends], ends)]

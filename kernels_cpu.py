@@ -17,9 +17,9 @@ Contents
 
 How to read a kernel
     Argument order: outputs, saved statistics, inputs, weights, dimensions. In a backward pass, dout, the gradient it starts
-    from, comes before the saved statistics. A name that starts with `d` is the gradient of the loss with respect to the
-    tensor named after it, and has its shape. Each backward stands right under its forward.
-    A docstring gives the result, its shapes, the reason, what the backward pass needs, and the cost. The pages it names,
+    from, comes before the saved statistics. `dx` is the gradient of the loss with respect to `x`, and has the shape
+    of `x`. Each backward stands right under its forward.
+    A docstring gives the formula, shapes, why it holds, what the backward pass needs, and the cost. The pages it names,
     in dev/derivations/, derive every gradient step by step, with an example to check by hand.
 
 Shapes
@@ -63,7 +63,7 @@ GELU_SCALE = np.float32(np.sqrt(2 / np.pi))
 GELU_CUBIC = np.float32(0.044715)
 QUERY_TILE = 128    # rows of the attention matrix that a thread has in memory at a time
 MAX_LANES = 64      # running maxima in row_max
-COLUMN_BLOCK = 64   # channels per thread in a sum over tokens
+COLUMN_BLOCK = 64   # channels per block in a sum over tokens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ COLUMN_BLOCK = 64   # channels per thread in a sum over tokens
 
 @helper
 def partition(part, parts, length):
-    """[start, stop) of piece `part` of `parts` of a row, cut at multiples of 16 numbers, one cache line."""
+    """[start, stop) of piece `part` of a row cut into `parts` at multiples of 16 numbers, one cache line."""
     lines = ceil_div(length, 16)
     return min(lines * part // parts * 16, length), min(lines * (part + 1) // parts * 16, length)
 
@@ -107,10 +107,10 @@ def exp(x):
 
 @helper
 def row_max(row):
-    """The largest element. It may miss a NaN: softmax only subtracts it, and its sum is NaN all the same.
+    """The largest element. It may miss a NaN: harmless, since the sum in softmax is NaN all the same.
 
     A loop with a single maximum would not vectorize, since floating-point maxima may not be reordered when a NaN is
-    possible. MAX_LANES running maxima side by side fill a vector register without any reordering.
+    possible. MAX_LANES running maxima side by side fill vector registers without any reordering.
     """
     largest = row[0]
     lanes = np.full(MAX_LANES, largest)
@@ -181,7 +181,7 @@ def encoder_backward(dwte, dwpe, dout, tokens):
 
 @kernel
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
-    """out (N, C) is inp (N, C), each row shifted to mean 0 and scaled to variance 1, then by the learned weight and bias (C).
+    """out (N, C): each row of inp (N, C) normalized to mean 0 and variance 1, then the learned weight and bias (C).
 
         norm = (inp - mean) * rstd          rstd = 1 / sqrt(variance + 1e-5)
         out  = norm * weight + bias
@@ -323,7 +323,7 @@ def matvec_forward(out, inp, weight, bias, workspace):
 
 @helper
 def one_head(rows, b, T, h, HS):
-    """Sequence b's (T, HS) view of head h. In qkv the heads of q come first, then those of k and of v: h, NH + h, 2*NH + h."""
+    """The (T, HS) view of head h in sequence b. In qkv, head h of q, k and v has the index h, NH + h and 2*NH + h."""
     return rows[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
 
 
@@ -380,7 +380,7 @@ def attention_backward(dqkv, dout, out, lse, qkv):
     out = p @ v gives                        dv[j] = sum_i p[i, j] * dout[i]      dp[i, j] = dout[i] . v[j]
     The softmax of a row gives               dscore[i, j] = p[i, j] * (dp[i, j] - delta[i])
     score[i, j] affects p[i, j] directly, and every p[i, k] through lse[i], by -p[i, k] * p[i, j]. So
-    delta[i] = sum_k p[i, k] * dp[i, k] = dout[i] . out[i]: keeping out saves a second pass over the row.
+    delta[i] = sum_k p[i, k] * dp[i, k] = dout[i] . out[i]: since `out` is saved, one pass is enough.
     score = q @ k.T / sqrt(HS) gives         dq[i] = sum_j dscore[i, j] * k[j] / sqrt(HS)
                                              dk[j] = sum_i dscore[i, j] * q[i] / sqrt(HS)
 
@@ -754,8 +754,8 @@ def compile_in_processes(program):
 
     A parallel kernel that was just compiled may add in another order than the same kernel loaded from the cache. No run
     computes with kernels that it compiled itself, so the first run gives the same bits as every later one. The two processes
-    start with different kernels, and each finds in the cache what the other has compiled. Their errors are
-    hidden: they recur here.
+    start with different kernels, and each finds in the cache what the other has compiled. Errors are
+    hidden, but recur in this run.
     """
     run = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {program}; {program}.run_every_kernel"
     compilers = [subprocess.Popen([sys.executable, "-c", f"{run}({argument})"], stderr=subprocess.DEVNULL)

@@ -31,7 +31,7 @@ class GPT2:
     """GPT-2 with its gradients, activations and AdamW moments, for batches of up to (batch_size, sequence_length) tokens.
 
     threads: number of blocks that a matrix product is split into, at most Numba's number of threads
-    recompute: activation checkpointing: keep the activations of one layer, and recompute the others in the backward pass
+    recompute: activation checkpointing: keep the outputs of all blocks and the other activations of one, recompute the rest
 
     All parameters are zero until `initialize` or `set_params` fills them.
     """
@@ -43,7 +43,7 @@ class GPT2:
         shapes = parameter_shapes(config)
         self.params, self.grads = Tensors(shapes), Tensors(shapes)
         self.adam_m, self.adam_v = new_array(self.params.size), new_array(self.params.size)
-        self.owned = slice(0, self.params.size)     # the part of the flat arrays that `update` changes: all of it
+        self.owned = slice(0, self.params.size)     # of the flat arrays; DataParallel narrows it to a shard
         self.acts = activations(config, batch_size, sequence_length, recompute, new_array)
         self.scratch = Tensors(scratch_shapes(config, batch_size, sequence_length, CLASSIFIER_ROWS))
         self.tokens = None
@@ -138,7 +138,7 @@ class GPT2:
             kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, workspace)                       # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
                                      1 / (N * accumulation_steps), self.config.vocab_size)                       # (rows, Vp)
-            # wte's gradient from the classifier; encoder_backward, the last call, adds that from the embedding.
+            # wte's gradient from the classifier. encoder_backward, the last call, adds the embedding's.
             kernels.matmul_backward(dln[rows], grads.wte, NO_BIAS,
                                     logits, acts.lnf[rows], params.wte, workspace)                               # (rows, C)
         dresidual[...] = 0
@@ -169,13 +169,13 @@ class GPT2:
         return float(np.mean(acts.losses, dtype=np.float64))
 
     def gradient_norm(self) -> float:
-        """The Euclidean norm of all gradients together."""
+        """The Euclidean norm of the owned gradients, taken together."""
         return float(kernels.global_norm(self.grads.flat[self.owned]))
 
     def update(self, step: int, learning_rate: float, weight_decay: float, norm: float, grad_clip: float) -> None:
         """AdamW step number `step`, from 1. Clears the gradients.
 
-        Gradients are first clipped to the global norm `grad_clip` (0 disables); `norm` is theirs. If it is not finite, nothing
+        Gradients, of global norm `norm`, are first clipped to norm `grad_clip` (0 disables). If `norm` is not finite, nothing
         is updated or cleared, so that check_finite can find the first bad tensor.
         """
         if not math.isfinite(norm):
@@ -191,7 +191,7 @@ class GPT2:
         return time.perf_counter()
 
     def finish_step(self, loss: float, norm: float, started: float) -> tuple[float, float, float]:
-        """Wait for the device; return loss and norm as floats, and the seconds since `started`."""
+        """Return loss and norm as floats, and the seconds since `started`. A GPU's model waits for the GPU here."""
         return loss, norm, time.perf_counter() - started
 
     def token_losses(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -231,7 +231,7 @@ def train(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader
     print_samples: whether to print samples of generated text
     progress: the Progress so far, updated in place
 
-    On a GPU the methods of a model return before it is done: losses and norms are numbers only after `finish_step`.
+    On a GPU, methods return before the GPU is done: losses and norms are numbers only after `finish_step`.
     """
     n = options.num_iterations
     may_skip = options.skip_update_lossz > 0 or options.skip_update_gradz > 0
@@ -276,7 +276,7 @@ def train(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader
             log.hellaswag(step, world.sum(correct), len(examples))
         if print_samples and is_due(options.sample_every, step, n):
             log.sample(sample_text(step, model, options.seed, options.sequence_length))
-        stopped = world.max(stop.signal)    # a signal may reach only one process, or each in another step
+        stopped = world.max(stop.signal)    # a signal may reach one process only, or each at another step
         if is_due(options.checkpoint_every, step, n) or stopped:
             saver.save_checkpoint(progress)
         if stopped:

@@ -152,7 +152,7 @@ class GPT2:
             kernels.matmul_forward(logits, acts.lnf[rows], params.wte, self.no_bias)                             # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
                                      1 / (N * accumulation_steps), self.config.vocab_size)                       # (rows, Vp)
-            # wte's gradient from the classifier; encoder_backward, the last call, adds that from the embedding.
+            # wte's gradient from the classifier. encoder_backward, the last call, adds the embedding's.
             kernels.matmul_backward(dln[rows], grads.wte, self.no_bias, logits, acts.lnf[rows], params.wte)      # (rows, C)
         dresidual[...] = 0
         kernels.layernorm_backward(dresidual, grads.lnfw, grads.lnfb,
@@ -191,7 +191,7 @@ class GPT2:
     def update(self, step: int, learning_rate: float, weight_decay: float, norm: DeviceArray, grad_clip: float) -> None:
         """AdamW step number `step`, from 1. Clears the gradients.
 
-        Gradients are first clipped to the global norm `grad_clip` (0 disables); `norm` is theirs. If it is not finite, nothing
+        Gradients, of global norm `norm`, are first clipped to norm `grad_clip` (0 disables). If `norm` is not finite, nothing
         is updated or cleared, so that check_finite can find the first bad tensor.
         """
         kernels.use(self.device)

@@ -59,7 +59,7 @@ def make_parser(description: str, own_flags: dict) -> OneLineParser:
     add("--output-dir", default="out", type=Path, help="folder for log.csv, loss.png and the trained model; overwritten")
     add("--batch-size", default=4, type=positive, help="sequences per micro-batch per process, B")
     add("--sequence-length", default=64, type=positive,
-        help=f"tokens per sequence, T: a new model's context; at most a pretrained model's ({CONTEXT} for GPT-2)")
+        help=f"tokens per sequence, T: a new model's context, or up to a pretrained one's ({CONTEXT} for GPT-2)")
     add("--total-batch-size", type=positive, help="tokens per optimizer step, via gradient accumulation; a multiple of B*T "
         "times the number of processes (default: that product)")
     add("--num-iterations", default=1000, type=positive, help="optimizer steps")
@@ -95,7 +95,7 @@ def make_parser(description: str, own_flags: dict) -> OneLineParser:
 
 
 def parse_options(description: str, arguments: list | None = None, world: World = SINGLE_PROCESS, **own_flags):
-    """All settings of a run, read-only: the flags, those of the run to --resume, and what follows from them.
+    """All settings of a run, read-only: its flags, those saved by a resumed run, and what follows from them.
 
     Besides the flags: `checkpoint`, the folder to resume from or None; `accumulation_steps`, micro-batches per step; and
     `flags`, what a checkpoint records, a dict.
@@ -206,7 +206,7 @@ def data_loaders(options, config: Config, world: World = SINGLE_PROCESS) -> tupl
 
 
 def check_memory(what: str, needed: int, memory: tuple | None, where: str, recompute: bool) -> str:
-    """A string such as "1.2 GB of 8.0 GB free", from the bytes that `what` needs and (free, total). UserError if too many."""
+    """Describe the bytes needed and (free, total), such as "1.2 of 8.0 GB free". Raises UserError if too few are free."""
     needs = f"{needed / 1e9:.1f} GB"
     if memory is None:
         return needs
@@ -412,12 +412,12 @@ def print_configuration(options, model, train_loader, val_loader, examples=(), *
 class TrainingLog:
     """Prints the progress of a run, logs it to `log.csv`, and plots `loss.png` at the end, even after an error.
 
-    A row of log.csv is a training step, a validation or a HellaSwag score; the other columns are empty.
+    A row of log.csv is a training step, a validation or a HellaSwag score; its other columns are empty.
 
     title: the title of the plot
     tokens_per_step: to compute the speed
-    ideal_seconds: how long a step would take at the device's peak FLOP rate, if known. Its fraction of the measured time is
-        the MFU, model FLOPs utilization (Chowdhery et al. 2022).
+    ideal_seconds: how long a step would take at the device's peak FLOP rate, if known. Divided by the measured time, it
+        is the MFU, model FLOPs utilization (Chowdhery et al. 2022).
     done: steps already done by a resumed run; its log continues there
 
     Raises UserError if the output folder cannot be written.
@@ -489,7 +489,7 @@ class TrainingLog:
 
     def plot(self):
         """Draw the losses of the run so far as loss.png."""
-        import matplotlib  # here, not above: it takes longer to import than the first steps to compute
+        import matplotlib  # not at the top: importing it takes longer than the first steps
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
