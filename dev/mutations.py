@@ -1425,7 +1425,7 @@ def main():
         if not mutations:
             raise UserError(f"no bug has {' and '.join(map(repr, options.words))} in its name; dev/mutations.py lists them",
                             status=2)
-        sys.exit(1 if run_table(mutations, options.jobs) else 0)
+        sys.exit(1 if run_table(mutations, min(options.jobs, len(mutations))) else 0)
 
 
 if __name__ == "__main__":
