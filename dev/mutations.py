@@ -1278,6 +1278,7 @@ FIRST_COMMAND = {
     GENERATION: "python -m pytest dev/tests/test_sampling.py dev/tests/test_decode_kernels.py dev/tests/test_generate.py",
 }
 GIVEAWAYS = "dev/mutations.py", "dev/tests/tools/test_mutations.py"     # not in an exercise's copy
+IN_PLACE_OF_THE_TABLE = 'raise SystemExit("mutations.py: run this in the original, not in the copy of an exercise")\n'
 
 
 class Exercise(NamedTuple):
@@ -1364,6 +1365,7 @@ def make_exercise(number, folder):
         raise UserError(f"{folder} exists; delete it, or name another folder with --output-dir")
     with atomic_folder(folder) as copy:
         copy_checkout(copy, without=GIVEAWAYS)
+        (copy / "dev" / "mutations.py").write_text(IN_PLACE_OF_THE_TABLE)    # a page names this file, and a test looks for it
         write_source(copy / mutation.file, text)
     print(f"Exercise {number} ({level(number)}): {folder} is a copy of the program with one bug in it, in {exercise.place}.\n"
           f"Find it with whatever is in there, and correct it until the tests pass. A start:\n\n"

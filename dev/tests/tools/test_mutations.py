@@ -65,11 +65,12 @@ def test_exercise_has_one_bug_and_gives_nothing_away(main, tmp_path):
     assert not any(word in out for word in (mutation.name, mutation.file, mutation.original, mutation.replacement))
 
     changed = {path for path, content in contents(tmp_path / "copy").items() if content != (CHECKOUT / path).read_bytes()}
-    assert [str(path) for path in changed] == [mutation.file]
+    assert {path.as_posix() for path in changed} == {mutation.file, "dev/mutations.py"}
+    assert (tmp_path / "copy" / "dev" / "mutations.py").read_text() == mutations.IN_PLACE_OF_THE_TABLE
     copy = tmp_path / "copy" / mutation.file
     assert mutation.replacement in copy.read_text() and mutation.original not in copy.read_text()
     assert copy.stat().st_mtime == (CHECKOUT / mutation.file).stat().st_mtime
-    assert not any((tmp_path / "copy" / name).exists() for name in (*mutations.GIVEAWAYS, ".git", "__pycache__"))
+    assert not any((tmp_path / "copy" / name).exists() for name in ("dev/tests/tools/test_mutations.py", ".git", "__pycache__"))
 
 
 def test_exercise_replaces_nothing(main, tmp_path):
