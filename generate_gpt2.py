@@ -173,8 +173,9 @@ class Decoder:
 def generate(decoder: Decoder, texts: list, generators: list, max_new_tokens: int, **sampling) -> Iterator[list[int]]:
     """Yield the next token of each of the texts and append it, max_new_tokens times.
 
-    Each text has its own random generator. With up to MEMORY_BOUND_ROWS texts, the bits of a text's logits do not depend on
-    the other texts. With more, other kernels are used and logits differ by 1e-6, which may change a sampled token.
+    Each text has its own random generator. While no more than MEMORY_BOUND_ROWS rows are read at a time, the bits of a text's
+    logits do not depend on the other texts. With more rows, other kernels are used and logits differ by 1e-6, which may change
+    a sampled token.
     Raises UserError if logits are not finite.
     """
     for _ in range(max_new_tokens):

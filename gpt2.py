@@ -112,7 +112,7 @@ def activations(config: Config, B: int, T: int, recompute: bool, allocate: Calla
 def scratch_shapes(config: Config, B: int, T: int, classifier_rows: int) -> dict[str, tuple]:
     """Name -> shape of the buffers that every layer reuses.
 
-    Logits are computed `classifier_rows` rows at a time: all of 4 x 1024 tokens would take 824 MB.
+    Logits are computed `classifier_rows` rows at a time: those of 4 x 1024 tokens would take 824 MB.
     """
     N, C = B * T, config.channels
     return {

@@ -3,7 +3,7 @@
 New here? dev/tests/kernels_float64.py has the same layers as plain, slow NumPy: read it first.
 
 Contents
-    Building blocks                     exp, softmax, and sums that vectorize
+    Building blocks                     exp, maximum and softmax, which vectorize
     Encoder                             encoder_forward, encoder_backward
     Layer normalization                 layernorm_forward, layernorm_backward
     Matrix product                      matmul_forward, matmul_backward, matvec_forward (sgemm is in matmul_cpu.py)
@@ -19,7 +19,7 @@ How to read a kernel
     Argument order: outputs, saved statistics, inputs, weights, dimensions. In a backward pass, dout, the gradient it starts
     from, comes before the saved statistics. `dx` is the gradient of the loss with respect to `x`, and has the shape
     of `x`. Each backward stands right under its forward.
-    A docstring gives the formula, shapes, why it holds, what the backward pass needs, and the cost. The pages it names,
+    A docstring gives shapes, the formula, why it holds, what the backward pass needs, and the cost. The pages it names,
     in dev/derivations/, derive every gradient step by step, with an example to check by hand.
 
 Shapes
@@ -71,7 +71,7 @@ COLUMN_BLOCK = 64   # channels per block in a sum over tokens
 
 @helper
 def partition(part, parts, length):
-    """[start, stop) of piece `part` of a row cut into `parts` at multiples of 16 numbers, one cache line."""
+    """[start, stop) of piece `part` of `parts` of a row, cut at multiples of 16 numbers (a cache line)."""
     lines = ceil_div(length, 16)
     return min(lines * part // parts * 16, length), min(lines * (part + 1) // parts * 16, length)
 
@@ -87,9 +87,9 @@ def add_to(total, term):
 def exp(x):
     """e**x to 3e-7 relative, in arithmetic that vectorizes (Numba would call the C library once per element).
 
-    x = n*ln(2) + r with |r| <= ln(2)/2, so e**x = 2**n * e**r: a polynomial (coefficients of Cephes' expf; ln(2) in two
-    parts, to keep r exact) times a power of two made by writing n into a float's exponent bits. Below -87 the answer is 0
-    and above 88 infinity, because n would not fit. The comparisons are written so that NaN passes through.
+    x = n*ln(2) + r with |r| <= ln(2)/2, so e**x = 2**n * e**r: a polynomial (coefficients of Cephes' expf) times a
+    power of two made by writing n into a float's exponent bits. ln(2) is in two parts, to keep r exact. Below -87 the answer
+    is 0 and above 88 infinity, because n would not fit. The comparisons are written so that NaN passes through.
     """
     y = np.float32(88) if x > np.float32(88) else (np.float32(-87) if x < np.float32(-87) else x)
     n = np.floor(y * np.float32(1.44269504088896341) + np.float32(0.5))
@@ -282,8 +282,8 @@ def matmul_forward(out, inp, weight, bias, workspace):
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight, workspace):
     """dinp (N, C) = dout @ weight; dweight (OC, C) += dout.T @ inp; dbias (OC) += sum of dout (N, OC) over its rows.
 
-    From out[n, o] = sum_c inp[n, c] * weight[o, c] + bias[o]: inp[n, c] reaches the loss through every o, weight[o, c]
-    and bias[o] through every n. Each thread owns a block of columns of dinp and a block of rows of dweight.
+    From out[n, o] = sum_c inp[n, c] * weight[o, c] + bias[o]: inp[n, c] reaches the loss through every o; weight[o, c]
+    and bias[o], through every n. Each thread owns a block of columns of dinp and a block of rows of dweight.
 
     Cost: 4*N*C*OC FLOPs, 4*(2*N*C + 3*OC*C + N*OC) bytes: compute-bound. Derived in dev/derivations/matmul.md.
     """
@@ -350,7 +350,7 @@ def attend(out, lse, q, k, v, position):
 
 @kernel
 def attention_forward(out, lse, qkv):
-    """Each position of out (N, C) averages the values of the positions before it and its own, weighted by softmax.
+    """out (N, C): at each position, the softmax-weighted mean of the values up to and including its own.
 
         score[i, j] = q[i] . k[j] / sqrt(HS)   for j <= i
         p[i, j]     = exp(score[i, j] - lse[i])                lse[i] = log(sum_j exp(score[i, j]))
@@ -358,7 +358,7 @@ def attention_forward(out, lse, qkv):
 
     in each sequence and head, i and j being positions. qkv (N, 3C) holds queries, keys and values side by side, each with its
     heads side by side. The scores exist for one tile of queries at a time. Keys after the tile's last query
-    are not scored; other masked scores are set to zero.
+    are not scored; for other masked keys, p is set to zero.
 
     Backward needs qkv, out, and lse (B, NH, T), the log-sum-exp of each row, which is saved: one number per row is all it
     takes to recompute p.
@@ -379,8 +379,8 @@ def attention_backward(dqkv, dout, out, lse, qkv):
 
     out = p @ v gives                        dv[j] = sum_i p[i, j] * dout[i]      dp[i, j] = dout[i] . v[j]
     The softmax of a row gives               dscore[i, j] = p[i, j] * (dp[i, j] - delta[i])
-    score[i, j] affects p[i, j] directly, and every p[i, k] through lse[i], by -p[i, k] * p[i, j]. So
-    delta[i] = sum_k p[i, k] * dp[i, k] = dout[i] . out[i]: since `out` is saved, one pass is enough.
+    with delta[i] = sum_k p[i, k] * dp[i, k], because score[i, j] also changes each p[i, k], by -p[i, k] * p[i, j],
+    through lse[i]. That sum is dout[i] . out[i]: since `out` is saved, one pass is enough.
     score = q @ k.T / sqrt(HS) gives         dq[i] = sum_j dscore[i, j] * k[j] / sqrt(HS)
                                              dk[j] = sum_i dscore[i, j] * q[i] / sqrt(HS)
 
@@ -489,7 +489,7 @@ def gelu_forward(out, inp):
 def gelu_backward(dinp, dout, inp):
     """dinp = dout * (s + x * s * (1 - s) * 2u') with u' = sqrt(2/pi) * (1 + 3 * 0.044715 x**2), all of shape (N, C).
 
-    The product rule on x * s, and ds/du = 2 s (1 - s), the logistic function's own derivative. dinp may be dout itself.
+    The product rule on x * s (see gelu_forward). s is logistic in 2u, so ds/du = 2 s (1 - s). dinp may be dout itself.
 
     Cost: 39*N*C FLOPs, 12*N*C bytes: memory-bound. Derived in dev/derivations/gelu.md.
     """

@@ -638,7 +638,7 @@ def transposed(matrices):
 
 
 def attention_forward(out, lse, qkv, scores):
-    """Each position of out (N, C) averages the values of the positions before it and its own, weighted by softmax.
+    """out (N, C): at each position, the softmax-weighted mean of the values up to and including its own.
 
     qkv (N, 3C); lse (B, NH, T) is saved for the backward pass; scores (NH, T, T) is scratch for one sequence. The matrix
     products include the masked keys, and each score is written twice and read twice: 16 bytes. Derived in

@@ -31,7 +31,7 @@ class GPT2:
     """GPT-2 with its gradients, activations and AdamW moments, for batches of up to (batch_size, sequence_length) tokens.
 
     threads: number of blocks that a matrix product is split into, at most Numba's number of threads
-    recompute: activation checkpointing: keep the outputs of all blocks and the other activations of one, recompute the rest
+    recompute: activation checkpointing: keep all block outputs; recompute the other activations block by block
 
     All parameters are zero until `initialize` or `set_params` fills them.
     """

@@ -59,7 +59,7 @@ def make_parser(description: str, own_flags: dict) -> OneLineParser:
     add("--output-dir", default="out", type=Path, help="folder for log.csv, loss.png and the trained model; overwritten")
     add("--batch-size", default=4, type=positive, help="sequences per micro-batch per process, B")
     add("--sequence-length", default=64, type=positive,
-        help=f"tokens per sequence, T: a new model's context, or up to a pretrained one's ({CONTEXT} for GPT-2)")
+        help=f"tokens per sequence, T: a new model's context; at most a pretrained one's ({CONTEXT} for GPT-2)")
     add("--total-batch-size", type=positive, help="tokens per optimizer step, via gradient accumulation; a multiple of B*T "
         "times the number of processes (default: that product)")
     add("--num-iterations", default=1000, type=positive, help="optimizer steps")
@@ -99,8 +99,8 @@ def parse_options(description: str, arguments: list | None = None, world: World 
 
     Besides the flags: `checkpoint`, the folder to resume from or None; `accumulation_steps`, micro-batches per step; and
     `flags`, what a checkpoint records, a dict.
-    Raises UserError, with status 2 for a wrong flag, if a flag or a combination is wrong, there is nothing to --resume,
-    --output-dir cannot be written, or it holds an unfinished run that would be replaced.
+    Raises UserError if a flag or combination is wrong (status 2), there is nothing to --resume, --output-dir cannot be
+    written, or it holds an unfinished run that would be replaced.
     """
     parser = make_parser(description, own_flags)
     settings = vars(parser.parse_args(arguments))
@@ -197,7 +197,7 @@ def load_or_create_model(model: str, checkpoint: Path | None, sequence_length: i
 def data_loaders(options, config: Config, world: World = SINGLE_PROCESS) -> tuple[DataLoader, DataLoader | None]:
     """The DataLoaders for training and validation (None without validation tokens). Raises UserError, see DataLoader.
 
-    Processes divide every training batch among them; each reads all validation batches.
+    Every process has its own training batches; all read the same validation batches.
     """
     sizes = options.batch_size, options.sequence_length, config.vocab_size
     shuffle_seed = options.seed if options.shuffle_shards else None
@@ -206,7 +206,7 @@ def data_loaders(options, config: Config, world: World = SINGLE_PROCESS) -> tupl
 
 
 def check_memory(what: str, needed: int, memory: tuple | None, where: str, recompute: bool) -> str:
-    """Describe the bytes needed and (free, total), such as "1.2 of 8.0 GB free". Raises UserError if too few are free."""
+    """Describe the bytes needed and free, such as "1.2 GB; 8.0 GB free". Raises UserError if too few are free."""
     needs = f"{needed / 1e9:.1f} GB"
     if memory is None:
         return needs
@@ -215,7 +215,7 @@ def check_memory(what: str, needed: int, memory: tuple | None, where: str, recom
         smaller = "lower --batch-size or --sequence-length" + ("" if recompute else ", add --recompute")
         raise UserError(f"{what} needs {needs}, and {where} has {free / 1e9:.1f} of its {total / 1e9:.1f} GB free; {smaller}, "
                         "or choose a smaller --model")
-    return f"{needs} of {free / 1e9:.1f} GB free"
+    return f"{needs}; {free / 1e9:.1f} GB free"
 
 
 def prepare_data(input_bin: str, input_val_bin: str | None) -> None:

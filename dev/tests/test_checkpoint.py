@@ -360,7 +360,7 @@ def test_killed_at_any_moment(tmp_path, data):
     assert len(list((tmp_path / "out" / "checkpoints").iterdir())) <= 2 + 2
 
 
-KILLS = int(os.environ.get("KILLS", 5))     # each takes a second, most of it to start Python
+KILLS = int(os.environ.get("KILLS", 3))     # each takes a second, most of it to start Python
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit on the size of a file")

@@ -18,8 +18,7 @@ from test_generate import (CONFIGS, REFERENCE, THREADS, assert_cached_equals_ful
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("B", [1, 3])
-@pytest.mark.parametrize("parts", ["one by one", "at once", "prompts"])
+@pytest.mark.parametrize("parts, B", [("one by one", 3), ("at once", 1), ("prompts", 3)])
 def test_cached_forward_equals_full_forward(on, name, B, parts):
     assert_cached_equals_full(partial(Decoder, device=on), name, B, parts)
 
