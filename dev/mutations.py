@@ -1274,8 +1274,8 @@ FIRST_COMMAND = {
     FORWARD: "python test_gpt2.py",
     BACKWARD: "python test_gpt2.py",
     UPDATE: "python test_gpt2.py",
-    LOOP: "python -m pytest dev/tests/test_training.py dev/tests/test_dataloader.py",
-    GENERATION: "python -m pytest dev/tests/test_sampling.py dev/tests/test_decode_kernels.py dev/tests/test_generate.py",
+    LOOP: "python -m pytest -x dev/tests/test_training.py dev/tests/test_dataloader.py",
+    GENERATION: "python -m pytest -x dev/tests/test_sampling.py dev/tests/test_decode_kernels.py dev/tests/test_generate.py",
 }
 GIVEAWAYS = "dev/mutations.py", "dev/tests/tools/test_mutations.py"     # not in an exercise's copy
 IN_PLACE_OF_THE_TABLE = 'raise SystemExit("mutations.py: run this in the original, not in the copy of an exercise")\n'
