@@ -7,9 +7,11 @@ A checkpoint is a folder in `checkpoints`, in the run's output folder, named for
         adam_m.npy, adam_v.npy                  AdamW's moments of all parameters, flat, float32
         training.json                           the flags, the step, the place in the data, and all else a step depends on
 
-It is written atomically, under a temporary name: a folder with such a name is complete.
+It is written atomically, under a temporary name: a folder with such a name is complete. It may also come from a stranger, so
+everything in it is checked before it is used.
 """
 import json
+import math
 import os
 import re
 import shutil
@@ -20,14 +22,35 @@ import numpy as np
 
 from cli import UserError
 from distributed import SINGLE_PROCESS, World
-from files import atomic_file, atomic_folder
+from files import atomic_file, atomic_folder, delete_unfinished, open_file
 from gpt2 import Config, Tensors
-from model_files import load_model, save_model
+from model_files import load_model, read_json, save_model, short_repr
 
 MOMENTS = "adam_m.npy", "adam_v.npy"
 STATE = "training.json"
-STATE_KEYS = "flags", "step", "data", "fingerprint", "best_val_loss", "latest_losses", "latest_norms"
+OUTLIER_WINDOW = 128    # the latest losses and norms that a z-score compares with
 REPAIR_HINT = "delete this folder to resume from the checkpoint before it, if one was kept"
+
+
+def is_count(value):
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_window(value):
+    return (isinstance(value, list) and len(value) <= OUTLIER_WINDOW
+            and all(type(number) is float and math.isfinite(number) for number in value))
+
+
+# The contents of training.json: name -> a test of the value, and what it must be. The flags are checked by training.py.
+STATE_FIELDS = {
+    "flags": (lambda value: isinstance(value, dict), "the names and values of flags"),
+    "step": (is_count, "the number of steps done"),
+    "data": (lambda value: isinstance(value, list) and len(value) == 3 and all(map(is_count, value)), "three whole numbers"),
+    "fingerprint": (is_count, "a checksum"),
+    "best_val_loss": (lambda value: type(value) is float and not math.isnan(value), "a loss"),
+    "latest_losses": (is_window, f"at most {OUTLIER_WINDOW} finite numbers"),
+    "latest_norms": (is_window, f"at most {OUTLIER_WINDOW} finite numbers"),
+}
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -41,13 +64,11 @@ def save_checkpoint(output_dir: Path, config: Config, params: Tensors, moments, 
 
     config, params: the model, see save_model
     moments: AdamW's two moments, flat NumPy arrays
-    state: the contents of training.json, a dict with STATE_KEYS
+    state: the contents of training.json, a dict with the keys of STATE_FIELDS
 
     Raises UserError if it cannot be written; all earlier checkpoints are then still there.
     """
     path = Path(output_dir, "checkpoints", f"step-{state['step']:08}")
-    for unfinished in path.parent.glob("step-*.tmp"):       # of a process that was killed
-        shutil.rmtree(unfinished, ignore_errors=True)
     with atomic_folder(path) as folder:
         save_model(folder, config, params)
         for name, moment in zip(MOMENTS, moments):
@@ -58,6 +79,12 @@ def save_checkpoint(output_dir: Path, config: Config, params: Tensors, moments, 
     for old in checkpoints(output_dir)[:-keep]:
         delete_checkpoint(old)
     return path
+
+
+def delete_leftovers(output_dir: Path) -> None:
+    """Delete the unfinished files and folders that killed processes left in the output folder of a run."""
+    for folder in (output_dir, output_dir / "best", output_dir / "checkpoints"):
+        delete_unfinished(folder)
 
 
 def delete_checkpoint(checkpoint: Path) -> None:
@@ -71,21 +98,13 @@ def delete_checkpoint(checkpoint: Path) -> None:
 
 
 def load_state(path: Path) -> dict:
-    """The contents of a checkpoint's training.json. Raises UserError if it is damaged or lacks one of STATE_KEYS."""
-    try:
-        state = json.loads((path / STATE).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path / STATE}: {error.strerror}; {REPAIR_HINT}") from error
-    except ValueError as error:
-        raise UserError(f"{path / STATE} is not the JSON of a checkpoint ({error}); {REPAIR_HINT}") from error
-    missing = [key for key in STATE_KEYS if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise UserError(f"{path / STATE} lacks {', '.join(missing)}; {REPAIR_HINT}")
-    flags = state["flags"]
-    if not (isinstance(flags, dict) and all(re.fullmatch(r"[a-z]\w*", name, re.ASCII) for name in flags)):
-        raise UserError(f"{path / STATE}: flags are {flags!r:.100}, expected the names and values of flags; {REPAIR_HINT}")
-    if "shuffle" in flags:     # the former name of --shuffle-shards
-        flags["shuffle_shards"] = flags.pop("shuffle")
+    """The contents of a checkpoint's training.json. Raises UserError if it is damaged or fails a test of STATE_FIELDS."""
+    state = read_json(path / STATE, REPAIR_HINT)
+    for name, (is_valid, expected) in STATE_FIELDS.items():
+        if name not in state:
+            raise UserError(f"{path / STATE} lacks {name}, expected {expected}; {REPAIR_HINT}")
+        if not is_valid(state[name]):
+            raise UserError(f"{path / STATE}: {name} is {short_repr(state[name])}, expected {expected}; {REPAIR_HINT}")
     return state
 
 
@@ -95,19 +114,35 @@ def load_checkpoint(path: Path) -> tuple[Config, Tensors, list[np.ndarray]]:
     Raises UserError if a file is missing or damaged, or does not belong to this model.
     """
     config, params = load_model(path)
-    moments = []
-    for name in MOMENTS:
+    return config, params, [open_moment(path / name, params.size) for name in MOMENTS]
+
+
+def open_moment(path, size):
+    """One of AdamW's moments, a memory-mapped float32 array of that size. Raises UserError if the file is anything else."""
+    with open_file(path, REPAIR_HINT) as file:
         try:
-            moment = np.load(path / name, mmap_mode="r", allow_pickle=False)
-        except OSError as error:
-            raise UserError(f"cannot read {path / name}: {error.strerror or error}; {REPAIR_HINT}") from error
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{path / name} is damaged ({error}); {REPAIR_HINT}") from error
-        if moment.shape != (params.size,) or moment.dtype != np.float32:
-            raise UserError(f"{path / name} holds {moment.dtype} of shape {moment.shape}, expected float32 of shape "
-                            f"({params.size},), a number for each parameter of its model; {REPAIR_HINT}")
-        moments.append(moment)
-    return config, params, moments
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise ValueError(f"version {version}, expected (1, 0)")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        except Exception as error:      # NumPy's parser raises many types for a damaged header
+            raise UserError(f"{path} is damaged ({short_repr(str(error))}); {REPAIR_HINT}") from error
+        start, end = file.tell(), file.seek(0, os.SEEK_END)
+    if shape != (size,) or dtype != np.dtype("<f4"):
+        raise UserError(f"{path} holds {short_repr(str(dtype))} of shape {short_repr(shape)}, expected float32 of shape "
+                        f"({size},), a number for each parameter of its model; {REPAIR_HINT}")
+    if end - start != 4 * size:
+        raise UserError(f"{path} is damaged: {end - start:,} bytes after its header, expected {4 * size:,}; {REPAIR_HINT}")
+    return np.memmap(path, "<f4", "r", start, shape)
+
+
+def check_weights(step: int, params: Tensors, moments=()) -> None:
+    """Raise UserError if a number that is to be saved after `step` steps is not finite: it must not replace a good one."""
+    named = {f"parameter {name}": tensor for name, tensor in params.items()} | dict(zip(("AdamW's m", "AdamW's v"), moments))
+    for name, tensor in named.items():
+        if not np.isfinite(tensor).all():
+            raise UserError(f"step {step}: {name} is not finite after the update, so it was not saved, and what was saved "
+                            "before is still there; try a lower --learning-rate or a longer --warmup-iters")
 
 
 class Saver:
@@ -122,13 +157,20 @@ class Saver:
         self.model, self.output_dir, self.keep, self.flags, self.world = model, output_dir, keep, flags, world
 
     def save_checkpoint(self, progress) -> None:
-        """Write a checkpoint, from which --resume continues. progress is a training.Progress."""
+        """Write a checkpoint, from which --resume continues. progress is a training.Progress.
+
+        Raises UserError if it cannot be written, or check_weights fails.
+        """
         moments = self.model.get_moments()      # every process sends its shard
         if self.world.rank == 0:
+            params = self.model.get_params()
+            check_weights(progress.step, params, moments)
             state = asdict(progress) | {"flags": self.flags}
-            save_checkpoint(self.output_dir, self.model.config, self.model.get_params(), moments, state, self.keep)
+            save_checkpoint(self.output_dir, self.model.config, params, moments, state, self.keep)
 
-    def save_model(self, folder: Path) -> None:
-        """Write the model to a folder."""
+    def save_model(self, folder: Path, step: int) -> None:
+        """Write the model, after `step` steps, to a folder. Raises UserError as save_checkpoint does."""
         if self.world.rank == 0:
-            save_model(folder, self.model.config, self.model.get_params())
+            params = self.model.get_params()
+            check_weights(step, params)
+            save_model(folder, self.model.config, params)

@@ -1,7 +1,10 @@
-"""What all programs share on the command line: flags, one-line errors, exit statuses and progress bars."""
+"""What all programs share on the command line: flags, one-line errors, exit statuses, output that may fail, progress bars."""
 import argparse
+import contextlib
 import math
 import os
+import reprlib
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +12,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+LARGEST = {int: 2**31 - 1, float: 3.4e38}   # int32 and float32: what kernels compute with
 
 
 class UserError(Exception):
@@ -23,53 +28,132 @@ class UserError(Exception):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that reports errors as UserErrors."""
+    """An ArgumentParser that reports errors as UserErrors. They end with `hint`."""
+    hint = "--help lists the flags"
 
     def add_flag(self, flag: str, default=None, help: str = "", **rest) -> None:
         """Add a flag. A default other than None is appended to its help text."""
         self.add_argument(flag, default=default, help=help + (" (default: %(default)s)" if default is not None else ""), **rest)
 
     def error(self, message):
-        raise UserError(f"{message}; --help lists the flags", status=2)
+        raise UserError(f"{message}; {self.hint}", status=2)
 
 
-def bounded(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """Return an argparse type: a finite int or float (`kind`) from low to high."""
+def bounded(kind: type, low: float, high: float | None = None) -> Callable[[str], float]:
+    """Return an argparse type: an int or float (`kind`) from low to high. No `high`: the largest int32 or float32."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or value == math.inf:
-            wanted = f"of at least {low}" + (f" and at most {high}" if high < math.inf else "")
+        if not low <= value <= (LARGEST[kind] if high is None else high):
             number = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected {number} {wanted}")
+            most = high if high is not None else LARGEST[kind] if value > low else None     # 2147483647 helps few readers
+            raise argparse.ArgumentTypeError(f"found {reprlib.repr(text)}, expected {number} of at least {low}"
+                                             + (f" and at most {most}" if most is not None else ""))
         return value
     return parse
 
 
-def run_program(main: Callable[[], None], out_of_memory_hint: str = "close other programs") -> None:
-    """Call `main()`. A UserError, a lack of memory or Ctrl-C ends the process with one line on standard error.
+class Output:
+    """Standard output or standard error, either of which can fail: a full disk, a reader that is gone, a closed terminal.
+
+    After the first failure, kept in `failure`, all that is written is dropped.
+
+    required: whether a failure raises an error. If not, only `failure` tells.
+    """
+
+    def __init__(self, stream, required: bool):
+        self.stream, self.required, self.failure = stream, required, None
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, method, *arguments):
+        if self.failure:
+            return
+        try:
+            method(*arguments)
+        except RuntimeError:    # a signal handler writes while its program does; the handler's text is dropped
+            pass
+        except (OSError, ValueError) as error:      # ValueError: the stream was closed
+            self.failure = error
+            with contextlib.suppress(OSError):      # what is still in a buffer goes nowhere, or Python reports another error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.required and isinstance(error, OSError):
+                raise
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)   # isatty, encoding, fileno, ...
+
+
+def reopen_closed_streams() -> None:
+    """Open the null device in place of each standard stream that was closed (`>&-`), before another file gets its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)      # takes the lowest number that is free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
+def run_program(main: Callable[[], None], out_of_memory_hint: str = "close other programs", output_required: bool = False
+                ) -> None:
+    """Call `main()`. A UserError, a lack of memory, a failing disk or Ctrl-C ends the process with one line on standard error.
 
     out_of_memory_hint: what to do about a lack of memory
+    output_required: whether main is stopped when standard output fails; if not, it ends first, as it should if it writes
+        files. Either way, the exit status is 141 if the reader of our output, such as `head`, is gone, and 1 otherwise.
     """
+    reopen_closed_streams()
     sys.stdout.reconfigure(errors="replace")  # a model may generate characters that the output's encoding lacks
+    output, errors = Output(sys.stdout, output_required), Output(sys.stderr, required=False)
     program = Path(sys.argv[0]).name
-    try:
-        main()
-    except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except MemoryError as error:
-        details = f" ({error})" if str(error) else ""
-        print(f"{program}: error: not enough memory{details}; {out_of_memory_hint}", file=sys.stderr)
-        sys.exit(1)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python prints another error on exit
-        sys.exit(141)
-    except KeyboardInterrupt:
+    status, line = 0, None
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            main()
+            output.flush()
+        except UserError as error:
+            status, line = error.status, f"{program}: error: {error}"
+        except MemoryError as error:
+            details = f" ({error})" if str(error) else ""
+            status, line = 1, f"{program}: error: not enough memory{details}; {out_of_memory_hint}"
+        except OSError as error:
+            if error is not output.failure:
+                status, line = 1, f"{program}: error: {error}"
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)    # a second one must not interrupt what Python does at exit
+            status, line = 130, "interrupted"
+        except SystemExit as error:
+            status = error.code
+        output.flush()
+        if not status and isinstance(output.failure, BrokenPipeError):
+            status = 141
+        elif not status and output.failure:
+            status, line = 1, f"{program}: error: cannot write standard output: {output.failure}; make room for it"
+        if line:
+            print(line, file=sys.stderr)
+        errors.flush()
+    if status:
+        sys.exit(status)
+
+
+def interrupted_while_importing(kind, error, traceback):
+    """sys.excepthook: one line for a Ctrl-C that comes before run_program does. Other exceptions look as usual."""
+    if kind is KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = interrupted_while_importing
 
 
 def progress_bar(label: str, total: int | None, unit: str) -> "tqdm":

@@ -5,20 +5,25 @@ little-endian uint16. A large text is split over several such files, the shards.
 """
 import glob
 import os
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from cli import UserError
-from files import HEADER_BYTES, atomic_file, make_header, read_header
+from files import HEADER_BYTES, atomic_file, cannot_write, lock, make_header, open_file, read_header
+from gpt2 import chunks
 
 TOKENS_MAGIC = 20240520
 TOKENS_VERSION = 1
 TOKEN_BYTES = 2
-FINGERPRINT_TOKENS = 65536     # at each end of a shard
+TOKENS_AT_ONCE = 2**20         # read together to check a file
+ENDS_TOKENS = 65536            # at each end of a file, to recognize it
+NEW_SUFFIX = "_val.new"        # of the folder of a complete set of files that is about to replace an earlier one
 REPAIR_HINT = "write it again with prepare_text.py or prepare_tinyshakespeare.py"
 
 
@@ -46,27 +51,100 @@ def write_token_stream(path: str | Path, arrays: Iterable[Sequence[int]]) -> int
     return num_tokens
 
 
-def open_tokens(path: str | Path, vocab_size: int) -> np.ndarray:
-    """Return the tokens of a file, (n,) uint16, memory-mapped.
+class TokenFile:
+    """A token file, of which any part can be read. It is open only from a `read` to `close`.
 
-    Raises UserError if the file has another format or version, is truncated, or holds a token >= `vocab_size`.
+    Nothing is mapped: a file that shrinks while it is used is then an error in one line, not the death of the process.
+
+    file: the opened file, for one that can be read only once
+
+    Raises UserError if it has another format or version, is truncated, or holds a token >= vocab_size.
     """
-    size, _, (num_tokens, *_) = read_header(path, "a token file", TOKENS_MAGIC, {TOKENS_VERSION: "uint16"}, REPAIR_HINT)
-    expected_size = HEADER_BYTES + TOKEN_BYTES * num_tokens
-    if size != expected_size:
-        raise UserError(f"{path} has {size:,} bytes, expected {expected_size:,} for the {num_tokens:,} tokens of its header; "
-                        f"{REPAIR_HINT}")
-    if num_tokens == 0:
-        raise UserError(f"{path} holds no tokens; {REPAIR_HINT}")
 
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
-    # With an id outside the vocabulary, the embedding kernel would read past the end of its table.
-    largest = int(tokens.max())
-    if largest >= vocab_size:
-        where = int(tokens.argmax())
-        raise UserError(f"{path} holds token {largest:,} at position {where:,}, expected tokens below the model's vocabulary "
-                        f"of {vocab_size:,}; prepare it with the model's tokenizer")
-    return tokens
+    def __init__(self, path: str | Path, vocab_size: int, file: BinaryIO | None = None):
+        self.path, self.file = path, file or open_file(path, REPAIR_HINT)
+        size, _, (self.num_tokens, *_) = read_header(self.file, path, "a token file", TOKENS_MAGIC, {TOKENS_VERSION: "uint16"},
+                                                     REPAIR_HINT)
+        expected_size = HEADER_BYTES + TOKEN_BYTES * self.num_tokens
+        if size != expected_size:
+            raise UserError(f"{path} has {size:,} bytes, expected {expected_size:,} for the {self.num_tokens:,} tokens of its "
+                            f"header; {REPAIR_HINT}")
+        if self.num_tokens == 0:
+            raise UserError(f"{path} holds no tokens; {REPAIR_HINT}")
+        for part in chunks(self.num_tokens, TOKENS_AT_ONCE):
+            # With an id outside the vocabulary, the embedding kernel would read past the end of its table.
+            tokens = self.read(part.start, part.stop)
+            if tokens.max() >= vocab_size:
+                place = part.start + int(tokens.argmax())
+                raise UserError(f"{path} holds token {tokens.max():,} at position {place:,}, expected tokens below the model's "
+                                f"vocabulary of {vocab_size:,}; prepare it with the model's tokenizer")
+        self.checksum = zlib.crc32(self.read_ends())
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The tokens from start to stop, (stop - start,) uint16. Raises UserError if the file has become shorter."""
+        if self.file is None:
+            self.file = open_file(self.path, REPAIR_HINT)
+            if zlib.crc32(self.read_ends()) != self.checksum:
+                raise UserError(f"{self.path} was replaced while it was in use; bring the other file back, or start a new run")
+        self.file.seek(HEADER_BYTES + TOKEN_BYTES * start)
+        contents = self.file.read(TOKEN_BYTES * (stop - start))
+        if len(contents) < TOKEN_BYTES * (stop - start):
+            raise UserError(f"{self.path} was cut short while it was in use; {REPAIR_HINT}")
+        return np.frombuffer(contents, "<u2")
+
+    def read_ends(self) -> bytes:
+        """The number of tokens, then the first and the last of them: they tell one text from another."""
+        n, size = min(self.num_tokens, ENDS_TOKENS), self.num_tokens
+        return size.to_bytes(8, "little") + self.read(0, n).tobytes() + self.read(size - n, size).tobytes()
+
+    def close(self) -> None:
+        """Close the file until the next `read`."""
+        if self.file:
+            self.file.close()
+        self.file = None
+
+
+def replace_token_files(new: Path) -> None:
+    """Move a complete set of token files out of the folder NAME_val.new, in place of an earlier set of that NAME.
+
+    The validation file is deleted first and moved last, so that a mixture of two texts is never mistaken for one. If the
+    process is killed meanwhile, the next one that reads or writes token files there continues (finish_replacing): the last
+    training shard, whose number tells which old ones must go, is moved after the others.
+    """
+    name = new.name.removesuffix(NEW_SUFFIX)
+    val_name = f"{name}_val.bin"
+    in_order = sorted(new.iterdir(), key=lambda path: (path.name == val_name, len(path.name), path.name))
+    shards = [path for path in in_order if path.name != val_name]
+    if shards:
+        (new.parent / val_name).unlink(missing_ok=True)
+        for old in find_shards(new.parent / name):
+            if (len(old.name), old.name) > (len(shards[-1].name), shards[-1].name):
+                old.unlink()
+    for path in in_order:
+        os.replace(path, new.parent / path.name)
+    new.rmdir()
+
+
+def finish_replacing(folder: Path) -> None:
+    """Finish what killed processes have begun in replace_token_files. Raises UserError if that fails."""
+    for new in folder.glob(f"*{NEW_SUFFIX}"):
+        try:
+            with lock_data(new.with_name(new.name.removesuffix(NEW_SUFFIX)), wait=True):
+                if new.exists():
+                    replace_token_files(new)
+        except OSError as error:
+            raise cannot_write(new, error) from error
+
+
+def lock_data(name: Path, wait: bool = False):
+    """The lock of the token files of a NAME, see files.lock."""
+    return lock(name.with_name(f"{name.name}.lock"), f"--output {name}", wait)
+
+
+def find_shards(name: Path) -> list[Path]:
+    """The existing training shards of a NAME."""
+    shard = re.compile(re.escape(name.name) + r"_train_\d{6,}\.bin")
+    return [path for path in name.parent.glob("*") if shard.fullmatch(path.name)]
 
 
 @lru_cache(maxsize=1)      # called for every batch
@@ -98,19 +176,31 @@ class DataLoader:
         self.step_tokens = world_size * batch_size * sequence_length
         self.shuffle_seed = shuffle_seed
 
+        finish_replacing(Path(pattern).parent)
         # Try a plain path first, because the name of a folder may contain the brackets of a glob.
         paths = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(str(pattern)))
         if not paths:
             raise UserError(f"no file matches {pattern}, expected token files; write them with prepare_text.py")
-        self.shards = [open_tokens(path, vocab_size) for path in paths]
-        for path, tokens in zip(paths, self.shards):
-            if len(tokens) < self.step_tokens + 1:  # the target of the last input is the token after it
-                raise UserError(f"{path} holds {len(tokens):,} tokens, expected at least {self.step_tokens + 1:,} for one step "
-                                f"(batch size {batch_size} x sequence length {sequence_length} x processes {world_size} + 1); "
-                                "lower --batch-size or --sequence-length")
-        self.num_tokens = sum(len(tokens) for tokens in self.shards)
-        self.batches = sum((len(tokens) - 1) // self.step_tokens for tokens in self.shards)
+        self.shards = []
+        for path in paths:
+            shard = TokenFile(path, vocab_size)
+            if shard.num_tokens < self.step_tokens + 1:  # the target of the last input is the token after it
+                raise UserError(f"{path} holds {shard.num_tokens:,} tokens, expected at least {self.step_tokens + 1:,} for one "
+                                f"step (batch size {batch_size} x sequence length {sequence_length} x processes {world_size} "
+                                "+ 1); lower --batch-size or --sequence-length")
+            self.shards.append(shard)
+            self.close_all_but_first()      # there may be more shards than a process may have open files
+        self.num_tokens = sum(shard.num_tokens for shard in self.shards)
+        self.batches = sum((shard.num_tokens - 1) // self.step_tokens for shard in self.shards)
         self.reset()
+
+    def set_state(self, state: Sequence[int]) -> None:
+        """Continue at a state. Raises UserError if this data has no such place."""
+        epoch, done, position = state
+        if not (done < len(self.shards) and position <= self.shards[self.shard_order(epoch)[done]].num_tokens):
+            raise UserError(f"the checkpoint's place in the data is {tuple(state)} (epoch, files done, token), which the "
+                            "training tokens do not have; resume from another checkpoint")
+        self.state = epoch, done, position
 
     def reset(self) -> None:
         """Restart at the first token of the first epoch."""
@@ -125,12 +215,13 @@ class DataLoader:
         """Return inputs and targets, new int32 arrays (B, T). Each target is the token after its input."""
         epoch, done, position = self.state
         shard = self.shards[self.shard_order(epoch)[done]]
-        if position + self.step_tokens + 1 > len(shard):
+        if position + self.step_tokens + 1 > shard.num_tokens:
+            shard.close()
             epoch, done = (epoch, done + 1) if done + 1 < len(self.shards) else (epoch + 1, 0)
             shard, position = self.shards[self.shard_order(epoch)[done]], 0
         B, T = self.batch_size, self.sequence_length
         start = position + self.offset
-        tokens = shard[start:start + B * T + 1]
+        tokens = shard.read(start, start + B * T + 1)
         inputs = tokens[:-1].astype(np.int32).reshape(B, T)
         targets = tokens[1:].astype(np.int32).reshape(B, T)
         self.state = epoch, done, position + self.step_tokens
@@ -141,6 +232,12 @@ class DataLoader:
 
         It does not read all tokens, because that would take long.
         """
-        n = FINGERPRINT_TOKENS
-        ends = (len(tokens).to_bytes(8, "little") + tokens[:n].tobytes() + tokens[-n:].tobytes() for tokens in self.shards)
-        return zlib.crc32(b"".join(ends))
+        checksum = 0
+        for shard in self.shards:
+            checksum = zlib.crc32(shard.read_ends(), checksum)
+            self.close_all_but_first()
+        return checksum
+
+    def close_all_but_first(self):
+        for shard in self.shards[1:]:
+            shard.close()

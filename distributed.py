@@ -20,10 +20,11 @@ from gpt2 import ceil_div
 SIZE_VARIABLES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"     # set by the mpiexec of Open MPI, and of MPICH and Intel MPI
 MESSAGE_NUMBERS = 2 ** 16   # float32 numbers in a message: small enough to be still in cache when they are added
 ERROR_SECONDS = 1.0         # how long process 0 has to report an error that all processes run into
+LEAVE_SECONDS = 3.0         # how long a process that exits waits for the others to do the same
 
 
 class World:
-    """The processes that train a model together. Enter it while they do: if one fails, all end.
+    """The processes that train a model together. Enter it while they do: if one fails or exits, all end.
 
     rank, size: the number of this process, and how many there are
     local_rank, local_size: the same, among the processes on this machine
@@ -38,16 +39,40 @@ class World:
             self.mpi = MPI
             self.rank, self.size = communicator.rank, communicator.size
             self.machine = communicator.Split_type(MPI.COMM_TYPE_SHARED)
+            self.farewell = communicator.Dup()      # so that a farewell is not mistaken for the others' next message
             self.local_rank, self.local_size = self.machine.rank, self.machine.size
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        if self.size > 1 and kind and kind is not SystemExit:
-            if self.rank > 0:
-                time.sleep(ERROR_SECONDS)
-            atexit.register(self.communicator.Abort, getattr(error, "status", 1))     # once the error is on the screen
+        if self.size == 1 or not kind or kind is SystemExit and self.all_leave():
+            return
+        if self.rank > 0:
+            time.sleep(ERROR_SECONDS)
+        atexit.register(self.communicator.Abort, getattr(error, "status", 1))     # once the error is on the screen
+        if kind is SystemExit:
+            raise UserError(f"process {self.rank} of {self.size} ended early, with status {error.code}, so all of them end; "
+                            "start all with the same flags") from error
+
+    def all_leave(self):
+        """Whether all processes come here, as they do for --help."""
+        everyone = self.farewell.Ibarrier()
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while not everyone.Test() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return everyone.Test()
+
+    def check_same(self, **values) -> None:
+        """Raise UserError on process 0 unless the values are the same in all processes; the others wait until it ends them."""
+        everyone = self.communicator.allgather(values) if self.size > 1 else [values]
+        for rank, theirs in enumerate(everyone):
+            for name, value in theirs.items():
+                if value != everyone[0][name]:
+                    if self.rank > 0:
+                        self.communicator.Barrier()
+                    raise UserError(f"{name} is {everyone[0][name]} in process 0 and {value} in process {rank}, expected the "
+                                    "same in all; start all with the same flags, data and checkpoint")
 
     @contextlib.contextmanager
     def local_rank_zero_first(self) -> Iterator[None]:

@@ -1,12 +1,15 @@
-"""Files and folders as all programs use them: atomic writes, file headers, pinned downloads, the cache, free memory."""
+"""Files and folders as all programs use them: atomic writes, locks, file headers, pinned downloads, the cache."""
 import atexit
 import contextlib
 import functools
+import glob
 import hashlib
 import io
 import os
+import platform
 import re
 import shutil
+import stat
 import struct
 import subprocess
 import sys
@@ -28,22 +31,38 @@ HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 
 
-def main_memory() -> tuple[int, int] | None:
-    """(free, total) bytes of this machine's memory; None if the system does not tell."""
+def delete_unfinished(folder: Path, name: str = "*", locked: bool = True) -> None:
+    """Delete the unfinished files and folders that killed processes left in a folder: `name`.PID.tmp.
+
+    name: a glob
+    locked: whether a lock of the caller keeps other processes from writing there. If not, those of running processes stay.
+    """
+    for path in folder.glob(f"{name}.*.tmp"):
+        process = re.fullmatch(r".*\.(\d{1,9})\.tmp", path.name)
+        if process and (locked or not is_running(int(process[1]))):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def is_running(process: int) -> bool:
+    """Whether another process of this number runs on this machine. Windows need not be asked: it keeps open files."""
+    if process == os.getpid() or os.name == "nt":
+        return False
     try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):    # Windows
-        return None
-    with contextlib.suppress(OSError):      # only Linux tells how much is free
-        return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]), total
-    return total, total
+        os.kill(process, 0)     # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except OSError:     # it is somebody else's
+        pass
+    return True
 
 
 def try_to_write(folder: Path) -> None:
     """Create and delete a file in a folder. Raises OSError if that fails."""
-    probe = folder / f"{os.getpid()}.tmp"   # tempfile would try thousands of names on Windows
+    delete_unfinished(folder, "probe", locked=False)
+    probe = folder / f"probe.{os.getpid()}.tmp"     # tempfile would try thousands of names on Windows
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)       # another process may have deleted it
 
 
 @functools.cache
@@ -106,6 +125,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        delete_unfinished(path.parent, glob.escape(path.name), locked=False)
         with open(unfinished, "wb") as file:
             yield file
             file.flush()
@@ -148,13 +168,113 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror or error}; make room for it there or choose another folder")
 
 
-def check_writable(flag: str, folder: Path) -> None:
-    """Raise UserError if no file can be made in a folder, which need not exist yet. Nothing is left behind."""
-    existing = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
+@contextlib.contextmanager
+def lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file `path` while entered. The system releases it when the process dies, in whatever way.
+
+    what: what the lock protects, for a message
+    wait: whether to wait for another process that holds it
+
+    Raises UserError, which names the other process, if it is held and `wait` is False; OSError if the file cannot be made.
+    """
+    waiting = False
+    while True:
+        file = open(path, "a+")
+        if try_lock(file):
+            with contextlib.suppress(FileNotFoundError):    # its last holder has just deleted it, or another process has it
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    break
+            file.close()
+            continue
+        file.seek(0)
+        with contextlib.suppress(OSError):
+            holder = file.read(100).strip() or "another process"
+        file.close()
+        if not wait:
+            raise UserError(f"{what} is in use by {holder}; wait until it ends, or choose another name")
+        if not waiting:
+            print(f"waiting for {holder}, which uses {what}", flush=True)
+        waiting = True
+        time.sleep(0.2)
     try:
-        try_to_write(existing)
-    except OSError as error:
-        raise UserError(f"cannot write to {flag} {folder}: {error.strerror}; choose a folder that can be written") from error
+        with contextlib.suppress(OSError):      # a full disk: the lock holds, but names nobody
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+        yield
+    finally:
+        if os.name == "nt":     # where an open file cannot be deleted
+            file.close()
+        with contextlib.suppress(OSError):
+            path.unlink()
+        with contextlib.suppress(OSError):
+            file.close()
+
+
+def try_lock(file) -> bool:
+    """Take an OS lock on an open file. False if another process has it. A file system without locks grants it to all."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+            file.seek(2**30)    # the locked byte cannot be read, so it is one beyond the contents
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def locked_folder(flag: str, folder: Path) -> Iterator[None]:
+    """Make a folder if it is missing, and be the only process that writes to it. A new folder that stays empty is removed.
+
+    Raises UserError, which names the `flag`, if no file can be made there or another process has locked it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(made_folder(folder))
+            stack.enter_context(lock(folder / "lock", f"{flag} {folder}"))
+        except OSError as error:
+            raise UserError(f"cannot write to {flag} {folder}: {error.strerror}; choose a folder that can be written"
+                            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder if it is missing, and the folders around it. Afterward, those of them that are still empty are removed."""
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def open_file(path: str | Path, repair_hint: str, stream: bool = False, status: int = 1) -> BinaryIO:
+    """Open a file to read its bytes. Raises UserError, which ends with repair_hint, if that fails or it is not a file.
+
+    stream: whether a pipe is welcome, which can be read once, from its beginning to its end. Otherwise opening one would wait
+        for its writer, perhaps forever, and a device such as /dev/zero never ends.
+    status: of the error
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) and stream):
+            found = next(name for is_kind, name in KINDS.items() if is_kind(mode))
+            raise UserError(f"cannot read {path}: it is {found}, expected a file; {repair_hint}", status)
+        return open(path, "rb")
+    except (OSError, ValueError) as error:      # ValueError: a name with a zero byte
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; {repair_hint}", status) from error
+
+
+KINDS = {stat.S_ISDIR: "a directory", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", lambda mode: True: "a device"}
 
 
 def make_header(*fields: int) -> bytes:
@@ -162,20 +282,18 @@ def make_header(*fields: int) -> bytes:
     return struct.pack(f"<{HEADER_INTS}i", *fields, *[0] * (HEADER_INTS - len(fields)))
 
 
-def read_header(path: Path, kind: str, magic: int, versions: dict[int, str], repair_hint: str) -> tuple[int, int, list[int]]:
+def read_header(file: BinaryIO, path: Path, kind: str, magic: int, versions: dict[int, str], repair_hint: str
+                ) -> tuple[int, int, list[int]]:
     """The size of a file in bytes, its version and the other fields of its header, see make_header.
 
+    file: open at its beginning
+    path: its name, for an error
     versions: version -> dtype of what follows the header
 
-    Raises UserError if the file cannot be read, or its magic number or version is another. The message calls the file
-    `kind` and ends with repair_hint.
+    Raises UserError if its magic number or version is another. The message calls the file `kind` and ends with repair_hint.
     """
-    try:
-        with open(path, "rb") as file:
-            header = file.read(HEADER_BYTES)
-            size = file.seek(0, os.SEEK_END)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {repair_hint}") from error
+    header = file.read(HEADER_BYTES)
+    size = file.seek(0, os.SEEK_END)
     if len(header) < HEADER_BYTES:
         raise UserError(f"{path} has {size:,} bytes, expected a header of {HEADER_BYTES:,}, as {kind} has it; {repair_hint}")
     found, version, *fields = struct.unpack(f"<{HEADER_INTS}i", header)

@@ -5,6 +5,7 @@ from tokens to text; and the command line. Results go to standard output; notes 
 """
 import codecs
 import contextlib
+import io
 import math
 import sys
 import time
@@ -14,13 +15,15 @@ from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from cli import OneLineParser, UserError, bounded, run_program      # first: from here on, Ctrl-C is one line
+
 import numpy as np
 
 import kernels_cpu as kernels
-from cli import OneLineParser, UserError, bounded, run_program
-from dataloader import TOKENS_MAGIC, open_tokens
-from files import cache_lifetime
+from dataloader import TOKENS_MAGIC, TokenFile
+from files import cache_lifetime, open_file
 from gpt2 import VOCABULARY, Config, Tensors, ceil_div, chunks, parameter_shapes
+from machine import check_memory, main_memory
 from matmul_cpu import QUANT_GROUP, in_large_pages
 from model_files import load_model
 from sampling import sample
@@ -333,7 +336,8 @@ def parse_options(description: str, arguments: list | None = None, **own_flags):
         help="nucleus sampling: the most likely tokens with this total probability")
     add("--repetition-penalty", default=1.0, type=bounded(float, 1),
         help="penalizes tokens that have already occurred; 1: off")
-    add("--seed", default=1337, type=count, help="random seed for sampling: the same seed gives the same text")
+    add("--seed", default=1337, type=bounded(int, 0, 2**63 - 1),
+        help="random seed for sampling: the same seed gives the same text")
     add("--num-samples", default=1, type=positive, help="texts to generate in one batch")
     switch("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times")
     switch("--interactive", action="store_true",
@@ -368,15 +372,6 @@ def run_every_kernel(int8: bool) -> None:
     mean_loss(decoder, [0] * (2 * MEMORY_BOUND_ROWS + 1))
 
 
-def read_bytes(path: str, size: int = -1) -> bytes:
-    """The first `size` bytes of a file (default: all). Raises UserError if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(size)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; pass a readable file") from error
-
-
 def as_text(name: str, contents: bytes) -> str:
     """The contents of a file or of standard input as text. Raises UserError if it is not UTF-8."""
     try:
@@ -406,10 +401,13 @@ def tokenizer_for(config: Config, name: str):
 def score(decoder: Decoder, path: str, model_name: str) -> None:
     """Print the perplexity of a text or token file."""
     config = decoder.config
-    if read_bytes(path, 4) == np.array(TOKENS_MAGIC, dtype="<i4").tobytes():
-        tokens = open_tokens(path, config.vocab_size)
+    with open_file(path, "pass a text or a token file", stream=True) as file:
+        contents = file.read()      # once: it may be a pipe
+    if contents.startswith(TOKENS_MAGIC.to_bytes(4, "little")):
+        token_file = TokenFile(path, config.vocab_size, io.BytesIO(contents))
+        tokens = token_file.read(0, token_file.num_tokens)
     else:
-        tokens = [END_OF_TEXT, *tokenizer_for(config, model_name).encode_ordinary(as_text(path, read_bytes(path)))]
+        tokens = [END_OF_TEXT, *tokenizer_for(config, model_name).encode_ordinary(as_text(path, contents))]
     if len(tokens) < 2:
         raise UserError(f"{path} holds {len(tokens)} token{'s' * (len(tokens) != 1)}, expected at least 2: the first is not "
                         "scored")
@@ -489,10 +487,13 @@ def main():
     config, params = load_model(options.model)
     encoding = None if options.perplexity else tokenizer_for(config, options.model)
     compile_kernels()
+    cache = 2 * 4 * config.num_layers * options.num_samples * config.max_seq_len * config.channels
+    check_memory(f"--num-samples {options.num_samples}", cache + (2 * params.size if options.quantize else 0), main_memory(),
+                 "this machine", OUT_OF_MEMORY_HINT)
     if options.quantize:
         params = quantize(config, params)
     run(Decoder(config, params, options.num_samples, threads), encoding, prompt, options)
 
 
 if __name__ == "__main__":
-    run_program(main, OUT_OF_MEMORY_HINT)
+    run_program(main, OUT_OF_MEMORY_HINT, output_required=True)

@@ -3,9 +3,10 @@
 The GPU version of generate_gpt2.py, from which it imports everything except the decoder. The decoder has the same KV cache and
 the same flat forward pass, with the kernels of kernels_gpu.py. `--device cpu` runs them without a GPU (cuda_on_cpu).
 """
+from cli import run_program     # first: from here on, Ctrl-C is one line
+
 import generate_gpt2
 import kernels_gpu as kernels
-from cli import run_program
 from device import open_device
 from generate_gpt2 import parse_options, read_prompt, run, tokenizer_for
 from gpt2 import Tensors, parameter_shapes
@@ -99,4 +100,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main, OUT_OF_MEMORY_HINT)
+    run_program(main, OUT_OF_MEMORY_HINT, output_required=True)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import UserError, progress_bar
-from files import HEADER_BYTES, atomic_file, make_header, read_header
+from files import HEADER_BYTES, atomic_file, make_header, open_file, read_header
 from gpt2 import chunks
 
 HELLASWAG_MAGIC = 20240522
@@ -63,12 +63,14 @@ def read_examples(path: str | Path, vocab_size: int) -> list[Example]:
 
     Raises UserError if the file has another format or version, is truncated or damaged, or holds a token >= `vocab_size`.
     """
-    size, _, (num_examples, *_) = read_header(path, "a file of HellaSwag examples", HELLASWAG_MAGIC,
-                                              {HELLASWAG_VERSION: "uint16"}, REPAIR_HINT)
+    with open_file(path, REPAIR_HINT) as file:
+        size, _, (num_examples, *_) = read_header(file, path, "a file of HellaSwag examples", HELLASWAG_MAGIC,
+                                                  {HELLASWAG_VERSION: "uint16"}, REPAIR_HINT)
+        file.seek(HEADER_BYTES)
+        words = np.fromfile(file, dtype="<u2")
     if not 1 <= num_examples <= MAX_UINT16:
         raise UserError(f"{path} holds {num_examples:,} examples by its header, expected 1 to {MAX_UINT16:,}; {REPAIR_HINT}")
 
-    words = np.fromfile(path, dtype="<u2", offset=HEADER_BYTES)
     examples, position = [], 0
     for index in range(num_examples):
         try:

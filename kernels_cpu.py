@@ -52,9 +52,11 @@ from numba import config, njit, prange, set_num_threads
 from numba.core.dispatcher import Dispatcher
 
 from cli import UserError
-from matmul_cpu import BLOCK_COLUMNS, FASTMATH, QUANT_GROUP, SCRATCH, ceil_div, helper, in_large_pages, multiply_few_rows, sgemm
+from machine import usable_cores
+from matmul_cpu import (BLOCK_COLUMNS, FASTMATH, QUANT_GROUP, SCRATCH, ceil_div, helper, in_large_pages, jit, multiply_few_rows,
+                        sgemm)
 
-kernel = njit(parallel=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+kernel = jit(parallel=True, fastmath=FASTMATH)
 
 NO_BIAS = np.empty(0, dtype=np.float32)     # for a matrix product without bias
 CLASSIFIER_ROWS = 512                       # rows of logits that exist at any one time: 512 * 50304 * 4 bytes = 103 MB
@@ -724,12 +726,12 @@ SHARED = (encoder_forward, layernorm_forward, matmul_forward, gelu_forward, resi
 
 
 def use_threads(threads, processes=1):
-    """Set the number of threads and return it. None: all cores, divided by the number of processes on this machine.
+    """Set the number of threads and return it. None: all usable cores, divided by the processes on this machine.
 
     Raises UserError with status 2 if there are fewer cores.
     """
     cores = config.NUMBA_NUM_THREADS
-    threads = threads or max(1, cores // processes)
+    threads = threads or max(1, min(cores, usable_cores()) // processes)
     if threads > cores:
         raise UserError(f"--threads is {threads}, expected at most {cores}, the number of cores; lower it", status=2)
     set_num_threads(threads)
@@ -737,16 +739,11 @@ def use_threads(threads, processes=1):
 
 
 def all_compiled(decoding=False):
-    """Whether Numba's cache holds every kernel of training, or of decoding, as it is written now and for this processor.
-
-    Numba has no public way to ask. An index of its cache reads as empty if another version of Numba wrote it.
-    """
+    """Whether Numba's cache holds every kernel of training, or of decoding, as it is written now and for this processor."""
     kernels = DECODING + SHARED if decoding else [
         value for value in globals().values()
         if isinstance(value, Dispatcher) and value.targetoptions.get("parallel") and value not in DECODING]
-    indices = {kernel: kernel._cache._cache_file._load_index() for kernel in kernels}
-    return all(any(target == kernel.targetctx.codegen().magic_tuple() for _, target, *_ in index)
-               for kernel, index in indices.items())
+    return all(kernel._cache.is_intact(kernel.targetctx.codegen().magic_tuple()) for kernel in kernels)
 
 
 def compile_in_processes(program):

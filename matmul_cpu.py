@@ -3,6 +3,7 @@
 kernels_cpu.py calls `sgemm` and `multiply_few_rows`. Everything runs on one thread: kernels_cpu.py gives each thread a block
 of the result. dev/derivations/matmul.md has the arithmetic; this file is about keeping the processor busy with it.
 """
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import config, njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 from files import cache_folder, delete_unused
@@ -44,7 +46,51 @@ use_kernel_cache()
 # does not assume that there are no NaNs: a NaN must come out wherever it went in.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 
-helper = njit(cache=True, fastmath=FASTMATH, error_model="numpy")
+
+
+class KernelCache(FunctionCache):
+    """Numba's cache of one compiled function. A damaged file counts as absent, and a full disk only costs the cache.
+
+    Numba raises for either, at every run until somebody deletes the folder. Its file format is pickle, so any type of exception
+    can come from a damaged file.
+    """
+
+    def load_overload(self, signature, target_context):
+        """The function as it was compiled for a signature, or None."""
+        try:
+            return super().load_overload(signature, target_context)
+        except Exception:
+            with contextlib.suppress(OSError):
+                self.flush()        # or saving fails, too: it reads the index first
+            return None
+
+    def save_overload(self, signature, compiled):
+        """Add what was compiled for a signature."""
+        with contextlib.suppress(OSError):
+            super().save_overload(signature, compiled)
+
+    def is_intact(self, target):
+        """Whether a function for this target, a codegen's magic_tuple, is there and can be read.
+
+        Numba has no public way to ask. An index reads as empty if another version of Numba wrote it.
+        """
+        try:
+            files = [name for (_, found, *_), name in self._cache_file._load_index().items() if found == target]
+            return bool(files) and all(map(self._cache_file._load_data, files))
+        except Exception:
+            return False
+
+
+def jit(**options):
+    """numba.njit with this program's settings and a KernelCache."""
+    def decorate(function):
+        compiled = njit(error_model="numpy", **options)(function)
+        compiled._cache = KernelCache(function)
+        return compiled
+    return decorate
+
+
+helper = jit(fastmath=FASTMATH)
 
 QUANT_GROUP = 64        # numbers of an int8 weight that share a scale
 
@@ -410,7 +456,7 @@ def emit_loop_over_groups(build, input_rows, weight_rows, scale_rows, groups):
     return totals
 
 
-@njit(cache=True, fastmath=FASTMATH - {"reassoc"}, error_model="numpy")     # sums keep the order written here
+@jit(fastmath=FASTMATH - {"reassoc"})     # sums keep the order written here
 def multiply_few_rows(out, inp, weight, scales, bias):
     """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), on one thread. The weight is int8 if there are scales."""
     N, OC = out.shape

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import UserError
-from files import DATA_DIR, HEADER_BYTES, atomic_file, make_header, read_header
-from gpt2 import CHANNELS_PER_HEAD, VOCABULARY, Config, Tensors, ceil_div, parameter_shapes
+from files import DATA_DIR, HEADER_BYTES, atomic_file, make_header, open_file, read_header
+from gpt2 import CHANNELS_PER_HEAD, VOCABULARY, Config, Tensors, ceil_div, chunks, parameter_shapes
+from machine import check_memory, main_memory
 from tokenizer import END_OF_TEXT, fetch_vocabulary
 
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
@@ -59,6 +60,7 @@ SUPPORTED_SETTINGS = {
     "scale_attn_by_inverse_layer_idx": (False,),
 }
 CONFIG_SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
+SIZES_KEY = "gpt2_sizes"        # of CONFIG_SIZES as JSON, in the metadata of some of our safetensors files
 
 # dtype in a file -> in NumPy, which lacks bfloat16: its bits are the upper half of a float32.
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -67,9 +69,11 @@ LLMC_MAGIC = 20240326
 LLMC_VERSIONS = {3: "float32", 5: "bfloat16"}
 LLMC_SIZES = ("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels")
 
+TOKENIZER_FILES = "vocab.json", "merges.txt", "tokenizer_config.json"      # that save_model writes
 MAX_JSON_BYTES = 2**20          # parsed JSON can be many times larger; GPT-2 XL's header has 70 KB
 MAX_NAMES = 8                   # in an error
 STRIP_ROWS = 64                 # rows transposed at a time: the strip fits in the cache, which is three times as fast
+STRIP_NUMBERS = 2**18           # read at a time where nothing is transposed
 REPAIR_HINT = "download or save it again"
 PICKLE_HINT = ("a Python pickle, which can run any program when it is opened, so it is not read; load it in the Python that "
                "wrote it and save it as model.safetensors, for example with save_pretrained of transformers")
@@ -160,6 +164,12 @@ def config_from_shapes(path, tensors):
                     f"expected two matrices with a multiple of {CHANNELS_PER_HEAD} channels; put the model's config.json there")
 
 
+def config_from_metadata(path, sizes):
+    """The Config in the header of a safetensors file that was written over another model, see save_model."""
+    sizes = parse_json(sizes, f"{SIZES_KEY} in the header of {path}") if isinstance(sizes, str) else {}
+    return make_config(path, {name: sizes.get(name) for name in CONFIG_SIZES})
+
+
 def count_layers(tensors):
     return len({name.split(".")[1] for name in tensors if name.startswith("h.")})
 
@@ -175,10 +185,18 @@ class StoredTensor(NamedTuple):
     start: int
     size: int
 
-    @property
-    def data(self):
-        """The bytes, mapped from the disk for as long as they are used, so that a model is never in memory twice."""
-        return np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.start, shape=(self.size,)))
+    def read(self, dtype, counts):
+        """Yield the numbers as arrays of `counts` numbers each, so that a model is never in memory twice.
+
+        Raises UserError if the file has become shorter. (A mapped file that shrinks would kill the process.)
+        """
+        with open_file(self.path, REPAIR_HINT) as file:
+            file.seek(self.start)
+            for count in counts:
+                numbers = np.fromfile(file, dtype, count)
+                if len(numbers) < count:
+                    raise UserError(f"{self.path} was cut short while it was read; {REPAIR_HINT}")
+                yield numbers
 
 
 def stored_tensors(config):
@@ -206,9 +224,11 @@ def stored_views(config, params):
 
 def load_hugging_face(source, paths, config_path):
     """load_model for the safetensors files `paths`. Errors name `source`. No config_path: infer the Config from the shapes."""
-    tensors = {}
+    tensors, config = {}, None
     for path in paths:
-        stored = read_safetensors(path)
+        stored, metadata = read_safetensors(path)
+        if isinstance(metadata, dict) and SIZES_KEY in metadata:
+            config = config_from_metadata(path, metadata[SIZES_KEY])
         prefix = PREFIX if any(name.startswith(PREFIX) for name in stored) else ""
         for name, tensor in stored.items():
             name = name.removeprefix(prefix)
@@ -216,9 +236,12 @@ def load_hugging_face(source, paths, config_path):
                 raise UserError(f"{path} holds {short_repr(name)} a second time; {REPAIR_HINT}")
             if not re.fullmatch(CAUSAL_MASKS, name):
                 tensors[name] = tensor
-    config = read_config(config_path) if config_path else config_from_shapes(source, tensors)
+    config = config or (read_config(config_path) if config_path else config_from_shapes(source, tensors))
     check_tensors(source, config, tensors)
-    params = Tensors(parameter_shapes(config))
+    shapes = parameter_shapes(config)
+    check_memory(f"the model in {source}", 4 * sum(map(prod, shapes.values())), main_memory(), "this machine",
+                 "choose a smaller model")
+    params = Tensors(shapes)
     for name, view in stored_views(config, params):
         convert_into(view, tensors[name])
     return config, params
@@ -243,17 +266,12 @@ def weight_files(folder):
 
 def read_opening(path):
     """Return the first 32 bytes of a file, which tell its format. Raises UserError if it cannot be read or is not a file."""
-    if path.exists() and not path.is_file():  # opening a pipe would block
-        raise UserError(f"{path} is not a file, expected a checkpoint")
-    try:
-        with open(path, "rb") as file:
-            return file.read(32)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {REPAIR_HINT}") from error
+    with open_file(path, REPAIR_HINT) as file:
+        return file.read(32)
 
 
 def read_safetensors(path):
-    """Return name -> StoredTensor. Raises UserError unless the tensors fill the file, without gaps or overlaps."""
+    """Return name -> StoredTensor, and the metadata. Raises UserError unless the tensors fill the file without gaps."""
     opening = read_opening(path)
     if opening[8:9] != b"{":
         if opening.startswith((b"PK", b"\x80")):  # torch.save writes a zip archive, or formerly a bare pickle
@@ -270,11 +288,14 @@ def read_safetensors(path):
     with open(path, "rb") as file:
         header = file.read(start)[8:]
     entries = []
-    for name, entry in parse_json(header, f"the header of {path}").items():
+    header = parse_json(header, f"the header of {path}")
+    metadata = header.pop("__metadata__", None)
+    for name, entry in header.items():
         match entry:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if begin <= end < 2**63:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if (
+                    all(type(number) is int for number in (*shape, begin, end)) and begin <= end < 2**63):
                 entries.append((begin, end, name, dtype, tuple(shape)))
-            case _ if name != "__metadata__":
+            case _:
                 raise UserError(f"the header of {path} has {short_repr(entry)} for {short_repr(name)}, expected a dtype, "
                                 f"a shape and data_offsets; {REPAIR_HINT}")
     tensors = {}
@@ -288,7 +309,7 @@ def read_safetensors(path):
     if start + position != size:
         raise UserError(f"{path} has {size:,} bytes, expected {start + position:,} for the tensors of its header; "
                         f"{REPAIR_HINT}")
-    return tensors
+    return tensors, metadata
 
 
 def check_tensors(source, config, tensors):
@@ -318,42 +339,49 @@ def check_tensors(source, config, tensors):
             raise UserError(f"the header of {source} gives {name} {tensors[name].size:,} bytes, expected {expected:,} for its "
                             f"shape; {REPAIR_HINT}")
     wte = tensors["wte.weight"]
-    if head and not ((head.dtype, head.size) == (wte.dtype, wte.size) and np.array_equal(head.data, wte.data)):
+    if head and not ((head.dtype, head.size) == (wte.dtype, wte.size) and same_bytes(head, wte)):
         raise UserError(f"{source} holds an {TIED_HEAD} that differs from wte.weight, expected one matrix for both; choose a "
                         "model whose classifier is tied to its embedding, as GPT-2's is")
 
 
+def same_bytes(tensor, other):
+    """Whether two StoredTensors of the same size hold the same bytes."""
+    parts = [part.stop - part.start for part in chunks(tensor.size, STRIP_NUMBERS)]
+    return all(map(np.array_equal, tensor.read("u1", parts), other.read("u1", parts)))
+
+
 def convert_into(view, tensor):
     """Convert a StoredTensor to float32 and write it to `view`."""
-    values = tensor.data.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
-    strip = len(view) if view.flags.c_contiguous else STRIP_ROWS
-    for start in range(0, len(view), strip):
-        rows = slice(start, start + strip)
+    strip = max(1, STRIP_NUMBERS // view[0].size) if view.flags.c_contiguous else STRIP_ROWS
+    strips = [view[rows] for rows in chunks(len(view), strip)]
+    for rows, numbers in zip(strips, tensor.read(DTYPES[tensor.dtype], [rows.size for rows in strips])):
+        numbers = numbers.reshape(rows.shape)
         if tensor.dtype == "BF16":
-            bits = view[rows].view(np.uint32)
-            bits[...] = values[rows]
+            bits = rows.view(np.uint32)
+            bits[...] = numbers
             bits <<= 16
         else:
-            view[rows] = values[rows]
+            rows[...] = numbers
 
 
-def read_json(path):
+def read_json(path, repair_hint=REPAIR_HINT):
     """Return the JSON object in a file as a dict. Raises UserError if the file holds anything else."""
-    read_opening(path)  # raises UserError if the file cannot be read
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise UserError(f"{path} has {size:,} bytes, expected at most {MAX_JSON_BYTES:,}; {REPAIR_HINT}")
-    return parse_json(path.read_bytes(), path)
+    with open_file(path, repair_hint) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > MAX_JSON_BYTES:
+            raise UserError(f"{path} has {size:,} bytes, expected at most {MAX_JSON_BYTES:,}; {repair_hint}")
+        file.seek(0)
+        return parse_json(file.read(), path, repair_hint)
 
 
-def parse_json(contents, source):
+def parse_json(contents, source, repair_hint=REPAIR_HINT):
     """Return the JSON object in `contents` (bytes) as a dict. Raises UserError, which names `source`, for anything else."""
     try:
         value = json.loads(contents)
     except (ValueError, RecursionError) as error:  # ValueError also if it is not UTF-8
-        raise UserError(f"{source} is not JSON ({short_repr(str(error))}); {REPAIR_HINT}") from error
+        raise UserError(f"{source} is not JSON ({short_repr(str(error))}); {repair_hint}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{source} is {short_repr(value)}, expected a JSON object; {REPAIR_HINT}")
+        raise UserError(f"{source} is {short_repr(value)}, expected a JSON object; {repair_hint}")
     return value
 
 
@@ -376,39 +404,64 @@ def join_names(names):
 def save_model(folder: str | Path, config: Config, params: Tensors) -> None:
     """Write a model as float32 to a folder that transformers can load, with GPT-2's tokenizer if it has GPT-2's vocabulary.
 
-    The write is atomic: all files are complete before the first one is renamed, and model.safetensors is renamed last. If the
-    vocabulary cannot be downloaded, the model is saved without a tokenizer and a line says so. Raises UserError if a file
-    cannot be written.
+    All files are complete before the first one is renamed, and model.safetensors is renamed last. Only over a model of another
+    shape it is renamed first, with its sizes in its header, which load_model prefers to config.json. So a process that is
+    killed between two renames leaves the old or the new model. If the vocabulary cannot be downloaded, the model is saved
+    without a tokenizer and a line says so. Raises UserError if a file cannot be written.
     """
+    folder = Path(folder)
+    sizes = dict(zip(CONFIG_SIZES, (config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads,
+                                    config.channels)))
+    replaces_other = holds_other_model(folder / "config.json", config)
+    others = {"config.json": json_bytes(hugging_face_settings(sizes))} | tokenizer_files(folder, config)
     with contextlib.ExitStack() as unfinished:  # renames the files in reverse order
 
         def write(name, pieces):
-            file = unfinished.enter_context(atomic_file(Path(folder) / name))
+            file = unfinished.enter_context(atomic_file(folder / name))
             for piece in pieces:
                 file.write(piece)
-            file.flush()  # a full disk fails here, before any file is renamed
+            file.flush()
+            os.fsync(file.fileno())     # a full disk fails here, before any file is renamed
 
-        write("model.safetensors", safetensors_pieces(config, params))
-        write("config.json", [json_bytes(hugging_face_settings(config))])
-        if config.vocab_size == VOCABULARY:
-            try:
-                fetch_vocabulary()
-            except UserError as error:
-                print(f"{folder} gets no tokenizer: {error}")
-                return
-            write("vocab.json", [(DATA_DIR / "encoder.json").read_bytes()])
-            write("merges.txt", [(DATA_DIR / "vocab.bpe").read_bytes()])
-            write("tokenizer_config.json", [json_bytes({
-                "tokenizer_class": "GPT2Tokenizer",
-                "model_max_length": config.max_seq_len,
-                "add_prefix_space": False,
-                **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
-            })])
+        weights = "model.safetensors", safetensors_pieces(config, params, sizes if replaces_other else None)
+        if not replaces_other:
+            write(*weights)
+        for name, contents in others.items():
+            write(name, [contents])
+        if replaces_other:
+            write(*weights)
+    for name in TOKENIZER_FILES:
+        if name not in others:      # another model's
+            (folder / name).unlink(missing_ok=True)
 
 
-def safetensors_pieces(config, params):
-    """Yield the contents of a model.safetensors: the header, then tensor by tensor."""
-    header, position = {"__metadata__": {"format": "pt"}}, 0
+def holds_other_model(config_path, config):
+    """Whether a config.json is there that is not the one of this Config."""
+    try:
+        return config_path.exists() and read_config(config_path) != config
+    except UserError:
+        return True
+
+
+def tokenizer_files(folder, config):
+    """Name -> contents of the tokenizer's files: none if the vocabulary is another than GPT-2's, or cannot be downloaded."""
+    if config.vocab_size != VOCABULARY:
+        return {}
+    try:
+        fetch_vocabulary()
+    except UserError as error:
+        print(f"{folder} gets no tokenizer: {error}")
+        return {}
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.max_seq_len, "add_prefix_space": False,
+                **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")}
+    contents = (DATA_DIR / "encoder.json").read_bytes(), (DATA_DIR / "vocab.bpe").read_bytes(), json_bytes(settings)
+    return dict(zip(TOKENIZER_FILES, contents))
+
+
+def safetensors_pieces(config, params, sizes=None):
+    """Yield the contents of a model.safetensors: the header, with the `sizes` if any, then tensor by tensor."""
+    metadata = {"format": "pt"} | ({SIZES_KEY: json.dumps(sizes)} if sizes else {})
+    header, position = {"__metadata__": metadata}, 0
     for name, shape, *_ in stored_tensors(config):
         end = position + 4 * prod(shape)
         header[PREFIX + name] = {"dtype": "F32", "shape": shape, "data_offsets": [position, end]}
@@ -420,14 +473,13 @@ def safetensors_pieces(config, params):
         yield np.ascontiguousarray(view)
 
 
-def hugging_face_settings(config):
-    """Return the contents of config.json."""
-    sizes = (config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads, config.channels)
-    end_of_text = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None  # if it is absent, transformers assumes GPT-2's
+def hugging_face_settings(sizes):
+    """Return the contents of config.json, given the sizes by their names in CONFIG_SIZES."""
+    end_of_text = END_OF_TEXT if sizes["vocab_size"] > END_OF_TEXT else None  # if it is absent, transformers assumes GPT-2's
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **dict(zip(CONFIG_SIZES, sizes)),
+        **sizes,
         "n_inner": None,
         **{name: choices[0] for name, choices in SUPPORTED_SETTINGS.items()},
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),      # no dropout
@@ -446,7 +498,8 @@ def json_bytes(value):
 
 def load_llmc(path):
     """load_model for an llm.c checkpoint."""
-    size, version, fields = read_header(path, "an llm.c checkpoint", LLMC_MAGIC, LLMC_VERSIONS, REPAIR_HINT)
+    with open_file(path, REPAIR_HINT) as file:
+        size, version, fields = read_header(file, path, "an llm.c checkpoint", LLMC_MAGIC, LLMC_VERSIONS, REPAIR_HINT)
     *sizes, padded = fields[:len(LLMC_SIZES) + 1]
     config = make_config(path, dict(zip(LLMC_SIZES, sizes)))
     if padded != config.padded_vocab_size:

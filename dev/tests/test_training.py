@@ -99,7 +99,7 @@ class Log:
     def note(self, step, text):
         self.notes[step] = text
 
-    def save_model(self, folder):
+    def save_model(self, folder, step):
         self.best = folder
 
     def save_checkpoint(self, progress):
