@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError
+from cli import LARGEST, UserError
 from distributed import SINGLE_PROCESS, World
 from files import atomic_file, atomic_folder, delete_unfinished, open_file
 from gpt2 import Config, Tensors
@@ -38,7 +38,7 @@ def is_count(value):
 
 def is_window(value):
     return (isinstance(value, list) and len(value) <= OUTLIER_WINDOW
-            and all(type(number) is float and math.isfinite(number) for number in value))
+            and all(type(number) is float and abs(number) <= LARGEST[float] for number in value))
 
 
 # The contents of training.json: name -> a test of the value, and what it must be. The flags are checked by training.py.
@@ -47,7 +47,7 @@ STATE_FIELDS = {
     "step": (is_count, "the number of steps done"),
     "data": (lambda value: isinstance(value, list) and len(value) == 3 and all(map(is_count, value)), "three whole numbers"),
     "fingerprint": (is_count, "a checksum"),
-    "best_val_loss": (lambda value: type(value) is float and not math.isnan(value), "a loss"),
+    "best_val_loss": (lambda value: type(value) is float and value > -math.inf, "a loss"),
     "latest_losses": (is_window, f"at most {OUTLIER_WINDOW} finite numbers"),
     "latest_norms": (is_window, f"at most {OUTLIER_WINDOW} finite numbers"),
 }

@@ -55,6 +55,11 @@ def bounded(kind: type, low: float, high: float | None = None) -> Callable[[str]
     return parse
 
 
+def one_line(text: str) -> str:
+    """The text with line breaks and other control characters escaped: names of files may contain them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class Output:
     """Standard output or standard error, either of which can fail: a full disk, a reader that is gone, a closed terminal.
 
@@ -139,7 +144,7 @@ def run_program(main: Callable[[], None], out_of_memory_hint: str = "close other
         elif not status and output.failure:
             status, line = 1, f"{program}: error: cannot write standard output: {output.failure}; make room for it"
         if line:
-            print(line, file=sys.stderr)
+            print(one_line(line), file=sys.stderr)
         errors.flush()
     if status:
         sys.exit(status)

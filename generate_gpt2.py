@@ -416,7 +416,9 @@ def score(decoder: Decoder, path: str, model_name: str) -> None:
     seconds = time.perf_counter() - started
     if not math.isfinite(loss):
         raise UserError(f"the loss on {path} is {loss}: {DAMAGED_WEIGHTS_HINT}")
-    print(f"perplexity {np.exp(np.float64(loss)):,.3f} | loss {loss:.5f} nats per token | {len(tokens) - 1:,} tokens of {path}")
+    with np.errstate(over="ignore"):    # of a damaged model it may be infinite
+        perplexity = np.exp(np.float64(loss))
+    print(f"perplexity {perplexity:,.3f} | loss {loss:.5f} nats per token | {len(tokens) - 1:,} tokens of {path}")
     note(f"{(len(tokens) - 1) / seconds:,.1f} tok/s")
 
 

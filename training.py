@@ -16,7 +16,7 @@ import numpy as np
 
 from checkpoint import REPAIR_HINT as CHECKPOINT_HINT
 from checkpoint import OUTLIER_WINDOW, STATE, checkpoints, delete_leftovers, load_checkpoint, load_state
-from cli import OneLineParser, UserError, bounded
+from cli import OneLineParser, UserError, bounded, one_line
 from dataloader import DataLoader, finish_replacing
 from distributed import SINGLE_PROCESS, World
 from files import DATA_DIR, atomic_file, locked_folder, open_file
@@ -451,7 +451,7 @@ def print_configuration(options, model, train_loader, val_loader, examples=(), *
         rows["hellaswag"] = (f"{len(examples):,} examples in {options.hellaswag}, {too_long:,} longer than {T} "
                              "tokens: the model reads their end")
     for name, value in rows.items():
-        print(f"{name:>13} | {value}")
+        print(f"{name:>13} | {one_line(str(value))}")
     print(flush=True)
 
 
