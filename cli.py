@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+LONGEST_LINE = 2000                         # characters of an error
 LARGEST = {int: 2**31 - 1, float: 3.4e38}   # int32 and float32: what kernels compute with
 
 
@@ -56,8 +57,9 @@ def bounded(kind: type, low: float, high: float | None = None) -> Callable[[str]
 
 
 def one_line(text: str) -> str:
-    """The text with line breaks and other control characters escaped: names of files may contain them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """The text with control characters escaped, and without its middle if it is long: names of files may be anything."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2:]}"
 
 
 class Output:

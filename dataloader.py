@@ -163,7 +163,7 @@ class DataLoader:
     batches: steps per epoch
     state: (epoch, shards done in this epoch, position in the next shard) of the next step; can be saved and restored
 
-    Raises UserError if no file matches, a file is invalid (see open_tokens) or a file is too short for a step.
+    Raises UserError if no file matches, a file is invalid (see TokenFile) or a file is too short for a step.
     """
 
     START = 0, 0, 0

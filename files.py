@@ -186,16 +186,15 @@ def lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
                     break
             file.close()
             continue
+        time.sleep(0.2)     # in which the holder writes who it is
         file.seek(0)
-        with contextlib.suppress(OSError):
-            holder = file.read(100).strip() or "another process"
+        holder = file.read(100) or "another process"
         file.close()
         if not wait:
             raise UserError(f"{what} is in use by {holder}; wait until it ends, or choose another name")
         if not waiting:
             print(f"waiting for {holder}, which uses {what}", flush=True)
         waiting = True
-        time.sleep(0.2)
     try:
         with contextlib.suppress(OSError):      # a full disk: the lock holds, but names nobody
             file.truncate(0)
