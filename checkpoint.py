@@ -24,7 +24,7 @@ from cli import LARGEST, UserError
 from distributed import SINGLE_PROCESS, World
 from files import atomic_file, atomic_folder, delete_unfinished, open_file
 from gpt2 import Config, Tensors
-from model_files import load_model, read_json, save_model, short_repr
+from model_files import MODEL_FILES, load_model, read_json, read_safetensors, same_tensors, save_model, short_repr
 
 MOMENTS = "adam_m.npy", "adam_v.npy"
 STATE = "training.json"
@@ -56,7 +56,11 @@ STATE_FIELDS = {
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     folder = Path(output_dir, "checkpoints")
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,18}", path.name)), key=step_of)
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def save_checkpoint(output_dir: Path, config: Config, params: Tensors, moments, state: dict, keep: int) -> Path:
@@ -83,8 +87,17 @@ def save_checkpoint(output_dir: Path, config: Config, params: Tensors, moments, 
 
 def delete_leftovers(output_dir: Path) -> None:
     """Delete the unfinished files and folders that killed processes left in the output folder of a run."""
-    for folder in (output_dir, output_dir / "best", output_dir / "checkpoints"):
-        delete_unfinished(folder)
+    for folder in (output_dir, output_dir / "best"):
+        for name in (*MODEL_FILES, "log.csv", "loss.png"):
+            delete_unfinished(folder, name)
+    delete_unfinished(output_dir / "checkpoints", "step-*")
+
+
+def refuse_links(output_dir: Path) -> None:
+    """Raise UserError if a folder that a run writes to is a link: in a folder from a stranger it may lead anywhere."""
+    for folder in (output_dir / "best", output_dir / "checkpoints"):
+        if folder.is_symlink():
+            raise UserError(f"{folder} is a link, expected a folder; replace it by one, or choose another --output-dir")
 
 
 def delete_checkpoint(checkpoint: Path) -> None:
@@ -105,7 +118,17 @@ def load_state(path: Path) -> dict:
             raise UserError(f"{path / STATE} lacks {name}, expected {expected}; {REPAIR_HINT}")
         if not is_valid(state[name]):
             raise UserError(f"{path / STATE}: {name} is {short_repr(state[name])}, expected {expected}; {REPAIR_HINT}")
+    if state["step"] != step_of(path):
+        raise UserError(f"{path / STATE}: step is {state['step']:,}, expected that of its folder's name; {REPAIR_HINT}")
     return state
+
+
+def is_saved(checkpoint: Path, output_dir: Path) -> bool:
+    """Whether the output folder holds the model of a checkpoint, as it does at the end of a run."""
+    try:
+        return same_tensors(*(read_safetensors(folder / "model.safetensors")[0] for folder in (checkpoint, output_dir)))
+    except UserError:       # there is none, or it is damaged
+        return False
 
 
 def load_checkpoint(path: Path) -> tuple[Config, Tensors, list[np.ndarray]]:

@@ -47,11 +47,11 @@ def bounded(kind: type, low: float, high: float | None = None) -> Callable[[str]
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= (LARGEST[kind] if high is None else high):
+        limit = LARGEST[kind] if high is None else high
+        if not low <= value <= limit:
             number = "a whole number" if kind is int else "a number"
-            most = high if high is not None else LARGEST[kind] if value > low else None     # 2147483647 helps few readers
-            raise argparse.ArgumentTypeError(f"found {reprlib.repr(text)}, expected {number} of at least {low}"
-                                             + (f" and at most {most}" if most is not None else ""))
+            most = f" and at most {limit}" if high is not None or value > limit else ""
+            raise argparse.ArgumentTypeError(f"found {reprlib.repr(text)}, expected {number} of at least {low}{most}")
         return value
     return parse
 
@@ -89,7 +89,7 @@ class Output:
             pass
         except (OSError, ValueError) as error:      # ValueError: the stream was closed
             self.failure = error
-            with contextlib.suppress(OSError):      # what is still in a buffer goes nowhere, or Python reports another error
+            with contextlib.suppress(OSError, ValueError):      # what is in a buffer goes nowhere, or Python complains at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             if self.required and isinstance(error, OSError):
                 raise
@@ -115,8 +115,8 @@ def run_program(main: Callable[[], None], out_of_memory_hint: str = "close other
     """Call `main()`. A UserError, a lack of memory, a failing disk or Ctrl-C ends the process with one line on standard error.
 
     out_of_memory_hint: what to do about a lack of memory
-    output_required: whether main is stopped when standard output fails; if not, it ends first, as it should if it writes
-        files. Either way, the exit status is 141 if the reader of our output, such as `head`, is gone, and 1 otherwise.
+    output_required: True stops main as soon as standard output fails; False lets it finish, because it writes files. Then the
+        exit status is 141 if the reader of our output, such as `head`, is gone, and 1 otherwise.
     """
     reopen_closed_streams()
     sys.stdout.reconfigure(errors="replace")  # a model may generate characters that the output's encoding lacks
@@ -140,6 +140,7 @@ def run_program(main: Callable[[], None], out_of_memory_hint: str = "close other
             status, line = 130, "interrupted"
         except SystemExit as error:
             status = error.code
+        output.required = False
         output.flush()
         if not status and isinstance(output.failure, BrokenPipeError):
             status = 141

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from cli import UserError
-from files import HEADER_BYTES, atomic_file, cannot_write, lock, make_header, open_file, read_header
+from files import HEADER_BYTES, LOCK_NAME, atomic_file, cannot_write, lock, make_header, open_file, read_header
 from gpt2 import chunks
 
 TOKENS_MAGIC = 20240520
@@ -23,7 +23,7 @@ TOKENS_VERSION = 1
 TOKEN_BYTES = 2
 TOKENS_AT_ONCE = 2**20         # read together to check a file
 ENDS_TOKENS = 65536            # at each end of a file, to recognize it
-NEW_SUFFIX = "_val.new"        # of the folder of a complete set of files that is about to replace an earlier one
+NEW_SUFFIX = "_val.new"        # of the folder with a complete new set of files, about to replace the old set
 REPAIR_HINT = "write it again with prepare_text.py or prepare_tinyshakespeare.py"
 
 
@@ -52,7 +52,7 @@ def write_token_stream(path: str | Path, arrays: Iterable[Sequence[int]]) -> int
 
 
 class TokenFile:
-    """A token file, of which any part can be read. It is open only from a `read` to `close`.
+    """A token file, of which any part can be read. Open until `close`; the next `read` opens it again.
 
     Nothing is mapped: a file that shrinks while it is used is then an error in one line, not the death of the process.
 
@@ -138,7 +138,7 @@ def finish_replacing(folder: Path) -> None:
 
 def lock_data(name: Path, wait: bool = False):
     """The lock of the token files of a NAME, see files.lock."""
-    return lock(name.with_name(f"{name.name}.lock"), f"--output {name}", wait)
+    return lock(name.with_name(f".{name.name}{LOCK_NAME}"), f"--output {name}", wait)
 
 
 def find_shards(name: Path) -> list[Path]:
@@ -188,8 +188,9 @@ class DataLoader:
                 raise UserError(f"{path} holds {shard.num_tokens:,} tokens, expected at least {self.step_tokens + 1:,} for one "
                                 f"step (batch size {batch_size} x sequence length {sequence_length} x processes {world_size} "
                                 "+ 1); lower --batch-size or --sequence-length")
+            if self.shards:
+                shard.close()       # there may be more shards than a process may have open files
             self.shards.append(shard)
-            self.close_all_but_first()      # there may be more shards than a process may have open files
         self.num_tokens = sum(shard.num_tokens for shard in self.shards)
         self.batches = sum((shard.num_tokens - 1) // self.step_tokens for shard in self.shards)
         self.reset()
@@ -235,9 +236,6 @@ class DataLoader:
         checksum = 0
         for shard in self.shards:
             checksum = zlib.crc32(shard.read_ends(), checksum)
-            self.close_all_but_first()
+            if shard is not self.shards[0]:
+                shard.close()
         return checksum
-
-    def close_all_but_first(self):
-        for shard in self.shards[1:]:
-            shard.close()

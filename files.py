@@ -27,6 +27,7 @@ from cli import UserError
 CACHE_VARIABLE = "GPT2_BY_HAND_CACHE"
 TEMPORARY_PREFIX = "gpt2-by-hand-"
 PIP_SECONDS = 120  # enough for two megabytes over a slow line
+LOCK_NAME = ".gpt2-by-hand.lock"    # not a name that a user's file may have: its contents are replaced
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 
@@ -45,7 +46,10 @@ def delete_unfinished(folder: Path, name: str = "*", locked: bool = True) -> Non
 
 
 def is_running(process: int) -> bool:
-    """Whether another process of this number runs on this machine. Windows need not be asked: it keeps open files."""
+    """Whether another process of this number runs on this machine.
+
+    Not needed on Windows, where an open file cannot be deleted.
+    """
     if process == os.getpid() or os.name == "nt":
         return False
     try:
@@ -58,11 +62,11 @@ def is_running(process: int) -> bool:
 
 
 def try_to_write(folder: Path) -> None:
-    """Create and delete a file in a folder. Raises OSError if that fails."""
+    """Create and delete something in a folder. Raises OSError if that fails."""
     delete_unfinished(folder, "probe", locked=False)
     probe = folder / f"probe.{os.getpid()}.tmp"     # tempfile would try thousands of names on Windows
-    probe.touch()
-    probe.unlink(missing_ok=True)       # another process may have deleted it
+    probe.mkdir()       # on a full disk this fails, unlike an empty file
+    probe.rmdir()
 
 
 @functools.cache
@@ -179,7 +183,9 @@ def lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     """
     waiting = False
     while True:
-        file = open(path, "a+")
+        # Not through a link, which may lead out of a folder that comes from a stranger.
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = os.fdopen(os.open(path, flags, 0o666), "r+")
         if try_lock(file):
             with contextlib.suppress(FileNotFoundError):    # its last holder has just deleted it, or another process has it
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
@@ -198,6 +204,7 @@ def lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):      # a full disk: the lock holds, but names nobody
             file.truncate(0)
+            file.seek(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
         yield
@@ -236,7 +243,7 @@ def locked_folder(flag: str, folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(made_folder(folder))
-            stack.enter_context(lock(folder / "lock", f"{flag} {folder}"))
+            stack.enter_context(lock(folder / LOCK_NAME, f"{flag} {folder}"))
         except OSError as error:
             raise UserError(f"cannot write to {flag} {folder}: {error.strerror}; choose a folder that can be written"
                             ) from error
@@ -266,14 +273,14 @@ def open_file(path: str | Path, repair_hint: str, stream: bool = False, status: 
     try:
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) and stream):
-            found = next(name for is_kind, name in KINDS.items() if is_kind(mode))
+            found = next((name for is_kind, name in KINDS.items() if is_kind(mode)), "a device")
             raise UserError(f"cannot read {path}: it is {found}, expected a file; {repair_hint}", status)
         return open(path, "rb")
     except (OSError, ValueError) as error:      # ValueError: a name with a zero byte
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; {repair_hint}", status) from error
 
 
-KINDS = {stat.S_ISDIR: "a directory", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", lambda mode: True: "a device"}
+KINDS = {stat.S_ISDIR: "a directory", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}
 
 
 def make_header(*fields: int) -> bytes:

@@ -479,19 +479,24 @@ def run(decoder: Decoder, encoding, prompt: str, options) -> None:
     note(speed)
 
 
+def check_cache_memory(config: Config, num_texts: int, more: int, memory: tuple | None, where: str) -> None:
+    """Raise UserError if `more` bytes and the KV cache of num_texts texts do not fit in memory, see machine.check_memory."""
+    cache = 2 * 4 * config.num_layers * num_texts * config.max_seq_len * config.channels
+    check_memory(f"generating {num_texts:,} texts", cache + more, memory, where, OUT_OF_MEMORY_HINT)
+
+
 def main():
     options = parse_options(
         "Generate text with GPT-2 on the CPU.",
         quantize=dict(choices=["int8"], help="store weights in 8 bits: a quarter of the size, and faster"),
-        threads=dict(type=bounded(int, 1), help="CPU threads (default: one per core)"))
+        threads=dict(type=bounded(int, 1), help="CPU threads (default: all usable cores)"))
     threads = kernels.use_threads(options.threads)
     prompt = read_prompt(options)
     config, params = load_model(options.model)
     encoding = None if options.perplexity else tokenizer_for(config, options.model)
     compile_kernels()
-    cache = 2 * 4 * config.num_layers * options.num_samples * config.max_seq_len * config.channels
-    check_memory(f"--num-samples {options.num_samples}", cache + (2 * params.size if options.quantize else 0), main_memory(),
-                 "this machine", OUT_OF_MEMORY_HINT)
+    int8_bytes = 2 * params.size if options.quantize else 0
+    check_cache_memory(config, options.num_samples, int8_bytes, main_memory(), "this machine")
     if options.quantize:
         params = quantize(config, params)
     run(Decoder(config, params, options.num_samples, threads), encoding, prompt, options)

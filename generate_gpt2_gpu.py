@@ -8,7 +8,7 @@ from cli import run_program     # first: from here on, Ctrl-C is one line
 import generate_gpt2
 import kernels_gpu as kernels
 from device import open_device
-from generate_gpt2 import parse_options, read_prompt, run, tokenizer_for
+from generate_gpt2 import check_cache_memory, parse_options, read_prompt, run, tokenizer_for
 from gpt2 import Tensors, parameter_shapes
 from model_files import load_model
 
@@ -96,6 +96,7 @@ def main():
     device = open_device(options.device, "float32")
     config, params = load_model(options.model)
     encoding = None if options.perplexity else tokenizer_for(config, options.model)
+    check_cache_memory(config, options.num_samples, 4 * params.size, device.memory(), device.name)
     run(Decoder(config, params, options.num_samples, device), encoding, prompt, options)
 
 

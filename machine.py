@@ -51,19 +51,22 @@ def check_memory(what: str, needed: int, memory: tuple | None, where: str, hint:
 def usable_cores() -> int:
     """How many cores this process may keep busy: at most those of its affinity mask, and of the quota of its cgroups."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for folder in own_cgroups("cpu"):
-        with contextlib.suppress(OSError, ValueError):      # "max 100000": no limit
-            quota, period = ((folder / "cpu.max").read_text().split() if (folder / "cpu.max").exists() else
-                             [(folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")])
-            if int(quota) > 0:
-                cores = min(cores, math.ceil(int(quota) / int(period)))
-    return cores
+    return min([cores, *(math.ceil(quota) for folder in own_cgroups("cpu") if (quota := cpu_quota(folder)))])
+
+
+def cpu_quota(folder):
+    """How many cores' time a cgroup may use; None if there is no limit."""
+    with contextlib.suppress(OSError):
+        quota, period = (folder / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    quota, period = (read_number(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    return quota / period if quota and quota > 0 else None      # -1: no limit
 
 
 def own_cgroups(kind):
     """The folders of this process's cgroup and of all cgroups around it: of version 2, and of version 1 for this kind of limit.
 
-    In a container, the path of the own cgroup may be that of the host, and only the top folder be there.
+    Inside a container, OWN_CGROUPS may show the host's path; then only the top folder exists.
     """
     try:
         lines = OWN_CGROUPS.read_text().splitlines()
@@ -88,8 +91,8 @@ def read_number(*paths):
 
 
 def reclaimable(folder):
-    """Bytes of a cgroup's memory that the kernel frees when they are needed: file pages that were not used of late."""
+    """Bytes of a cgroup's memory that the kernel frees when they are needed: pages of files."""
     with contextlib.suppress(OSError):
-        found = re.search(r"^(?:total_)?inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-        return int(found[1]) if found else 0
+        numbers = dict(re.findall(r"^(\w+) (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE))
+        return sum(int(numbers.get(f"total_{name}", numbers.get(name, 0))) for name in ("inactive_file", "active_file"))
     return 0

@@ -70,6 +70,7 @@ LLMC_VERSIONS = {3: "float32", 5: "bfloat16"}
 LLMC_SIZES = ("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels")
 
 TOKENIZER_FILES = "vocab.json", "merges.txt", "tokenizer_config.json"      # that save_model writes
+MODEL_FILES = "model.safetensors", "config.json", *TOKENIZER_FILES
 MAX_JSON_BYTES = 2**20          # parsed JSON can be many times larger; GPT-2 XL's header has 70 KB
 MAX_NAMES = 8                   # in an error
 STRIP_ROWS = 64                 # rows transposed at a time: the strip fits in the cache, which is three times as fast
@@ -344,6 +345,13 @@ def check_tensors(source, config, tensors):
                         "model whose classifier is tied to its embedding, as GPT-2's is")
 
 
+def same_tensors(tensors, others):
+    """Whether two files, given as what read_safetensors returns, hold the same tensors."""
+    return tensors.keys() == others.keys() and all(
+        (tensor.dtype, tensor.shape) == (others[name].dtype, others[name].shape) and same_bytes(tensor, others[name])
+        for name, tensor in tensors.items())
+
+
 def same_bytes(tensor, other):
     """Whether two StoredTensors of the same size hold the same bytes."""
     parts = [part.stop - part.start for part in chunks(tensor.size, STRIP_NUMBERS)]
@@ -404,47 +412,41 @@ def join_names(names):
 def save_model(folder: str | Path, config: Config, params: Tensors) -> None:
     """Write a model as float32 to a folder that transformers can load, with GPT-2's tokenizer if it has GPT-2's vocabulary.
 
-    All files are complete before the first one is renamed, and model.safetensors is renamed last. Only over a model of another
-    shape it is renamed first, with its sizes in its header, which load_model prefers to config.json. So a process that is
-    killed between two renames leaves the old or the new model. If the vocabulary cannot be downloaded, the model is saved
-    without a tokenizer and a line says so. Raises UserError if a file cannot be written.
+    All files are complete before the first one is renamed, and model.safetensors is renamed last. Exception: over a model of
+    another shape it is renamed first and carries its sizes in its header, which load_model prefers to config.json. So a process
+    that is killed between two renames leaves the old or the new model. If the vocabulary cannot be downloaded, the model is
+    saved without a tokenizer and a line says so. Raises UserError if a file cannot be written.
     """
     folder = Path(folder)
     sizes = dict(zip(CONFIG_SIZES, (config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads,
                                     config.channels)))
     replaces_other = holds_other_model(folder / "config.json", config)
-    others = {"config.json": json_bytes(hugging_face_settings(sizes))} | tokenizer_files(folder, config)
+    contents = {"model.safetensors": safetensors_pieces(config, params, sizes if replaces_other else None),
+                "config.json": [json_bytes(hugging_face_settings(sizes))], **tokenizer_files(folder, config)}
     with contextlib.ExitStack() as unfinished:  # renames the files in reverse order
-
-        def write(name, pieces):
+        for name in reversed(contents) if replaces_other else contents:
             file = unfinished.enter_context(atomic_file(folder / name))
-            for piece in pieces:
+            for piece in contents[name]:
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())     # a full disk fails here, before any file is renamed
-
-        weights = "model.safetensors", safetensors_pieces(config, params, sizes if replaces_other else None)
-        if not replaces_other:
-            write(*weights)
-        for name, contents in others.items():
-            write(name, [contents])
-        if replaces_other:
-            write(*weights)
-    for name in TOKENIZER_FILES:
-        if name not in others:      # another model's
+    for name in TOKENIZER_FILES if replaces_other else ():
+        if name not in contents:
             (folder / name).unlink(missing_ok=True)
 
 
 def holds_other_model(config_path, config):
-    """Whether a config.json is there that is not the one of this Config."""
+    """Whether a model is there whose config.json is not the one of this Config, or missing."""
     try:
-        return config_path.exists() and read_config(config_path) != config
+        if not config_path.exists():
+            return config_path.with_name("model.safetensors").exists()
+        return read_config(config_path) != config
     except UserError:
         return True
 
 
 def tokenizer_files(folder, config):
-    """Name -> contents of the tokenizer's files: none if the vocabulary is another than GPT-2's, or cannot be downloaded."""
+    """Name -> [contents] of the tokenizer's files: none if the vocabulary is another than GPT-2's, or cannot be downloaded."""
     if config.vocab_size != VOCABULARY:
         return {}
     try:
@@ -455,7 +457,7 @@ def tokenizer_files(folder, config):
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.max_seq_len, "add_prefix_space": False,
                 **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")}
     contents = (DATA_DIR / "encoder.json").read_bytes(), (DATA_DIR / "vocab.bpe").read_bytes(), json_bytes(settings)
-    return dict(zip(TOKENIZER_FILES, contents))
+    return {name: [content] for name, content in zip(TOKENIZER_FILES, contents)}
 
 
 def safetensors_pieces(config, params, sizes=None):

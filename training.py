@@ -8,18 +8,21 @@ import signal
 import sys
 import textwrap
 from collections import namedtuple
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from checkpoint import REPAIR_HINT as CHECKPOINT_HINT
-from checkpoint import OUTLIER_WINDOW, STATE, checkpoints, delete_leftovers, load_checkpoint, load_state
+from checkpoint import (OUTLIER_WINDOW, STATE, checkpoints, delete_leftovers, is_saved, load_checkpoint, load_state,
+                        refuse_links)
 from cli import OneLineParser, UserError, bounded, one_line
 from dataloader import DataLoader, finish_replacing
 from distributed import SINGLE_PROCESS, World
-from files import DATA_DIR, atomic_file, locked_folder, open_file
+from files import DATA_DIR, LOCK_NAME, atomic_file, lock, locked_folder, made_folder, open_file
 from gpt2 import CONTEXT, HEADS_BY_DEPTH, RECOMPUTED, VOCABULARY, Config, Tensors, model_config
 from model_files import load_model, short_repr
 from prepare_tinyshakespeare import prepare as prepare_tinyshakespeare
@@ -108,6 +111,7 @@ def open_run(description: str, world: World = SINGLE_PROCESS, **own_flags):
     output_dir = make_parser(description, own_flags).parse_args().output_dir
     with locked_folder("--output-dir", output_dir) if world.rank == 0 else nullcontext():   # rank 0 alone writes
         if world.rank == 0:
+            refuse_links(output_dir)
             delete_leftovers(output_dir)
         options = parse_options(description, None, world, **own_flags)
         world.check_same(**{flag_name(name): value for name, value in options.flags.items()},
@@ -123,12 +127,13 @@ def parse_options(description: str, arguments: list | None = None, world: World 
     Raises UserError if a flag or combination is wrong (status 2), there is nothing to --resume, or --output-dir holds an
     unfinished run that would be replaced.
     """
-    parser = make_parser(description, own_flags)
+    new_parser = partial(make_parser, description, own_flags)
+    parser = new_parser()
     settings = vars(parser.parse_args(arguments))
     checkpoint = None
     if settings["resume"]:
         checkpoint = latest_checkpoint(settings["output_dir"])
-        saved = saved_flags(checkpoint, description, own_flags)
+        saved = saved_flags(checkpoint, new_parser)
         parser.set_defaults(**saved)
         settings = vars(parser.parse_args(arguments))
         report_changes(saved, settings)
@@ -147,7 +152,7 @@ def parse_options(description: str, arguments: list | None = None, world: World 
     settings |= {"total_batch_size": total, "accumulation_steps": total // tokens, "checkpoint": checkpoint, "flags": flags}
     options = namedtuple("Options", settings)(**settings)
     if not checkpoint:
-        check_unfinished(options.output_dir, description, own_flags)
+        check_unfinished(options.output_dir, new_parser)
     return options
 
 
@@ -164,14 +169,14 @@ def latest_checkpoint(output_dir: Path) -> Path:
     return found[-1]
 
 
-def saved_flags(checkpoint: Path, description: str, own_flags: dict) -> dict:
+def saved_flags(checkpoint: Path, new_parser: Callable[[], OneLineParser]) -> dict:
     """The flags in a checkpoint, each checked as on the command line. Raises UserError if one is unknown or damaged."""
     source = checkpoint / STATE
-    saved = {RENAMED_FLAGS.get(name, name): value for name, value in load_state(checkpoint)["flags"].items()
-             if name not in FLAGS_OF_ONE_PROGRAM or name in own_flags}
-    parser = make_parser(description, own_flags)
+    parser = new_parser()
     parser.hint = CHECKPOINT_HINT
     known = vars(parser.parse_args([])).keys() - set(FLAGS_NOT_SAVED)
+    saved = {RENAMED_FLAGS.get(name, name): value for name, value in load_state(checkpoint)["flags"].items()
+             if name in known or name not in FLAGS_OF_ONE_PROGRAM}
     for name in saved:
         if name not in known:
             raise UserError(f"{source} has the flag {short_repr(name)}, expected those of this program that a checkpoint "
@@ -196,16 +201,17 @@ def report_changes(saved: dict, settings: dict) -> None:
             raise UserError(f"{flag} is {now}, expected {before}, as in the run in {settings['output_dir']}; leave it out, "
                             "or start a new run in another --output-dir", status=2)
         if now != before:
-            print(f"{flag} is {now} from here on; it was {'not given' if before is None else before}")
+            print(one_line(f"{flag} is {now} from here on; it was {'not given' if before is None else before}"))
 
 
-def check_unfinished(output_dir: Path, description: str, own_flags: dict) -> None:
+def check_unfinished(output_dir: Path, new_parser: Callable[[], OneLineParser]) -> None:
     """Raise UserError if this folder holds an unfinished run: forgetting --resume must not cost days of work."""
     for checkpoint in checkpoints(output_dir)[-1:]:
-        done, steps = load_state(checkpoint)["step"], saved_flags(checkpoint, description, own_flags).get("num_iterations", 0)
-        if done < steps:
-            raise UserError(f"{output_dir} is the folder of a run that stopped after {done:,} of {steps:,} steps; "
-                            f"continue it with --resume, choose another --output-dir, or delete {checkpoint.parent}")
+        done, steps = load_state(checkpoint)["step"], saved_flags(checkpoint, new_parser).get("num_iterations", 0)
+        if done < steps or not is_saved(checkpoint, output_dir):
+            stopped = f"stopped after {done:,} of {steps:,} steps" if done < steps else "was killed before it saved its model"
+            raise UserError(f"{output_dir} is the folder of a run that {stopped}; continue it with --resume, choose another "
+                            f"--output-dir, or delete {checkpoint.parent}")
 
 
 def is_due(every: int, step: int, last: int) -> bool:
@@ -257,9 +263,15 @@ def prepare_data(input_bin: str, input_val_bin: str | None) -> None:
     """Prepare Tiny Shakespeare if its token files are wanted and missing. Raises UserError if that fails."""
     wanted = {input_bin, input_val_bin}
     finish_replacing(DATA_DIR)
-    if any(str(path) in wanted and not path.exists() for path in (TRAIN_TOKENS, VAL_TOKENS)):
-        print(f"no tokens in {DATA_DIR} yet: preparing Tiny Shakespeare")
-        prepare_tinyshakespeare()
+
+    def missing():
+        return any(str(path) in wanted and not path.exists() for path in (TRAIN_TOKENS, VAL_TOKENS))
+    if not missing():
+        return
+    with made_folder(DATA_DIR), lock(DATA_DIR / LOCK_NAME, "the data of Tiny Shakespeare", wait=True):
+        if missing():       # another run may have prepared it by now
+            print(f"no tokens in {DATA_DIR} yet: preparing Tiny Shakespeare")
+            prepare_tinyshakespeare()
 
 
 def can_sample(sample_every: int, config: Config) -> bool:
@@ -311,8 +323,8 @@ def initial_progress(options, fingerprint: int) -> Progress:
 class StopRequest:
     """Defers the first Ctrl-C, SIGTERM or SIGHUP to the end of the step; a second one interrupts at once.
 
-    SIGHUP, which comes when a terminal closes, stays ignored if it is (nohup). If the reader of our output is gone (`| head`),
-    that is a request to stop, too.
+    SIGHUP comes when a terminal closes. If it is already ignored (nohup), it stays ignored. If the reader of our output exits
+    (`| head`), that also counts as a request to stop.
     """
     NAMES = "SIGINT", "SIGTERM", "SIGHUP"       # Windows has no SIGHUP
     signal = 0
@@ -326,6 +338,8 @@ class StopRequest:
     def receive(self, signum, frame):
         self.signal = signum
         self.__exit__()
+        if hasattr(signal, "SIGHUP"):   # a closing terminal may send it a second time
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         print("\nstopping when this step is done (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)
 
     @property

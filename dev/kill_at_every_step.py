@@ -1,6 +1,6 @@
 """Kill programs before each of their file operations, and see which promises of dev/USAGE.md ("Long runs") hold.
 
-    python dev/kill_at_every_step.py                    three scenarios, half a minute
+    python dev/kill_at_every_step.py                    four scenarios, a minute
     python dev/kill_at_every_step.py --only training    one of them
     python dev/kill_at_every_step.py --every 10         kill before every tenth operation only
     python dev/kill_at_every_step.py --list             list the operations, kill nothing
@@ -199,8 +199,8 @@ class Training(Scenario):
     STEPS = 6
     MODELS = {"d2": Config(8, 60, 128, num_layers=2, num_heads=1, channels=8),      # the earlier run
               "d4": Config(8, 60, 128, num_layers=2, num_heads=2, channels=16)}
-    FLAGS = ["--batch-size", 2, "--sequence-length", 8, "--num-iterations", STEPS, "--warmup-iters", 4,
-             "--learning-rate", 0.05, "--val-loss-every", 1, "--val-max-steps", 1, "--sample-every", 0]
+    FLAGS = ["--batch-size", 2, "--sequence-length", 8, "--warmup-iters", 4, "--schedule", "constant", "--learning-rate", 0.05,
+             "--val-loss-every", 1, "--val-max-steps", 1, "--sample-every", 0]
 
     def __init__(self):
         def plot(log):
@@ -208,18 +208,21 @@ class Training(Scenario):
                 file.write(b"a picture that takes no time to draw")
         training.model_config, training.TrainingLog.plot = self.MODELS.get, plot
 
-    def train(self, folder, shape="d4", every=2, keep=2, **rest):
-        return run(train_gpt2.main, folder, "--model", shape, *self.FLAGS, "--output-dir", folder / "out",
-                   "--input-bin", folder / "train.bin", "--input-val-bin", folder / "val.bin",
+    def train(self, folder, shape="d4", steps=STEPS, every=2, keep=2, **rest):
+        return run(train_gpt2.main, folder, "--model", shape, *self.FLAGS, "--num-iterations", steps,
+                   "--output-dir", folder / "out", "--input-bin", folder / "train.bin", "--input-val-bin", folder / "val.bin",
                    "--checkpoint-every", every, "--keep-checkpoints", keep, **rest)
 
     start = train
 
     def prepare(self, folder):
+        self.write_data(folder)
+        return self.train(folder, "d2")
+
+    def write_data(self, folder):
         generator = np.random.default_rng(0)
         for name in ("train.bin", "val.bin"):
             write_tokens(folder / name, generator.integers(30, size=50))    # the best models are those of steps 1, 2 and 3
-        return self.train(folder, "d2")
 
     def go_on(self, folder):
         if self.own_checkpoints(folder):
@@ -263,6 +266,19 @@ class Training(Scenario):
         result |= {path.name: model(path) for path in (out, out / "best")}
         return result | {path.name: (model(path), load_state(path) | {"flags": None},
                                      [(path / name).read_bytes() for name in MOMENTS]) for path in checkpoints(out)}
+
+
+class Resuming(Training):
+    """train_gpt2.py --resume, of a run of the same shape that ended after two steps."""
+
+    def prepare(self, folder):
+        self.write_data(folder)
+        return self.train(folder, steps=2)
+
+    def start(self, folder, **rest):
+        return run(train_gpt2.main, folder, "--output-dir", folder / "out", "--resume", "--num-iterations", self.STEPS, **rest)
+
+    go_on = start
 
 
 def model(folder):
@@ -328,7 +344,7 @@ class Files(Scenario):
         assert not wrong, f"neither: {', '.join(wrong)}"
 
 
-SCENARIOS = {"training": Training, "prepare_text": PrepareText, "files": Files}
+SCENARIOS = {"training": Training, "resuming": Resuming, "prepare_text": PrepareText, "files": Files}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from cli import OneLineParser, UserError, run_program
-from files import atomic_file
+from files import atomic_file, open_file
 
 OUT_OF_MEMORY_HINT = "draw fewer runs"
 WINDOW = 0.02             # of the running mean, as a fraction of the longest run
@@ -37,9 +37,8 @@ def read_run(path):
     """Read the Run of a folder or a log.csv. Raises UserError if it is missing, or if any line but the last is malformed."""
     folder, path = (path, path / "log.csv") if path.is_dir() else (path.parent, path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; name the output folder of a run, or its log.csv") from error
+        with open_file(path, "name the output folder of a run, or its log.csv", stream=True) as file:
+            text = file.read().decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8, expected the log.csv of a run") from error
     header, *lines = text.split("\n")[:-1] or [""]      # a line without its newline is still being written

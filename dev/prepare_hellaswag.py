@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import OneLineParser, UserError, progress_bar, run_program
-from files import DATA_DIR, sha256
+from files import DATA_DIR, open_file, sha256
 from gpt2 import ceil_div
 from hellaswag import COMPLETIONS, EXAMPLE_WORDS, MAX_UINT16, Example, write_examples
 from tokenizer import gpt2_encoding
@@ -72,10 +72,8 @@ def download():
 
 def read(path):
     """Return the contents of a file. Raises UserError if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read --input {path}: {error.strerror}; give the name of a JSONL file", status=2) from error
+    with open_file(path, "give --input the name of a JSONL file", stream=True, status=2) as file:
+        return file.read()
 
 
 def parse(contents, name):

@@ -119,8 +119,9 @@ FORGOTTEN = {
     "first moment": lambda latest: np.save(latest / "adam_m.npy", 0 * np.load(latest / "adam_m.npy")),
     "second moment": lambda latest: np.save(latest / "adam_v.npy", 0 * np.load(latest / "adam_v.npy")),
     "model": lambda latest: [shutil.copy(latest.parents[1] / "best" / name, latest) for name in ("model.safetensors",)],
+    "step": lambda latest: [change_state(latest, step=0), latest.rename(latest.with_name("step-00000000"))],
     **{name: lambda latest, name=name: change_state(latest, **{name: getattr(Progress(), name)})
-       for name in ("step", "data", "best_val_loss", "latest_losses", "latest_norms")},
+       for name in ("data", "best_val_loss", "latest_losses", "latest_norms")},
     **{flag: lambda latest, flag=flag, value=value: change_flag(latest, flag, value)
        for flag, value in dict(total_batch_size=16, schedule="cosine", warmup_iters=12, learning_rate=1e-3, num_iterations=11,
                                learning_rate_decay_frac=0.5, weight_decay=0.0, grad_clip=0.01, shuffle_shards=False,
@@ -214,9 +215,11 @@ def test_finished_run(run, tmp_path):
     """It can be extended; a new run in its folder replaces everything, checkpoints included."""
     run("out")
     before = left_behind(tmp_path / "out")
-    for missing in ("model.safetensors", "config.json", "loss.png", None):
+    for missing in ("model.safetensors", "loss.png", None):
         if missing:
             (tmp_path / "out" / missing).unlink(missing_ok=True)
+        if missing == "model.safetensors":
+            assert_one_line(run("out"), 1, "was killed before it saved its model", "--resume")
         finished = run("out", "--resume", new=False)
         assert finished.status == 0 and "is finished, after 12 steps; raise --num-iterations" in finished.out
         assert left_behind(tmp_path / "out") == before and (tmp_path / "out" / "config.json").exists()
@@ -323,6 +326,7 @@ DAMAGES = {
        for name, values in dict(step=(-1, 1.0, "1", 10**30), data=([0, 0], [0, 0, -1], 3, None), fingerprint=("x",),
                                 best_val_loss=(math.nan, "low"), latest_losses=([math.inf], [[1.0]], [1.0] * 1000),
                                 latest_norms=({},)).items() for value in values},
+    "step of another checkpoint": (lambda latest: change_state(latest, step=5), ("training.json", "step is 5")),
     "place beyond the data": (lambda latest: change_state(latest, data=[0, 3, 0]), ("place in the data", "(0, 3, 0)")),
     "token beyond a file": (lambda latest: change_state(latest, data=[0, 0, 50]), ("place in the data", "(0, 0, 50)")),
     "deep state": (lambda latest: (latest / "training.json").write_text('{"flags":' * 50_000), ("training.json", "not JSON")),

@@ -19,6 +19,7 @@ import numba
 import numpy as np
 import pytest
 
+import files
 import train_gpt2
 import train_gpt2_gpu
 import training
@@ -277,7 +278,7 @@ def test_locking_the_output_folder_leaves_nothing(tmp_path, monkeypatch):
     for folder in (tmp_path / "new" / "out", Path("new/out"), tmp_path, Path()):
         monkeypatch.setattr(sys, "argv", ["program", "--output-dir", str(folder)])
         with training.open_run(""):
-            assert [path.name for path in folder.iterdir()] == ["lock"]
+            assert [path.name for path in folder.iterdir()] == [files.LOCK_NAME]
         assert not list(tmp_path.iterdir())
 
 

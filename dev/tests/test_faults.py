@@ -29,7 +29,7 @@ import training
 from checkpoint import checkpoints, load_state
 from cli import UserError, bounded
 from conftest import Finished
-from dataloader import DataLoader, write_tokens
+from dataloader import DataLoader, lock_data, write_tokens
 from test_checkpoint import CONFIG, command
 
 SECONDS = 120
@@ -125,7 +125,8 @@ def test_files_are_written_before_output_fails(tmp_path):
 def test_hangup(flags, tmp_path):
     process = shell('exec "$0" "$@"', *flags, "--num-iterations", 10**6)
     read_until(process, "step       5/")
-    process.send_signal(signal.SIGHUP)
+    for _ in range(3):      # a shell sends one to its jobs, and the kernel another
+        process.send_signal(signal.SIGHUP)
     assert finish(process).status == 128 + signal.SIGHUP and last_step(tmp_path / "out") >= 5
 
 
@@ -160,9 +161,21 @@ def test_a_folder_belongs_to_one_run(flags, tmp_path, run_main, small_model):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"log.csv", "config.json", "model.safetensors"}
 
 
+@posix
+@pytest.mark.parametrize("name", [files.LOCK_NAME, "best", "checkpoints"])
+def test_links_out_of_a_received_folder_are_refused(flags, tmp_path, run_main, small_model, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "step-00000001.1.tmp").write_bytes(b"mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere" / ("step-00000001.1.tmp" if name == files.LOCK_NAME else ""))
+    finished = run_main(train_gpt2, *flags, "--num-iterations", 1, "--checkpoint-every", 1)
+    assert finished.status == 1 and finished.err.count("\n") == 1 and str(tmp_path / "out") in finished.err
+    assert [path.read_bytes() for path in (tmp_path / "elsewhere").iterdir()] == [b"mine"]
+
+
 def test_a_data_set_belongs_to_one_preparation(tmp_path, run_main):
     (tmp_path / "text.txt").write_text("a word " * 3_000)
-    with files.lock(tmp_path / "out.lock", "it"):
+    with lock_data(tmp_path / "out"):
         finished = run_main(prepare_text, tmp_path / "text.txt", "--output", tmp_path / "out")
     assert finished.status == 1 and f"--output {tmp_path / 'out'} is in use by process {os.getpid()} on" in finished.err
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
@@ -172,11 +185,12 @@ def test_unfinished_files_of_a_killed_run_are_deleted(flags, tmp_path, run_main,
     folders = [tmp_path / "out", tmp_path / "out" / "best", tmp_path / "out" / "checkpoints"]
     for folder in folders:
         folder.mkdir(parents=True)
-        (folder / "model.safetensors.1.tmp").write_bytes(b"half")
-        (folder / "mine.tmp").write_bytes(b"not ours")
+        if folder.name != "checkpoints":
+            (folder / "model.safetensors.1.tmp").write_bytes(b"half")
+        (folder / "notes.2024.tmp").write_bytes(b"not ours")
     (folders[2] / "step-00000001.1.tmp").mkdir()
     assert run_main(train_gpt2, *flags, "--num-iterations", 1).status == 0
-    assert sorted((tmp_path / "out").rglob("*.tmp")) == sorted(folder / "mine.tmp" for folder in folders)
+    assert sorted((tmp_path / "out").rglob("*.tmp")) == sorted(folder / "notes.2024.tmp" for folder in folders)
 
 
 def test_unfinished_files_of_running_processes_stay(tmp_path):
@@ -288,13 +302,14 @@ def made_up_cgroups(monkeypatch, tmp_path, own, contents):
 V1 = "5:memory:/docker/0123\n4:cpu,cpuacct:/docker/0123\n0::/\n"
 LIMITS = {
     "version 2": ("0::/a/b\n", {"a/b/memory.max": "700000000\n", "a/b/memory.current": "300000000\n",
-                                "a/b/memory.stat": "anon 1\ninactive_file 50000000\n", "a/b/cpu.max": "100000 100000\n"}),
+                                "a/b/memory.stat": "anon 1\ninactive_file 30000000\nactive_file 20000000\n",
+                                "a/b/cpu.max": "100000 100000\n"}),
     "around it": ("0::/a/b\n", {"a/b/memory.max": "max\n", "a/b/memory.current": "1\n", "a/memory.max": "700000000\n",
                                 "a/memory.current": "250000000\n", "a/cpu.max": "50000 100000\n",
                                 "a/b/cpu.max": "max 100000\n"}),
     "version 1": (V1, {"memory/docker/0123/memory.limit_in_bytes": "700000000\n",
                        "memory/docker/0123/memory.usage_in_bytes": "300000000\n",
-                       "memory/docker/0123/memory.stat": "total_inactive_file 50000000\n",
+                       "memory/docker/0123/memory.stat": "inactive_file 7\ntotal_inactive_file 50000000\n",
                        "cpu/docker/0123/cpu.cfs_quota_us": "100000\n", "cpu/docker/0123/cpu.cfs_period_us": "100000\n"}),
     "inside a container": (V1, {"memory/memory.limit_in_bytes": "700000000\n", "memory/memory.usage_in_bytes": "250000000\n",
                                 "cpu/cpu.cfs_quota_us": "99000\n", "cpu/cpu.cfs_period_us": "100000\n"}),

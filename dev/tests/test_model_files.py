@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tracemalloc
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,34 @@ def test_model_is_saved_even_if_the_vocabulary_is_unavailable(tmp_path, monkeypa
     save_model(tmp_path, config, params)
     assert_same(load_model(tmp_path), config, params)
     assert capsys.readouterr().out == f"{tmp_path} gets no tokenizer: GPT-2's vocabulary is missing\n"
+
+
+def test_tokenizer_of_another_model_goes_and_ones_own_stays(tmp_path, monkeypatch):
+    """Beside a model with another vocabulary, GPT-2's tokenizer would be wrong. Without a network, it is still right."""
+    for name in model_files.TOKENIZER_FILES:
+        (tmp_path / name).write_text("{}")
+    save_model(tmp_path, SMALL, random_params(SMALL))
+    assert set(model_files.TOKENIZER_FILES) < set(files_in(tmp_path))       # in a folder without a model they may be its own
+    wide = replace(SMALL, vocab_size=59)
+    save_model(tmp_path, wide, random_params(wide))
+    assert files_in(tmp_path) == ["config.json", "model.safetensors"]
+
+
+def test_a_kill_between_two_renames_leaves_a_model(tmp_path, monkeypatch):
+    """The old or the new one, also if they have the same tensors and another number of heads."""
+    old, new = Config(3, 60, 128, 1, 1, 4), Config(3, 60, 128, 1, 2, 4)
+    for count in range(3):
+        def rename(*names, original=os.replace):
+            rename.left -= 1
+            if rename.left < 0:
+                raise KeyboardInterrupt
+            original(*names)
+        rename.left = count
+        save_model(tmp_path / str(count), old, params := random_params(old))
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(os, "replace", rename)
+            save_model(tmp_path / str(count), new, params)
+        assert_same(load_model(tmp_path / str(count)), new if count > 0 else old, params)
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
