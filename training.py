@@ -53,6 +53,13 @@ def model_name(text: str) -> str:
     return text
 
 
+def folder_name(text: str) -> Path:
+    """An argparse type: a folder. An unset variable of the shell must not name the current one."""
+    if not text:
+        raise argparse.ArgumentTypeError("found '', expected a folder")
+    return Path(text)
+
+
 def make_parser(description: str, own_flags: dict) -> OneLineParser:
     """The parser of a training program. own_flags are those of one program only: {"threads": dict(type=..., help=...)}."""
     parser = OneLineParser(description=description)
@@ -63,7 +70,7 @@ def make_parser(description: str, own_flags: dict) -> OneLineParser:
              "Hugging Face folder, its name on the hub, a .safetensors file, an llm.c .bin file")
     add("--input-bin", help="training tokens: a file, or a glob in quotes (default: Tiny Shakespeare, prepared on first use)")
     add("--input-val-bin", help="validation tokens (default: Tiny Shakespeare's if --input-bin is not given, else none)")
-    add("--output-dir", default="out", type=Path, help="folder for log.csv, loss.png and the trained model; overwritten")
+    add("--output-dir", default="out", type=folder_name, help="folder for log.csv, loss.png and the trained model; overwritten")
     add("--batch-size", default=4, type=positive, help="sequences per micro-batch per process, B")
     add("--sequence-length", default=64, type=positive,
         help=f"tokens per sequence, T: a new model's context; at most a pretrained one's ({CONTEXT} for GPT-2)")

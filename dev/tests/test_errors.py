@@ -175,6 +175,7 @@ USAGE = {
     "unknown flag": (("--sequence-lenght", "16"), ("--sequence-lenght", "--help")),
     "no value": (("--seed",), ("--seed", "expected one argument")),
     "more threads than cores": (("--threads", CORES + 1), ("--threads", CORES + 1, "expected at most", CORES)),
+    "no output folder": (("--output-dir", ""), ("--output-dir", "expected a folder")),
     "no training file": (("--input-bin", ""), ("--input-bin",)),
     "no validation file": (("--input-val-bin", ""), ("--input-val-bin",)),
 }

@@ -28,11 +28,10 @@ import train_gpt2
 import training
 from checkpoint import checkpoints, load_state
 from cli import UserError, bounded
-from conftest import Finished
 from dataloader import DataLoader, lock_data, write_tokens
 from test_checkpoint import CONFIG, command
+from test_errors import finish, read_until
 
-SECONDS = 120
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither these signals nor /dev")
 
 
@@ -61,21 +60,6 @@ def shell(line, *flags):
             signal.signal(number, signal.SIG_DFL)
     return subprocess.Popen(["bash", "-c", line, *command(CONFIG, *flags)], text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=default_signals)
-
-
-def finish(process):
-    try:
-        out, err = process.communicate(timeout=SECONDS)
-        return Finished(process.returncode, out, err)
-    finally:
-        process.kill()
-
-
-def read_until(process, text):
-    for line in process.stdout:
-        if text in line:
-            return
-    pytest.fail(f"ended early: {finish(process)}")
 
 
 def last_step(folder):
