@@ -50,7 +50,7 @@ def tokens(tmp_path):
 @pytest.fixture
 def flags(tokens, tmp_path):
     return ["--input-bin", tokens, "--output-dir", tmp_path / "out", "--batch-size", 2, "--sequence-length", 8,
-            "--sample-every", 0]
+            "--sample-every", 0, "--threads", 1]
 
 
 def shell(line, *flags):
