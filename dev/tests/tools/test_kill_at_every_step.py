@@ -37,7 +37,7 @@ def run(*flags, patch=""):
 
 def test_promises_hold():
     status, out, promises = run("--every", 25)
-    assert status == 0 and {scenario for scenario, _ in promises} == {"training", "prepare_text", "files"}, out
+    assert status == 0 and {scenario for scenario, _ in promises} == {"training", "resuming", "prepare_text", "files"}, out
     assert all(0 < kills == held for kills, held in promises.values()), out
     assert "broken before" not in out
 
