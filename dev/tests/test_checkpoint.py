@@ -169,8 +169,9 @@ def test_what_was_loaded_does_not_stay_in_memory(run, tmp_path, monkeypatch, pro
     """While a resumed run trains, there is no second copy of the parameters, and no mapped file of moments."""
     def loaded():
         gc.collect()
-        arrays = [array for array in gc.get_objects() if isinstance(array, Tensors) and "wte" in array.shapes]
-        return len(arrays), sum(type(array.base) is np.memmap for array in gc.get_objects() if isinstance(array, np.ndarray))
+        arrays = [array for array in gc.get_objects() if type(array) is Tensors and "wte" in array.shapes]
+        return len(arrays), sum(type(array.base) is np.memmap for array in gc.get_objects()
+                                if issubclass(type(array), np.ndarray))
 
     def train(*arguments, original=train_gpt2.train):
         during.append(loaded())
@@ -229,6 +230,18 @@ def test_finished_run(run, tmp_path):
     assert run("out", "--num-iterations", 3).status == 0
     assert [load_state(path)["step"] for path in checkpoints(tmp_path / "out")] == [3]
     assert [row["step"] for row in csv.DictReader(open(tmp_path / "out" / "log.csv"))] == ["1", "1", "2", "2", "3", "3"]
+
+
+def test_line_of_the_log_that_is_cut_in_its_step(run, uninterrupted, tmp_path):
+    run("out", stop=STOP)
+    append(tmp_path / "out" / "log.csv", b"1")      # of step 12
+    assert run("out", "--resume", new=False).status == 0 and left_behind(tmp_path / "out") == uninterrupted
+
+
+def test_checkpoints_are_in_order_of_their_steps(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        (tmp_path / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
+    assert checkpoints(tmp_path)[-1].name == "step-100000000"
 
 
 def test_log_goes_on_after_the_checkpoint(run, uninterrupted, tmp_path):
@@ -345,6 +358,15 @@ DAMAGES = {
                        ("adam_m.npy", "holds object")),
     "pickle instead of a moment": (lambda latest: (latest / "adam_m.npy").write_bytes(pickle.dumps([1.0])),
                                    ("adam_m.npy", "damaged")),
+    "moment with another shape": (lambda latest: np.save(latest / "adam_m.npy", np.zeros((8768, 1), np.float32)),
+                                  ("adam_m.npy", "(8768, 1)")),
+    "moment with more bytes": (lambda latest: append(latest / "adam_m.npy", b"more"), ("adam_m.npy", "damaged", "35,076")),
+    "moment of another format": (lambda latest: (latest / "adam_m.npy").write_bytes(b"\x93NUMPY\x02\0"),
+                                 ("adam_m.npy", "damaged")),
+    "infinity in the log": (lambda latest: append(latest.parents[1] / "log.csv", b"3,inf,,,1.0,0.1,1,1\n"),
+                            ("log.csv", "finite numbers")),
+    "no step in the log": (lambda latest: append(latest.parents[1] / "log.csv", b"x1,1.0,,,1.0,0.1,1,1\n"),
+                           ("log.csv", "a step")),
     "moment that is too short": (lambda latest: cut(latest / "adam_m.npy", 128 + 4 * 8767),
                                  ("adam_m.npy", "damaged", "35,072")),
     "no model": (lambda latest: (latest / "model.safetensors").unlink(), ("no model.safetensors",)),
@@ -354,6 +376,11 @@ DAMAGES = {
 
 def cut(path, size=None):
     path.write_bytes(path.read_bytes()[:size or path.stat().st_size // 2])
+
+
+def append(path, contents):
+    with open(path, "ab") as file:
+        file.write(contents)
 
 
 def pipe(path):

@@ -34,7 +34,7 @@ from gpt2 import Config
 from hellaswag import Example, write_examples
 from model_files import safetensors_pieces, save_llmc, save_model
 
-NUM_FILES = int(os.environ.get("DAMAGED_FILES", 275))
+NUM_FILES = int(os.environ.get("DAMAGED_FILES", 165))
 SECONDS = 5             # for one file; most take a hundredth of a second
 FACTOR = 8              # bytes of memory for each byte of the files, beyond what the valid files need
 SLACK = 2**24           # and for any file, enough for a plot

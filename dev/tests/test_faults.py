@@ -20,18 +20,23 @@ from numba.core.caching import FunctionCache
 
 import files
 import generate_gpt2
+import kernels_cpu
 import machine
 import matmul_cpu
+import model_files
 import prepare_text
 import tokenizer
 import train_gpt2
 import training
 from checkpoint import checkpoints, load_state
 from cli import UserError, bounded
+from conftest import random_params
 from dataloader import DataLoader, lock_data, write_tokens
+from model_files import load_model, save_llmc, save_model
 from test_checkpoint import CONFIG, command
 from test_errors import finish, read_until
 
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither these signals nor /dev")
 
 
@@ -58,7 +63,9 @@ def shell(line, *flags):
     def default_signals():      # a test that runs in the background inherits that SIGINT is ignored
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-    return subprocess.Popen(["bash", "-c", line, *command(CONFIG, *flags)], text=True, start_new_session=True,
+    program = command(CONFIG, *flags)
+    program[2] = program[2].replace("run_program(", "training.TrainingLog.plot = lambda log: None\nrun_program(")
+    return subprocess.Popen(["bash", "-c", line, *program], text=True, start_new_session=True, env=BUFFERED,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=default_signals)
 
 
@@ -98,12 +105,43 @@ def test_ctrl_c_that_kills_tee_too(flags, tmp_path):
 def test_files_are_written_before_output_fails(tmp_path):
     (tmp_path / "text.txt").write_text("a word " * 3_000)
     finished = subprocess.run([sys.executable, prepare_text.__file__, tmp_path / "text.txt", "--output", tmp_path / "out"],
-                              stdout=open("/dev/full", "w"), stderr=subprocess.PIPE, text=True)
+                              stdout=open("/dev/full", "w"), stderr=subprocess.PIPE, text=True, env=BUFFERED)
     assert finished.returncode == 1 and finished.stderr.count("\n") == 1 and "cannot write standard output" in finished.stderr
     assert DataLoader(tmp_path / "out_train_*.bin", 1, 8, 50257).num_tokens > 5_000 and (tmp_path / "out_val.bin").exists()
 
 
+@posix
+@pytest.mark.parametrize("line, status, message", [
+    ('"$0" "$@" --perplexity "$3" > /dev/full', 1, "cannot write standard output"),
+    ('"$0" "$@" --help > /dev/full', 1, "cannot write standard output"),
+    ('"$0" "$@" --perplexity nowhere > /dev/full', 1, "cannot read nowhere"),
+    ('set -o pipefail; "$0" "$@" --help | true', 141, ""),
+])
+def test_output_that_is_all_there_is(tmp_path, line, status, message):
+    """One line, and no complaint of Python's at exit."""
+    save_llmc(tmp_path / "model.bin", CONFIG, random_params(CONFIG), version=3)
+    write_tokens(tmp_path / "tokens.bin", [1] * 20)
+    program = [sys.executable, generate_gpt2.__file__, "--model", tmp_path / "model.bin"]
+    finished = subprocess.run(["bash", "-c", line.replace("$3", str(tmp_path / "tokens.bin")), *program], text=True,
+                              env=BUFFERED, capture_output=True)
+    lines = [line for line in finished.stderr.splitlines() if "tok/s" not in line and "compiling" not in line]
+    assert finished.returncode == status and len(lines) == bool(message) and message in "".join(lines), finished
+
+
 # Signals
+
+@posix
+def test_second_ctrl_c(flags, tmp_path):
+    """Interrupts at once, even in a step that takes a minute."""
+    process = shell('exec "$0" "$@"', *flags, "--num-iterations", 10**6, "--total-batch-size", 16 * 10**5)
+    time.sleep(1.5)
+    os.kill(process.pid, signal.SIGINT)
+    for line in process.stderr:
+        if "stopping when" in line:
+            break
+    os.kill(process.pid, signal.SIGINT)
+    assert finish(process)[::2] == (130, "interrupted\n")
+
 
 @posix
 def test_hangup(flags, tmp_path):
@@ -198,6 +236,19 @@ def test_weights_that_are_not_finite_replace_nothing(flags, tmp_path, run_main, 
     assert last_step(tmp_path / "out") == 2
 
 
+def test_best_model_that_is_not_finite_replaces_nothing(flags, tmp_path, run_main, small_model, monkeypatch):
+    def evaluate(model, *arguments, original=train_gpt2.evaluate):
+        loss = original(model, *arguments) - 0.1 * model.steps
+        model.steps += 1
+        model.params.wpe[-1, -1] = np.inf if model.steps == 3 else 0
+        return loss
+    monkeypatch.setattr(train_gpt2.GPT2, "steps", 0, raising=False)
+    monkeypatch.setattr(train_gpt2, "evaluate", evaluate)
+    finished = run_main(train_gpt2, *flags, "--input-val-bin", flags[1], "--val-loss-every", 1, "--num-iterations", 5)
+    assert finished.status == 1 and "step 3: parameter wpe is not finite" in finished.err
+    assert np.isfinite(load_model(tmp_path / "out" / "best")[1].flat).all()
+
+
 # Files that are no files, or change
 
 @posix
@@ -245,6 +296,31 @@ def test_token_file_that_shrinks(tokens):
     with pytest.raises(UserError, match="tokens.bin was cut short while it was in use"):
         for _ in range(10):
             loader.next_batch()
+
+
+def test_model_file_that_shrinks(tmp_path, monkeypatch):
+    save_model(tmp_path, CONFIG, random_params(CONFIG))
+
+    def check(*arguments, original=model_files.check_tensors):
+        original(*arguments)
+        os.truncate(tmp_path / "model.safetensors", 5_000)
+    monkeypatch.setattr(model_files, "check_tensors", check)
+    with pytest.raises(UserError, match="model.safetensors was cut short while it was read"):
+        load_model(tmp_path)
+
+
+def test_place_in_shuffled_files(tmp_path):
+    """A place is checked in the file of that epoch's order."""
+    for i, size in enumerate((20, 40, 60)):
+        write_tokens(tmp_path / f"{i}.bin", [i] * size)
+    loader = DataLoader(tmp_path / "?.bin", 1, 8, 60, shuffle_seed=1)
+    for epoch in range(5):
+        for done, shard in enumerate(loader.shard_order(epoch)):
+            size = loader.shards[shard].num_tokens
+            loader.set_state((epoch, done, size))
+            loader.next_batch()
+            with pytest.raises(UserError, match="place in the data"):
+                loader.set_state((epoch, done, size + 1))
 
 
 def test_token_file_that_is_replaced(tmp_path):
@@ -311,6 +387,25 @@ def test_limits_of_a_container(monkeypatch, tmp_path, run_main, own, contents):
                         "--output-dir", tmp_path / "out")
     assert finished.status == 1 and re.search(r"needs \d\.\d GB, and this machine has 0\.5 of its 0\.7 GB free", finished.err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_cores_that_may_be_used(monkeypatch, tmp_path):
+    """An affinity mask counts; a quota of -1 (version 1) is none; and threads are not more than the cores."""
+    made_up_cgroups(monkeypatch, tmp_path, V1, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3})
+    assert machine.usable_cores() == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3})
+    before = numba.get_num_threads()
+    try:
+        assert machine.usable_cores() == kernels_cpu.use_threads(None) == 1
+    finally:
+        numba.set_num_threads(before)
+
+
+def test_memory_that_is_there_but_not_free():
+    with pytest.raises(UserError, match="it needs 3.0 GB, and here has 2.0 of its 4.0 GB free; hint"):
+        machine.check_memory("it", 3 * 10**9, (2 * 10**9, 4 * 10**9), "here", "hint")
 
 
 def test_no_limits(monkeypatch, tmp_path):
