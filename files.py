@@ -185,7 +185,7 @@ def lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     while True:
         # Not through a link, which may lead out of a folder that comes from a stranger.
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        file = os.fdopen(os.open(path, flags, 0o666), "r+")
+        file = os.fdopen(os.open(path, flags, 0o666), "r+", errors="replace")
         if try_lock(file):
             with contextlib.suppress(FileNotFoundError):    # its last holder has just deleted it, or another process has it
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
