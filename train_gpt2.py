@@ -306,9 +306,9 @@ def train_and_save(model: GPT2, options, train_loader: DataLoader, val_loader: D
     examples = read_examples(options.hellaswag, model.config.vocab_size) if options.hellaswag else []
     progress = initial_progress(options, train_loader.fingerprint())
     train_loader.set_state(progress.data)
-    world.check_same(**{"the training data": progress.fingerprint, "the number of steps done": progress.step,
-                        "the model": zlib.crc32(model.get_params().flat) if world.size > 1 else None,
-                        "the validation data": val_loader and val_loader.fingerprint(), "HellaSwag": len(examples)})
+    if world.size > 1:
+        world.check_same(**{"the model": zlib.crc32(model.get_params().flat), "the training data": progress.fingerprint,
+                            "the validation data": val_loader and val_loader.fingerprint(), "HellaSwag": len(examples)})
     print_configuration(options, model, train_loader, val_loader, examples, **device_rows)
     title = f"{options.model} on {Path(options.input_bin).name}"
     log = TrainingLog(options.output_dir, title, options.num_iterations, options.total_batch_size, ideal_seconds, progress.step

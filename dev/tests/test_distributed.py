@@ -226,14 +226,15 @@ def test_flags_must_be_the_same(data, tmp_path, flag):
 
 
 @mpi
-def test_data_must_be_the_same(data, tmp_path):
+@pytest.mark.parametrize("flag, part", [("--input-bin", "training data is "), ("--input-val-bin", "validation data is ")])
+def test_data_must_be_the_same(data, tmp_path, flag, part):
     """As on two machines, where the same path is another file."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_tokens(tmp_path / name / "train.bin", np.random.default_rng(ord(name)).integers(60, size=1000))
-    flags = "--input-bin", "train.bin"
+        write_tokens(tmp_path / name / "mine.bin", np.random.default_rng(ord(name)).integers(60, size=1000))
+    flags = flag, "mine.bin"
     process = launch_two(data, tmp_path / "out", flags, flags, "import os; os.chdir('../b')", tmp_path / "a")
-    end_with_one_line(process, "the training data is ")
+    end_with_one_line(process, part)
 
 
 @mpi

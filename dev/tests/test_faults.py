@@ -40,6 +40,20 @@ BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHON
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither these signals nor /dev")
 
 
+@pytest.fixture(autouse=True)
+def alarm():
+    """A test that hangs fails."""
+    def ring(*_):
+        raise TimeoutError("the test hangs")
+    before = signal.signal(signal.SIGALRM, ring) if hasattr(signal, "SIGALRM") else None
+    if before is not None:
+        signal.alarm(60)
+    yield
+    if before is not None:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.fixture
 def small_model(monkeypatch):
     monkeypatch.setattr(training, "model_config", lambda name: CONFIG)
