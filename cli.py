@@ -63,7 +63,7 @@ def one_line(text: str) -> str:
 
 
 class Output:
-    """Standard output or standard error, either of which can fail: a full disk, a reader that is gone, a closed terminal.
+    """Standard output or standard error. Both can fail: a full disk, a reader that is gone, a closed terminal.
 
     After the first failure, kept in `failure`, all that is written is dropped.
 

@@ -52,7 +52,7 @@ def write_token_stream(path: str | Path, arrays: Iterable[Sequence[int]]) -> int
 
 
 class TokenFile:
-    """A token file, of which any part can be read. Open until `close`; the next `read` opens it again.
+    """A token file that is read in parts. Open until `close`; the next `read` opens it again.
 
     Nothing is mapped: a file that shrinks while it is used is then an error in one line, not the death of the process.
 
