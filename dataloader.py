@@ -113,16 +113,20 @@ def replace_token_files(new: Path) -> None:
     """
     name = new.name.removesuffix(NEW_SUFFIX)
     val_name = f"{name}_val.bin"
-    in_order = sorted(new.iterdir(), key=lambda path: (path.name == val_name, len(path.name), path.name))
-    shards = [path for path in in_order if path.name != val_name]
-    if shards:
+    in_order = sorted(new.iterdir(), key=lambda path: (path.name == val_name, *by_number(path)))
+    if in_order and in_order[0].name != val_name:
         (new.parent / val_name).unlink(missing_ok=True)
-        for old in find_shards(new.parent / name):
-            if (len(old.name), old.name) > (len(shards[-1].name), shards[-1].name):
-                old.unlink()
+    numbered = find_shards(new / name)      # none if there is a single file without a number
+    for old in find_shards(new.parent / name) if numbered else ():
+        if by_number(old) > max(map(by_number, numbered)):
+            old.unlink()
     for path in in_order:
         os.replace(path, new.parent / path.name)
     new.rmdir()
+
+
+def by_number(shard):
+    return len(shard.name), shard.name      # beyond six digits, a number is longer
 
 
 def finish_replacing(folder: Path) -> None:

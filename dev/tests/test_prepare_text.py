@@ -319,6 +319,15 @@ def test_shards_of_an_earlier_text_are_deleted(run, tmp_path):
     assert np.concatenate(shards).tolist() == tokens_of(contents)
 
 
+def test_a_single_file_without_a_number_deletes_no_shards(tmp_path):
+    """As prepare_tinyshakespeare.py writes it: shards of that name are somebody's own."""
+    (tmp_path / "text_train_000000.bin").write_bytes(b"mine")
+    arrays = iter([np.arange(5_000, dtype=np.uint16)])
+    prepare_text.write_token_files(arrays, iter([tmp_path / "text_train.bin"]), tmp_path / "text_val.bin")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text_train.bin", "text_train_000000.bin", "text_val.bin"]
+    assert (tmp_path / "text_train_000000.bin").read_bytes() == b"mine"
+
+
 def test_leftovers_of_a_killed_process_are_deleted(run, tmp_path):
     (tmp_path / "text.txt").write_bytes(some_text(20_000))
     for name in ("out_val.new.99999.tmp", "other_val.new.99999.tmp"):
