@@ -17,13 +17,17 @@ CHANNELS_PER_HEAD = 64
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model, named as in llm.c. `channels` is a multiple of `num_heads`."""
+    """The sizes of a model, named as in llm.c. `channels` is a multiple of `num_heads`.
+
+    exact_gelu: whether the activation is GELU itself, not the tanh approximation of GPT-2
+    """
     max_seq_len: int
     vocab_size: int
     padded_vocab_size: int
     num_layers: int
     num_heads: int
     channels: int
+    exact_gelu: bool = False
 
 
 def model_config(name: str) -> Config:
