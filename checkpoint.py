@@ -22,9 +22,10 @@ import numpy as np
 
 from cli import LARGEST, UserError
 from distributed import SINGLE_PROCESS, World
-from files import atomic_file, atomic_folder, delete_unfinished, open_file
+from files import atomic_file, atomic_folder, delete_unfinished, open_file, read_array_header, read_json, short_repr
 from gpt2 import Config, Tensors
-from model_files import MODEL_FILES, load_model, read_json, read_safetensors, same_tensors, save_model, short_repr
+from model_files import MODEL_FILES, load_model, load_model_tokenizer, read_safetensors, same_tensors, save_model
+from tokenizer import Tokenizer
 
 MOMENTS = "adam_m.npy", "adam_v.npy"
 STATE = "training.json"
@@ -63,10 +64,11 @@ def step_of(checkpoint):
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def save_checkpoint(output_dir: Path, config: Config, params: Tensors, moments, state: dict, keep: int) -> Path:
+def save_checkpoint(output_dir: Path, config: Config, params: Tensors, tokenizer: Tokenizer, moments, state: dict, keep: int
+                    ) -> Path:
     """Write a checkpoint after state["step"] steps, then delete all but the latest `keep`. Returns its path.
 
-    config, params: the model, see save_model
+    config, params, tokenizer: the model, see save_model
     moments: AdamW's two moments, flat NumPy arrays
     state: the contents of training.json, a dict with the keys of STATE_FIELDS
 
@@ -74,7 +76,7 @@ def save_checkpoint(output_dir: Path, config: Config, params: Tensors, moments, 
     """
     path = Path(output_dir, "checkpoints", f"step-{state['step']:08}")
     with atomic_folder(path) as folder:
-        save_model(folder, config, params)
+        save_model(folder, config, params, tokenizer)
         for name, moment in zip(MOMENTS, moments):
             with atomic_file(folder / name) as file:
                 np.save(file, moment)
@@ -124,9 +126,12 @@ def load_state(path: Path) -> dict:
 
 
 def is_saved(checkpoint: Path, output_dir: Path) -> bool:
-    """Whether the output folder holds the model of a checkpoint, as it does at the end of a run."""
+    """Whether the output folder holds the model of a checkpoint and its tokenizer, as it does at the end of a run."""
+    folders = checkpoint, output_dir
     try:
-        return same_tensors(*(read_safetensors(folder / "model.safetensors")[0] for folder in (checkpoint, output_dir)))
+        tokenizers = [load_model_tokenizer(folder).fingerprint for folder in folders]
+        return tokenizers[0] == tokenizers[1] and same_tensors(
+            *(read_safetensors(folder / "model.safetensors")[0] for folder in folders))
     except UserError:       # there is none, or it is damaged
         return False
 
@@ -143,14 +148,8 @@ def load_checkpoint(path: Path) -> tuple[Config, Tensors, list[np.ndarray]]:
 def open_moment(path, size):
     """One of AdamW's moments, a memory-mapped float32 array of that size. Raises UserError if the file is anything else."""
     with open_file(path, REPAIR_HINT) as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise ValueError(f"version {version}, expected (1, 0)")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        except Exception as error:      # NumPy's parser raises many types for a damaged header
-            raise UserError(f"{path} is damaged ({short_repr(str(error))}); {REPAIR_HINT}") from error
-        start, end = file.tell(), file.seek(0, os.SEEK_END)
+        start, dtype, shape = read_array_header(file, path, REPAIR_HINT)
+        end = file.seek(0, os.SEEK_END)
     if shape != (size,) or dtype != np.dtype("<f4"):
         raise UserError(f"{path} holds {short_repr(str(dtype))} of shape {short_repr(shape)}, expected float32 of shape "
                         f"({size},), a number for each parameter of its model; {REPAIR_HINT}")
@@ -171,13 +170,15 @@ def check_weights(step: int, params: Tensors, moments=()) -> None:
 class Saver:
     """Saves the checkpoints and models of a run (process 0 only).
 
+    tokenizer: saved with the model
     output_dir: folder of the run
     keep: how many checkpoints to keep
     flags: the flags that a checkpoint records, a dict
     """
 
-    def __init__(self, model, output_dir: Path, keep: int, flags: dict, world: World = SINGLE_PROCESS):
-        self.model, self.output_dir, self.keep, self.flags, self.world = model, output_dir, keep, flags, world
+    def __init__(self, model, tokenizer: Tokenizer, output_dir: Path, keep: int, flags: dict, world: World = SINGLE_PROCESS):
+        self.model, self.tokenizer, self.output_dir = model, tokenizer, output_dir
+        self.keep, self.flags, self.world = keep, flags, world
 
     def save_checkpoint(self, progress) -> None:
         """Write a checkpoint, from which --resume continues. progress is a training.Progress.
@@ -189,11 +190,11 @@ class Saver:
             params = self.model.get_params()
             check_weights(progress.step, params, moments)
             state = asdict(progress) | {"flags": self.flags}
-            save_checkpoint(self.output_dir, self.model.config, params, moments, state, self.keep)
+            save_checkpoint(self.output_dir, self.model.config, params, self.tokenizer, moments, state, self.keep)
 
     def save_model(self, folder: Path, step: int) -> None:
         """Write the model, after `step` steps, to a folder. Raises UserError as save_checkpoint does."""
         if self.world.rank == 0:
             params = self.model.get_params()
             check_weights(step, params)
-            save_model(folder, self.model.config, params)
+            save_model(folder, self.model.config, params, self.tokenizer)

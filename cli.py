@@ -32,9 +32,10 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser that reports errors as UserErrors. They end with `hint`."""
     hint = "--help lists the flags"
 
-    def add_flag(self, flag: str, default=None, help: str = "", **rest) -> None:
+    def add_flag(self, *flags: str, default=None, help: str = "", **rest) -> None:
         """Add a flag. A default other than None is appended to its help text."""
-        self.add_argument(flag, default=default, help=help + (" (default: %(default)s)" if default is not None else ""), **rest)
+        help += " (default: %(default)s)" if default is not None else ""
+        self.add_argument(*flags, default=default, help=help, **rest)
 
     def error(self, message):
         raise UserError(f"{message}; {self.hint}", status=2)
@@ -54,6 +55,18 @@ def bounded(kind: type, low: float, high: float | None = None) -> Callable[[str]
             raise argparse.ArgumentTypeError(f"found {reprlib.repr(text)}, expected {number} of at least {low}{most}")
         return value
     return parse
+
+
+def is_utf8(text: str) -> bool:
+    """Whether an argument or a line of input is UTF-8: for other bytes, Python puts half a surrogate pair into the text."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def utf8(text: str) -> str:
+    """An argparse type: a text."""
+    if not is_utf8(text):
+        raise argparse.ArgumentTypeError(f"found {reprlib.repr(text)}, expected UTF-8; convert it to UTF-8")
+    return text
 
 
 def one_line(text: str) -> str:

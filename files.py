@@ -5,9 +5,11 @@ import functools
 import glob
 import hashlib
 import io
+import json
 import os
 import platform
 import re
+import reprlib
 import shutil
 import stat
 import struct
@@ -20,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from platformdirs import user_cache_path
 
 from cli import UserError
@@ -28,6 +31,8 @@ CACHE_VARIABLE = "GPT2_BY_HAND_CACHE"
 TEMPORARY_PREFIX = "gpt2-by-hand-"
 PIP_SECONDS = 120  # enough for two megabytes over a slow line
 LOCK_NAME = ".gpt2-by-hand.lock"    # not a name that a user's file may have: its contents are replaced
+REPAIR_HINT = "download or save it again"
+MAX_JSON_BYTES = 2**20      # parsed JSON can be many times larger; GPT-2 XL's header has 70 KB
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 
@@ -283,6 +288,55 @@ def open_file(path: str | Path, repair_hint: str, stream: bool = False, status: 
 KINDS = {stat.S_ISDIR: "a directory", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}
 
 
+def read_json(path, repair_hint=REPAIR_HINT):
+    """Return the JSON object in a file as a dict. Raises UserError if the file holds anything else."""
+    with open_file(path, repair_hint) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > MAX_JSON_BYTES:
+            raise UserError(f"{path} has {size:,} bytes, expected at most {MAX_JSON_BYTES:,}; {repair_hint}")
+        file.seek(0)
+        return parse_json(file.read(), path, repair_hint)
+
+
+def parse_json(contents, source, repair_hint=REPAIR_HINT):
+    """Return the JSON object in `contents` (bytes) as a dict. Raises UserError, which names `source`, for anything else."""
+    try:
+        value = json.loads(contents)
+    except (ValueError, RecursionError) as error:  # ValueError also if it is not UTF-8
+        raise UserError(f"{source} is not JSON ({short_repr(str(error))}); {repair_hint}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{source} is {short_repr(value)}, expected a JSON object; {repair_hint}")
+    return value
+
+
+def short_repr(value):
+    """Return a value from a file as one line, shortened if it is long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxlong = short.maxother = 200
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 200 else short.repr(value)
+
+
+BEGINNINGS = {
+    "an llm.c model": struct.pack("<i", 20240326),
+    "an llm.c token file": struct.pack("<i", 20240520),
+    "an llm.c token file of large tokens": struct.pack("<i", 20240801),
+    "llm.c's optimizer state": struct.pack("<i", 20240527),
+    "a HellaSwag file": struct.pack("<i", 20240522),
+    "a NumPy array (.npy)": np.lib.format.MAGIC_PREFIX,
+    "a GGUF file": b"GGUF",
+    "a zip archive, perhaps a PyTorch checkpoint": b"PK",
+    "a Python pickle": (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+    "a gzip archive": b"\x1f\x8b",
+    "an archive compressed by Zstandard": b"\x28\xb5\x2f\xfd",
+    "an xz archive": b"\xfd7zXZ",
+    "a Parquet file": b"PAR1",
+    "an HDF5 file": b"\x89HDF",
+    "a Git LFS pointer, not the file itself (git lfs pull fetches it)": b"version https://git-lfs",
+    "a PDF document": b"%PDF",
+    "a picture": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8"),
+}
+
+
 def make_header(*fields: int) -> bytes:
     """The header of llm.c's files: 256 little-endian int32: a magic number, a version, more fields, then zeros."""
     return struct.pack(f"<{HEADER_INTS}i", *fields, *[0] * (HEADER_INTS - len(fields)))
@@ -301,14 +355,47 @@ def read_header(file: BinaryIO, path: Path, kind: str, magic: int, versions: dic
     header = file.read(HEADER_BYTES)
     size = file.seek(0, os.SEEK_END)
     if len(header) < HEADER_BYTES:
-        raise UserError(f"{path} has {size:,} bytes, expected a header of {HEADER_BYTES:,}, as {kind} has it; {repair_hint}")
+        found = "is text of" if size > 0 and kind_of(header) == "text" else "has"
+        raise UserError(f"{path} {found} {size:,} bytes, expected a header of {HEADER_BYTES:,}, as {kind} has it; "
+                        f"{repair_hint}")
     found, version, *fields = struct.unpack(f"<{HEADER_INTS}i", header)
     if found != magic:
-        raise UserError(f"{path} begins with {found}, expected the magic number {magic} of {kind}; {repair_hint}")
+        found = kind_of(header) or f"no file of a known kind: it begins with {found}"
+        raise UserError(f"{path} is {found}, expected {kind}; {repair_hint}")
     if version not in versions:
         expected = " or ".join(f"{number} ({dtype})" for number, dtype in versions.items())
         raise UserError(f"{path} is {kind} of version {version}, expected version {expected}; {repair_hint}")
     return size, version, fields
+
+
+def read_array_header(file: BinaryIO, path: Path, repair_hint: str) -> tuple[int, np.dtype, tuple]:
+    """Where the data of a .npy file begins, its dtype and its shape. Raises UserError if the header is damaged.
+
+    file: open at its beginning
+    """
+    try:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"version {version}, expected (1, 0)")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:      # NumPy's parser raises many types for a damaged header
+        raise UserError(f"{path} is damaged ({short_repr(str(error))}); {repair_hint}") from error
+    return file.tell(), dtype, shape
+
+
+def kind_of(opening: bytes) -> str | None:
+    """What a file is that begins so, in words; None if it is of no kind that is known here."""
+    for kind, beginnings in BEGINNINGS.items():
+        if opening.startswith(beginnings):
+            return kind
+    if opening[8:9] == b"{":
+        return "a safetensors file"
+    try:
+        opening.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(opening) - 3:      # else a character is cut off
+            return None
+    return None if b"\0" in opening else "text"
 
 
 def sha256(contents: bytes) -> str:

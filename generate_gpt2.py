@@ -3,7 +3,6 @@
 Read it from the top: int8 weights; the decoder, whose flat forward pass is train_gpt2.py's with a KV cache; the sampling loop;
 from tokens to text; and the command line. Results go to standard output; notes and speed go to standard error.
 """
-import codecs
 import contextlib
 import io
 import math
@@ -15,22 +14,24 @@ from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from cli import OneLineParser, UserError, bounded, run_program      # first: from here on, Ctrl-C is one line
+from cli import OneLineParser, UserError, bounded, is_utf8, run_program, utf8      # first: from here on, Ctrl-C is one line
 
 import numpy as np
 
 import kernels_cpu as kernels
-from dataloader import TOKENS_MAGIC, TokenFile
+from dataloader import TokenFile, is_token_file
 from files import cache_lifetime, open_file
-from gpt2 import VOCABULARY, Config, Tensors, ceil_div, chunks, parameter_shapes
+from gpt2 import Config, Tensors, ceil_div, chunks, parameter_shapes
 from machine import check_memory, main_memory
 from matmul_cpu import QUANT_GROUP, in_large_pages
-from model_files import load_model
+from model_files import find_model, load_model, load_model_tokenizer
 from sampling import sample
-from tokenizer import END_OF_TEXT, gpt2_encoding
+from text_files import as_text, clean
+from tokenizer import Tokenizer
 
 MEMORY_BOUND_ROWS = 24    # up to this many rows, a matrix product is limited by reading its weight
 OUT_OF_MEMORY_HINT = "choose a smaller --model, fewer --num-samples or --quantize int8"
+REPLACEMENT = "\ufffd"            # for bytes that are not UTF-8
 DAMAGED_WEIGHTS_HINT = "the model's weights are damaged, or it diverged in training; use another --model"
 
 
@@ -173,8 +174,11 @@ class Decoder:
         return self.logits(rows[:, -1].copy())
 
 
-def generate(decoder: Decoder, texts: list, generators: list, max_new_tokens: int, **sampling) -> Iterator[list[int]]:
+def generate(decoder: Decoder, texts: list, generators: list, max_new_tokens: int, vocab_size: int | None = None, **sampling
+             ) -> Iterator[list[int]]:
     """Yield the next token of each of the texts and append it, max_new_tokens times.
+
+    vocab_size: of the tokenizer. Tokens beyond it, which only fill up the model's rows, are never drawn.
 
     Each text has its own random generator. While no more than MEMORY_BOUND_ROWS rows are read at a time, the bits of a text's
     logits do not depend on the other texts. With more rows, other kernels are used and logits differ by 1e-6, which may change
@@ -185,7 +189,8 @@ def generate(decoder: Decoder, texts: list, generators: list, max_new_tokens: in
         logits = decoder.next_logits(texts)
         if not np.isfinite(logits).all():
             raise UserError(f"the logits after {len(texts[0]):,} tokens are not finite: {DAMAGED_WEIGHTS_HINT}")
-        tokens = [sample(row, text, generator, **sampling) for row, text, generator in zip(logits, texts, generators)]
+        tokens = [sample(row[:vocab_size], text, generator, **sampling)
+                  for row, text, generator in zip(logits, texts, generators)]
         for text, token in zip(texts, tokens):
             text.append(token)
         yield tokens
@@ -218,22 +223,34 @@ class TextStream:
     """Turns tokens into text as they arrive, up to the first stop string.
 
     A token may end inside a UTF-8 character, and a text may end with the beginning of a stop: both wait for the next token.
+
+    tokens: those before, which may decide whether the first word needs a space
     stopped: whether a stop was found
     """
 
-    def __init__(self, encoding, stops: list[str]):
-        self.encoding, self.stops = encoding, stops
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def __init__(self, tokenizer: Tokenizer, stops: list[str], tokens: list[int]):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.begin(tokens[-1:])
         self.waiting = ""
         self.stopped = False
 
+    def begin(self, tokens):
+        """Forget all tokens but these, whose text has been printed."""
+        self.tokens, self.printed = tokens, len(self.tokenizer.decode(tokens))
+
     def add(self, token: int) -> str:
         """The text that can be printed after this token."""
-        return self.release(self.decoder.decode(self.encoding.decode_single_token_bytes(token)))
+        self.tokens.append(token)
+        text = self.tokenizer.decode(self.tokens)
+        complete = text.removesuffix(REPLACEMENT)       # it may be the beginning of a character
+        new, self.printed = complete[self.printed:], max(self.printed, len(complete))
+        if complete == text:
+            self.begin([token])
+        return self.release(new)
 
     def finish(self) -> str:
         """The remaining text, when no token follows."""
-        text = self.release(self.decoder.decode(b"", final=True)) + self.waiting
+        text = self.release(self.tokenizer.decode(self.tokens)[self.printed:]) + self.waiting
         self.waiting = ""
         return text
 
@@ -265,12 +282,12 @@ class Speed:
                 f"generated: {rate(self.new_tokens, self.new_seconds)}")
 
 
-def write_texts(decoder: Decoder, encoding, texts: list, generators: list, options, speed: Speed) -> list[str]:
+def write_texts(decoder: Decoder, tokenizer: Tokenizer, texts: list, generators: list, options, speed: Speed) -> list[str]:
     """Continue the texts until each has max_new_tokens more tokens, hits a stop string or ends. Return what was added, as text.
 
     The first text is streamed to standard output. Counts and times are added to `speed`.
     """
-    streams = [TextStream(encoding, options.stop) for _ in texts]
+    streams = [TextStream(tokenizer, options.stop, text) for text in texts]
     written = [""] * len(texts)
     ended = [False] * len(texts)
 
@@ -282,8 +299,8 @@ def write_texts(decoder: Decoder, encoding, texts: list, generators: list, optio
     start, length = decoder.start, decoder.length
     truncated = start > 0
     started = time.perf_counter()
-    for step, tokens in enumerate(generate(decoder, texts, generators, options.max_new_tokens, temperature=options.temperature,
-                                           top_k=options.top_k, top_p=options.top_p,
+    for step, tokens in enumerate(generate(decoder, texts, generators, options.max_new_tokens, tokenizer.vocab_size,
+                                           temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
                                            repetition_penalty=options.repetition_penalty)):
         if step == 0:
             speed.prompt_tokens += decoder.length - (length if decoder.start == start else 0)
@@ -293,9 +310,9 @@ def write_texts(decoder: Decoder, encoding, texts: list, generators: list, optio
             speed.new_tokens += len(texts)
         for i, token in enumerate(tokens):
             if not ended[i]:
-                if token != END_OF_TEXT:
+                if token not in tokenizer.end_tokens:
                     write(i, streams[i].add(token))
-                ended[i] = token == END_OF_TEXT or streams[i].stopped
+                ended[i] = token in tokenizer.end_tokens or streams[i].stopped
         if decoder.start > 0 and not truncated:
             truncated = True
             context = decoder.config.max_seq_len
@@ -324,9 +341,9 @@ def parse_options(description: str, arguments: list | None = None, **own_flags):
     parser = OneLineParser(description=description)
     add, switch = parser.add_flag, parser.add_argument
     positive, count = bounded(int, 1), bounded(int, 0)
-    add("--model", required=True, help="a Hugging Face folder, such as train_gpt2.py writes; a .safetensors file; an llm.c "
+    add("--model", required=True, help="a Hugging Face folder, such as train_gpt2.py writes; a .safetensors, .gguf or llm.c "
         ".bin file; or a name on the Hugging Face hub: gpt2, gpt2-medium, distilgpt2, ...")
-    add("--prompt", help="the text to continue; if empty, generation starts from <|endoftext|>, which begins a new text "
+    add("--prompt", type=utf8, help="the text to continue; if empty, generation starts from the token that begins a new text "
         "(default: standard input without its last newline, if it is a file or a pipe)")
     add("--max-new-tokens", default=256, type=positive, help="tokens to generate")
     add("--temperature", default=0.8, type=bounded(float, 0),
@@ -339,7 +356,8 @@ def parse_options(description: str, arguments: list | None = None, **own_flags):
     add("--seed", default=1337, type=bounded(int, 0, 2**63 - 1),
         help="random seed for sampling: the same seed gives the same text")
     add("--num-samples", default=1, type=positive, help="texts to generate in one batch")
-    switch("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times")
+    switch("--stop", action="append", default=[], type=utf8, metavar="TEXT",
+           help="stop before this text; may be given several times")
     switch("--interactive", action="store_true",
            help="continue each line of standard input, given all text so far")
     add("--perplexity", metavar="FILE", help="score a text or token file instead of generating")
@@ -372,42 +390,28 @@ def run_every_kernel(int8: bool) -> None:
     mean_loss(decoder, [0] * (2 * MEMORY_BOUND_ROWS + 1))
 
 
-def as_text(name: str, contents: bytes) -> str:
-    """The contents of a file or of standard input as text. Raises UserError if it is not UTF-8."""
-    try:
-        return contents.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} has the byte {contents[error.start]:#04x} at position {error.start:,}, expected UTF-8; "
-                        "convert it to UTF-8") from error
-
-
-def encode(encoding, text: str, context: int) -> list[int]:
-    """The tokens of a prompt. Raises UserError if they do not fit the context."""
-    tokens = encoding.encode_ordinary(text)
-    if len(tokens) > context:
-        raise UserError(f"the prompt is {len(tokens):,} tokens long, expected at most {context:,}, the model's context; "
-                        "shorten it")
+def encode(tokenizer: Tokenizer, text: str, config: Config) -> list[int]:
+    """The tokens of a text. Raises UserError if the model has no row for one of them."""
+    tokens = tokenizer.encode(text)
+    if max(tokens, default=0) >= config.vocab_size:
+        raise UserError(f"the text holds {tokenizer.decode([max(tokens)])!r}, token {max(tokens):,} of the tokenizer, but the "
+                        f"model knows only {config.vocab_size:,} tokens; leave it out")
     return tokens
 
 
-def tokenizer_for(config: Config, name: str):
-    """GPT-2's encoding, the only one known here. Raises UserError if the model has another vocabulary."""
-    if config.vocab_size != VOCABULARY:
-        raise UserError(f"--model {name} has a vocabulary of {config.vocab_size:,} tokens, expected GPT-2's {VOCABULARY:,}: "
-                        "only GPT-2's tokenizer is supported (--perplexity takes token files)")
-    return gpt2_encoding()
-
-
-def score(decoder: Decoder, path: str, model_name: str) -> None:
+def score(decoder: Decoder, tokenizer: Tokenizer, path: str, model_name: str) -> None:
     """Print the perplexity of a text or token file."""
     config = decoder.config
     with open_file(path, "pass a text or a token file", stream=True) as file:
         contents = file.read()      # once: it may be a pipe
-    if contents.startswith(TOKENS_MAGIC.to_bytes(4, "little")):
-        token_file = TokenFile(path, config.vocab_size, io.BytesIO(contents))
+    if is_token_file(contents):
+        token_file = TokenFile(path, io.BytesIO(contents))
+        token_file.check_vocabulary(config.vocab_size, tokenizer.fingerprint, model_name)
         tokens = token_file.read(0, token_file.num_tokens)
     else:
-        tokens = [END_OF_TEXT, *tokenizer_for(config, model_name).encode_ordinary(as_text(path, contents))]
+        tokens = encode(tokenizer, as_text(path, contents), config)
+        if tokens[:1] != tokenizer.begin:
+            tokens = tokenizer.begin + tokens
     if len(tokens) < 2:
         raise UserError(f"{path} holds {len(tokens)} token{'s' * (len(tokens) != 1)}, expected at least 2: the first is not "
                         "scored")
@@ -418,65 +422,85 @@ def score(decoder: Decoder, path: str, model_name: str) -> None:
         raise UserError(f"the loss on {path} is {loss}: {DAMAGED_WEIGHTS_HINT}")
     with np.errstate(over="ignore"):    # of a damaged model it may be infinite
         perplexity = np.exp(np.float64(loss))
-    print(f"perplexity {perplexity:,.3f} | loss {loss:.5f} nats per token | {len(tokens) - 1:,} tokens of {path}")
+    size = tokenizer.num_bytes(tokens[1:])
+    bits = f" | {loss * (len(tokens) - 1) / size / math.log(2):.4f} bits per byte" if size else ""
+    print(f"perplexity {perplexity:,.3f} | loss {loss:.5f} nats per token{bits} | {len(tokens) - 1:,} tokens of {path}")
     note(f"{(len(tokens) - 1) / seconds:,.1f} tok/s")
 
 
-def complete(decoder: Decoder, encoding, prompt: str, options, generators: list, speed: Speed) -> None:
+def complete(decoder: Decoder, tokenizer: Tokenizer, prompt: str, options, generators: list, speed: Speed) -> None:
     """Print the prompt and its continuation. With several samples, the first is streamed and the others follow."""
-    tokens = encode(encoding, prompt, decoder.config.max_seq_len) or [END_OF_TEXT]
+    tokens = tokenizer.prefix + encode(tokenizer, prompt, decoder.config) or tokenizer.begin
+    if not tokens:
+        raise UserError("--prompt is empty, expected a text, because the model has no token that begins one", status=2)
     texts = [list(tokens) for _ in generators]
     heading = (lambda i: f"--- sample {i + 1} of {len(texts)} ---\n") if len(texts) > 1 else lambda i: ""
     print(heading(0) + prompt, end="", flush=True)
-    written = write_texts(decoder, encoding, texts, generators, options, speed)
+    written = write_texts(decoder, tokenizer, texts, generators, options, speed)
     print()
     for i in range(1, len(texts)):
         print(heading(i) + prompt + written[i])
 
 
-def converse(decoder: Decoder, encoding, options, generators: list, speed: Speed) -> None:
-    """Continue each line of standard input, given all text so far, until the input ends.
+def converse(decoder: Decoder, tokenizer: Tokenizer, options, prompt: str, generators: list, speed: Speed) -> None:
+    """Continue the prompt, if there is one, and each line of standard input, given all text so far, until the input ends.
 
-    Ctrl-C ends a reply, not the conversation. A newline separates a reply from the next line.
+    Ctrl-C ends a reply, not the conversation. A newline separates a reply from the next line. If a line ends with
+    <|endoftext|>, this token separates the reply from the next line, as in DialoGPT (Zhang et al. 2020).
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, it gives `input` arrow keys and a history
-    sys.stdin.reconfigure(errors="replace")
-    text = []
-    line = options.prompt
+    sys.stdin.reconfigure(errors="surrogateescape")
+    text, ends = [], tokenizer.end_tokens
+    line = prompt or None
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "") if line is None else line
+            line = clean(input("> " if sys.stdin.isatty() else "")) if line is None else line
         except EOFError:
             break
-        text += encode(encoding, "\n" + line if text else line, decoder.config.max_seq_len) or [END_OF_TEXT]
+        if is_utf8(line):
+            text += encode(tokenizer, "\n" + line if text and text[-1] not in ends else line, decoder.config)
+            text = text or list(tokenizer.begin)
+            in_turns = text[-1:] == ends[:1]
+            with contextlib.suppress(KeyboardInterrupt):
+                write_texts(decoder, tokenizer, [text], generators, options, speed)
+            print()
+            if text[-1] in ends and not in_turns:
+                text.pop()
+        else:
+            note("this line is not UTF-8, so it was not read")
         line = None
-        with contextlib.suppress(KeyboardInterrupt):
-            write_texts(decoder, encoding, [text], generators, options, speed)
-        print()
-        if text[-1] == END_OF_TEXT:
-            text.pop()
 
 
 def read_prompt(options) -> str:
     """The prompt: --prompt, or standard input if it is a file or a pipe."""
     if options.prompt is not None or options.interactive or options.perplexity or sys.stdin.isatty():
-        return options.prompt or ""
-    return as_text("standard input", sys.stdin.buffer.read()).removesuffix("\n").removesuffix("\r")
+        return clean(options.prompt or "")
+    return as_text("standard input", sys.stdin.buffer.read()).removesuffix("\n")
 
 
-def run(decoder: Decoder, encoding, prompt: str, options) -> None:
+def run(decoder: Decoder, tokenizer: Tokenizer, prompt: str, options) -> None:
     """Do what the flags ask for: score a file, continue the prompt, or converse."""
     if options.perplexity:
-        score(decoder, options.perplexity, options.model)
+        score(decoder, tokenizer, options.perplexity, options.model)
         return
     generators = [np.random.default_rng([options.seed, i]) for i in range(options.num_samples)]
     speed = Speed()
     if options.interactive:
-        converse(decoder, encoding, options, generators, speed)
+        converse(decoder, tokenizer, options, prompt, generators, speed)
     else:
-        complete(decoder, encoding, prompt, options, generators, speed)
+        complete(decoder, tokenizer, prompt, options, generators, speed)
     note(speed)
+
+
+def load(options) -> tuple[Config, Tensors, Tokenizer]:
+    """The model and its tokenizer. Raises UserError if there is none, unless the model is to score a file."""
+    path = find_model(options.model)
+    config, params = load_model(path)
+    tokenizer = load_model_tokenizer(path, config.vocab_size)
+    if not options.perplexity:
+        tokenizer.encode("text")
+    return config, params, tokenizer
 
 
 def check_cache_memory(config: Config, num_texts: int, more: int, memory: tuple | None, where: str) -> None:
@@ -492,14 +516,13 @@ def main():
         threads=dict(type=bounded(int, 1), help="CPU threads (default: all usable cores)"))
     threads = kernels.use_threads(options.threads)
     prompt = read_prompt(options)
-    config, params = load_model(options.model)
-    encoding = None if options.perplexity else tokenizer_for(config, options.model)
+    config, params, tokenizer = load(options)
     compile_kernels()
     int8_bytes = 2 * params.size if options.quantize else 0
     check_cache_memory(config, options.num_samples, int8_bytes, main_memory(), "this machine")
     if options.quantize:
         params = quantize(config, params)
-    run(Decoder(config, params, options.num_samples, threads), encoding, prompt, options)
+    run(Decoder(config, params, options.num_samples, threads), tokenizer, prompt, options)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ from cli import run_program     # first: from here on, Ctrl-C is one line
 import generate_gpt2
 import kernels_gpu as kernels
 from device import open_device
-from generate_gpt2 import check_cache_memory, parse_options, read_prompt, run, tokenizer_for
+from generate_gpt2 import check_cache_memory, load, parse_options, read_prompt, run
 from gpt2 import Tensors, parameter_shapes
-from model_files import load_model
 
 MEMORY_BOUND_ROWS = 12      # up to this many rows, a matrix product is memory-bound: reading the weight takes the time
 OUT_OF_MEMORY_HINT = "choose a smaller --model or fewer --num-samples"
@@ -94,10 +93,9 @@ def main():
         device=dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the same kernels on the CPU (slow)"))
     prompt = read_prompt(options)
     device = open_device(options.device, "float32")
-    config, params = load_model(options.model)
-    encoding = None if options.perplexity else tokenizer_for(config, options.model)
+    config, params, tokenizer = load(options)
     check_cache_memory(config, options.num_samples, 4 * params.size, device.memory(), device.name)
-    run(Decoder(config, params, options.num_samples, device), encoding, prompt, options)
+    run(Decoder(config, params, options.num_samples, device), tokenizer, prompt, options)
 
 
 if __name__ == "__main__":

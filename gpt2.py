@@ -10,7 +10,6 @@ import numpy as np
 
 CONTEXT = 1024
 VOCABULARY = 50257
-PADDED_VOCABULARY = 50304           # the next multiple of 128, for aligned matrix products; no token uses the extra rows
 HEADS_BY_DEPTH = {2: 2, 4: 4, 6: 6, 8: 8, 12: 12, 24: 16, 36: 20, 48: 25}
 CHANNELS_PER_HEAD = 64
 
@@ -37,7 +36,12 @@ def model_config(name: str) -> Config:
     """
     depth = {f"d{layers}": layers for layers in HEADS_BY_DEPTH}[name]
     heads = HEADS_BY_DEPTH[depth]
-    return Config(CONTEXT, VOCABULARY, PADDED_VOCABULARY, depth, heads, CHANNELS_PER_HEAD * heads)
+    return Config(CONTEXT, VOCABULARY, padded(VOCABULARY), depth, heads, CHANNELS_PER_HEAD * heads)
+
+
+def padded(vocab_size: int) -> int:
+    """The rows of wte: the next multiple of 128, for aligned matrix products. No token uses the extra rows."""
+    return ceil_div(vocab_size, 128) * 128
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple]:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import reprlib
 import textwrap
 from math import prod
 from pathlib import Path
@@ -20,13 +19,14 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import UserError
-from files import DATA_DIR, HEADER_BYTES, atomic_file, make_header, open_file, read_header
-from gpt2 import CHANNELS_PER_HEAD, VOCABULARY, Config, Tensors, ceil_div, chunks, parameter_shapes
+from files import (HEADER_BYTES, MAX_JSON_BYTES, REPAIR_HINT, atomic_file, make_header, open_file, parse_json, read_header,
+                   read_json, short_repr)
+from gpt2 import CHANNELS_PER_HEAD, VOCABULARY, Config, Tensors, chunks, padded, parameter_shapes
 from machine import check_memory, main_memory
-from tokenizer import END_OF_TEXT, fetch_vocabulary
+from tokenizer import NO_TOKENIZER, SPECIAL_IDS, TOKENIZER_FILES, GPT2Tokenizer, Tokenizer, load_tokenizer
 
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
-HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "vocab.json", "merges.txt", "tokenizer.json"]
+HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
 
 # Our tensors -> Hugging Face's, which are one per layer. Some files prefix the names with "transformer.".
 HUGGING_FACE_NAMES = {
@@ -69,13 +69,10 @@ LLMC_MAGIC = 20240326
 LLMC_VERSIONS = {3: "float32", 5: "bfloat16"}
 LLMC_SIZES = ("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels")
 
-TOKENIZER_FILES = "vocab.json", "merges.txt", "tokenizer_config.json"      # that save_model writes
 MODEL_FILES = "model.safetensors", "config.json", *TOKENIZER_FILES
-MAX_JSON_BYTES = 2**20          # parsed JSON can be many times larger; GPT-2 XL's header has 70 KB
 MAX_NAMES = 8                   # in an error
 STRIP_ROWS = 64                 # rows transposed at a time: the strip fits in the cache, which is three times as fast
 STRIP_NUMBERS = 2**18           # read at a time where nothing is transposed
-REPAIR_HINT = "download or save it again"
 PICKLE_HINT = ("a Python pickle, which can run any program when it is opened, so it is not read; load it in the Python that "
                "wrote it and save it as model.safetensors, for example with save_pretrained of transformers")
 
@@ -94,10 +91,27 @@ def load_model(name: str | Path) -> tuple[Config, Tensors]:
     path = find_model(name)
     if path.is_dir():
         return load_hugging_face(path, weight_files(path), path / "config.json")
-    if read_opening(path).startswith(LLMC_MAGIC.to_bytes(4, "little")):
+    if is_llmc(path):
         return load_llmc(path)
     config_path = path.with_name("config.json")
     return load_hugging_face(path, [path], config_path if config_path.is_file() else None)
+
+
+def load_model_tokenizer(name: str | Path, rows: int = 2**31 - 1) -> Tokenizer:
+    """The tokenizer of a model, see load_model, whose vocabulary has so many rows; or that of a folder of tokenizer files.
+
+    Raises UserError if it is damaged, or needs a package that is not installed.
+    """
+    path = find_model(name)
+    if path.is_file() and is_llmc(path):
+        return GPT2Tokenizer() if rows >= VOCABULARY else NO_TOKENIZER
+    folder = path if path.is_dir() else path.parent
+    settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return load_tokenizer(folder, {name: settings.get(name) for name in SPECIAL_IDS}, rows)
+
+
+def is_llmc(path):
+    return read_opening(path).startswith(LLMC_MAGIC.to_bytes(4, "little"))
 
 
 def find_model(name):
@@ -137,7 +151,7 @@ def make_config(source, sizes):
     if C % NH != 0:
         *_, heads, channels = sizes
         raise UserError(f"{source}: {channels} is {C:,}, expected a multiple of {heads}, {NH:,}; {REPAIR_HINT}")
-    return Config(max_seq_len=T, vocab_size=V, padded_vocab_size=ceil_div(V, 128) * 128, num_layers=L, num_heads=NH, channels=C)
+    return Config(max_seq_len=T, vocab_size=V, padded_vocab_size=padded(V), num_layers=L, num_heads=NH, channels=C)
 
 
 def read_config(path):
@@ -372,34 +386,6 @@ def convert_into(view, tensor):
             rows[...] = numbers
 
 
-def read_json(path, repair_hint=REPAIR_HINT):
-    """Return the JSON object in a file as a dict. Raises UserError if the file holds anything else."""
-    with open_file(path, repair_hint) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size > MAX_JSON_BYTES:
-            raise UserError(f"{path} has {size:,} bytes, expected at most {MAX_JSON_BYTES:,}; {repair_hint}")
-        file.seek(0)
-        return parse_json(file.read(), path, repair_hint)
-
-
-def parse_json(contents, source, repair_hint=REPAIR_HINT):
-    """Return the JSON object in `contents` (bytes) as a dict. Raises UserError, which names `source`, for anything else."""
-    try:
-        value = json.loads(contents)
-    except (ValueError, RecursionError) as error:  # ValueError also if it is not UTF-8
-        raise UserError(f"{source} is not JSON ({short_repr(str(error))}); {repair_hint}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{source} is {short_repr(value)}, expected a JSON object; {repair_hint}")
-    return value
-
-
-def short_repr(value):
-    """Return a value from a file as one line, shortened if it is long."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxlong = short.maxother = 200
-    return value if isinstance(value, str) and value.isprintable() and len(value) <= 200 else short.repr(value)
-
-
 def join_names(names):
     """Return the first few names and how many others there are."""
     more = len(names) - MAX_NAMES
@@ -409,20 +395,21 @@ def join_names(names):
 # ----------------------------------------------------------------------------------------------------------------------
 # Hugging Face: writing
 
-def save_model(folder: str | Path, config: Config, params: Tensors) -> None:
-    """Write a model as float32 to a folder that transformers can load, with GPT-2's tokenizer if it has GPT-2's vocabulary.
+def save_model(folder: str | Path, config: Config, params: Tensors, tokenizer: Tokenizer = NO_TOKENIZER) -> None:
+    """Write a model as float32, with its tokenizer, to a folder that transformers can load.
 
     All files are complete before the first one is renamed, and model.safetensors is renamed last. Exception: over a model of
     another shape it is renamed first and carries its sizes in its header, which load_model prefers to config.json. So a process
-    that is killed between two renames leaves the old or the new model. If the vocabulary cannot be downloaded, the model is
-    saved without a tokenizer and a line says so. Raises UserError if a file cannot be written.
+    that is killed between two renames leaves the old or the new model. If GPT-2's vocabulary cannot be downloaded, the model
+    is saved without a tokenizer and a line says so. Raises UserError if a file cannot be written.
     """
     folder = Path(folder)
     sizes = dict(zip(CONFIG_SIZES, (config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads,
                                     config.channels)))
     replaces_other = holds_other_model(folder / "config.json", config)
     contents = {"model.safetensors": safetensors_pieces(config, params, sizes if replaces_other else None),
-                "config.json": [json_bytes(hugging_face_settings(sizes))], **tokenizer_files(folder, config)}
+                "config.json": [json_bytes(hugging_face_settings(sizes) | saved_ids(tokenizer))],
+                **{name: [content] for name, content in tokenizer_files(folder, tokenizer).items()}}
     with contextlib.ExitStack() as unfinished:  # renames the files in reverse order
         for name in reversed(contents) if replaces_other else contents:
             file = unfinished.enter_context(atomic_file(folder / name))
@@ -430,7 +417,7 @@ def save_model(folder: str | Path, config: Config, params: Tensors) -> None:
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())     # a full disk fails here, before any file is renamed
-    for name in TOKENIZER_FILES if replaces_other else ():
+    for name in TOKENIZER_FILES:    # of another tokenizer
         if name not in contents:
             (folder / name).unlink(missing_ok=True)
 
@@ -445,19 +432,18 @@ def holds_other_model(config_path, config):
         return True
 
 
-def tokenizer_files(folder, config):
-    """Name -> [contents] of the tokenizer's files: none if the vocabulary is another than GPT-2's, or cannot be downloaded."""
-    if config.vocab_size != VOCABULARY:
-        return {}
+def tokenizer_files(folder, tokenizer):
+    """Name -> contents of the tokenizer's files: none if they cannot be downloaded."""
     try:
-        fetch_vocabulary()
+        return tokenizer.files
     except UserError as error:
         print(f"{folder} gets no tokenizer: {error}")
         return {}
-    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.max_seq_len, "add_prefix_space": False,
-                **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")}
-    contents = (DATA_DIR / "encoder.json").read_bytes(), (DATA_DIR / "vocab.bpe").read_bytes(), json_bytes(settings)
-    return {name: [content] for name, content in zip(TOKENIZER_FILES, contents)}
+
+
+def saved_ids(tokenizer):
+    """The special tokens for config.json. transformers assumes GPT-2's if they are absent."""
+    return {name: tokenizer.special_ids.get(name) for name in SPECIAL_IDS}
 
 
 def safetensors_pieces(config, params, sizes=None):
@@ -477,7 +463,6 @@ def safetensors_pieces(config, params, sizes=None):
 
 def hugging_face_settings(sizes):
     """Return the contents of config.json, given the sizes by their names in CONFIG_SIZES."""
-    end_of_text = END_OF_TEXT if sizes["vocab_size"] > END_OF_TEXT else None  # if it is absent, transformers assumes GPT-2's
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -485,8 +470,6 @@ def hugging_face_settings(sizes):
         "n_inner": None,
         **{name: choices[0] for name, choices in SUPPORTED_SETTINGS.items()},
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),      # no dropout
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
         "tie_word_embeddings": True,
     }
 

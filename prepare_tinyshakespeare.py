@@ -11,8 +11,9 @@ from pathlib import Path
 from cli import OneLineParser, UserError, run_program
 from files import DATA_DIR, download_wheel, open_file, sha256
 from machine import usable_cores
-from prepare_text import encode, print_written, split_documents, write_token_files
-from tokenizer import END_OF_TEXT
+from prepare_text import encode, print_written, write_token_files
+from text_files import split_documents
+from tokenizer import GPT2Tokenizer
 
 CANONICAL_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CANONICAL_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -45,17 +46,16 @@ def prepare(input_file: Path | None = None, output_dir: str | Path = DATA_DIR) -
     text = tiny_shakespeare() if input_file is None else read_canonical(input_file)
     train_path = Path(output_dir, "tiny_shakespeare_train.bin")
     val_path = Path(output_dir, "tiny_shakespeare_val.bin")
-    print_written(write_token_files(encode(speeches(text), usable_cores()), iter([train_path]), val_path))
+    print_written(write_token_files(encode(speeches(text), usable_cores(), GPT2Tokenizer()), iter([train_path]), val_path))
     return train_path, val_path
 
 
 def speeches(text):
-    """Yield the speeches in `text`, each after an END_OF_TEXT. As in llm.c, a blank line separates two speeches.
+    """Yield SEPARATOR before each speech in `text`, and the speech. As in llm.c, a blank line separates two speeches.
 
     Its line breaks belong to the first of the two, so that the tokens without <|endoftext|> decode to `text`.
     """
-    yield END_OF_TEXT
-    yield from split_documents(text.replace("\n\n", "\n\n<|endoftext|>"))
+    return split_documents([text.replace("\n\n", "\n\n<|endoftext|>")])
 
 
 def tiny_shakespeare():

@@ -4,6 +4,7 @@ Read it from the top: the model's memory, its forward pass, its backward pass, t
 forward and backward passes are flat lists of kernel calls (kernels_cpu.py) that mirror each other. A trailing comment is
 the shape of a call's main output.
 """
+import itertools
 import math
 import os
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 
 import kernels_cpu as kernels
 from checkpoint import Saver, checkpoints, delete_checkpoint
-from dataloader import DataLoader
+from dataloader import DataLoader, ValidationLoader
 from distributed import SINGLE_PROCESS, DataParallel, World, join_world
 from files import cache_lifetime
 from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize,
@@ -25,9 +26,10 @@ from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activa
 from hellaswag import count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, NO_BIAS
 from machine import check_memory, main_memory
-from training import (OUT_OF_MEMORY_HINT, NullLog, Progress, StopRequest, TrainingLog, can_sample, check_finite, data_loaders,
-                      initial_progress, is_due, learning_rate, load_or_create_model, memory_hint, open_run, outlier,
-                      prepare_data, print_configuration, sample_text)
+from tokenizer import Tokenizer
+from training import (OUT_OF_MEMORY_HINT, NullLog, Progress, StopRequest, TrainingLog, baselines, bytes_per_token, check_finite,
+                      data_loaders, initial_progress, is_due, knows_text, learning_rate, load_or_create_model, memory_hint,
+                      open_run, outlier, prepare_data, print_configuration, sample_text)
 
 
 class GPT2:
@@ -211,27 +213,26 @@ class GPT2:
         return logits[0, :self.config.vocab_size].copy()
 
 
-def evaluate(model: GPT2, loader: DataLoader, max_steps: int, world: World = SINGLE_PROCESS) -> float:
+def evaluate(model: GPT2, loader: ValidationLoader, max_steps: int, world: World = SINGLE_PROCESS) -> float:
     """The mean loss over at most max_steps validation batches, which are divided among the processes."""
-    loader.reset()
-    steps = min(max_steps, loader.batches)
-    total = 0.0
-    for step in range(steps):
-        inputs, targets = loader.next_batch()
+    total, num_targets = 0.0, 0
+    for step, (inputs, targets) in enumerate(itertools.islice(loader.batches(), max_steps)):
         if step % world.size == world.rank:
             model.forward(inputs)
-            total += model.loss(targets)
-    return world.sum(float(total)) / steps
+            total += model.loss(targets) * targets.size
+        num_targets += targets.size
+    return world.sum(float(total)) / num_targets
 
 
-def train(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader | None, examples: list, print_samples: bool,
-          log: TrainingLog, progress: Progress, stop: StopRequest, saver: Saver, world: World = SINGLE_PROCESS) -> int:
+def train(model: GPT2, options, train_loader: DataLoader, val_loader: ValidationLoader | None, examples: list,
+          tokenizer: Tokenizer | None, log: TrainingLog, progress: Progress, stop: StopRequest, saver: Saver,
+          world: World = SINGLE_PROCESS) -> int:
     """The training loop, for any model with GPT2's methods. Returns the exit status of a run that was stopped, or 0.
 
     options: the settings, see training.parse_options
     val_loader: None to train without validation
     examples: HellaSwag's examples to score the model on, possibly none
-    print_samples: whether to print samples of generated text
+    tokenizer: to print samples of generated text with; None: print none
     progress: the Progress so far, updated in place
 
     On a GPU, methods return before the GPU is done: losses and norms are numbers only after `finish_step`.
@@ -277,8 +278,8 @@ def train(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader
             own_examples = examples[world.rank::world.size]
             correct = count_correct(model.token_losses, own_examples, options.batch_size, options.sequence_length)
             log.hellaswag(step, world.sum(correct), len(examples))
-        if print_samples and is_due(options.sample_every, step, n):
-            log.sample(sample_text(step, model, options.seed, options.sequence_length))
+        if tokenizer and is_due(options.sample_every, step, n):
+            log.sample(sample_text(step, model, tokenizer, options.seed, options.sequence_length))
         stopped = world.max(stop.status)    # a signal may reach one process only, or each at another step
         if is_due(options.checkpoint_every, step, n) or stopped:
             saver.save_checkpoint(progress)
@@ -297,28 +298,32 @@ def load_weights(model: GPT2, params: Tensors | None, moments: list | None, seed
         model.set_moments(*moments)
 
 
-def train_and_save(model: GPT2, options, train_loader: DataLoader, val_loader: DataLoader | None, print_samples: bool,
+def train_and_save(model: GPT2, options, train_loader: DataLoader, val_loader: ValidationLoader | None, tokenizer: Tokenizer,
                    world: World = SINGLE_PROCESS, ideal_seconds: float | None = None, **device_rows) -> int:
     """Train the model and save it. Returns the exit status: not 0 if a signal stopped it.
 
     For ideal_seconds see TrainingLog, for device_rows print_configuration.
     """
     examples = read_examples(options.hellaswag, model.config.vocab_size) if options.hellaswag else []
-    progress = initial_progress(options, train_loader.fingerprint())
+    progress = initial_progress(options, train_loader.checksum())
     train_loader.set_state(progress.data)
     if world.size > 1:
         world.check_same(**{"the model": zlib.crc32(model.get_params().flat), "the training data": progress.fingerprint,
-                            "the validation data": val_loader and val_loader.fingerprint(), "HellaSwag": len(examples)})
+                            "the validation data": val_loader and val_loader.checksum(), "HellaSwag": len(examples)})
     print_configuration(options, model, train_loader, val_loader, examples, **device_rows)
     title = f"{options.model} on {Path(options.input_bin).name}"
-    log = TrainingLog(options.output_dir, title, options.num_iterations, options.total_batch_size, ideal_seconds, progress.step
-                      ) if world.rank == 0 else NullLog()
+    with world.local_rank_zero_first():
+        has_text = knows_text(tokenizer)
+    log = TrainingLog(options.output_dir, title, options.num_iterations, options.total_batch_size, ideal_seconds,
+                      bytes_per_token(val_loader, tokenizer) if has_text else None, baselines(model.config, train_loader),
+                      progress.step) if world.rank == 0 else NullLog()
     if world.rank == 0:     # delete an earlier run's checkpoints, or old ones that a killed run did not get to delete
         for checkpoint in checkpoints(options.output_dir)[:-options.keep_checkpoints if progress.step > 0 else None]:
             delete_checkpoint(checkpoint)
-    saver = Saver(model, options.output_dir, options.keep_checkpoints, options.flags, world)
+    saver = Saver(model, tokenizer, options.output_dir, options.keep_checkpoints, options.flags, world)
     with log, StopRequest() as stop:
-        status = train(model, options, train_loader, val_loader, examples, print_samples, log, progress, stop, saver, world)
+        status = train(model, options, train_loader, val_loader, examples, tokenizer if has_text else None, log, progress, stop,
+                       saver, world)
         if progress.step >= options.num_iterations:
             saver.save_model(options.output_dir, progress.step)
             print(f"wrote the model to {options.output_dir}, a Hugging Face folder")
@@ -369,12 +374,11 @@ def main():
 def run(options, world: World) -> int:
     """Load the model and the data, train, and save. Returns the exit status."""
     threads = kernels.use_threads(options.threads, world.local_size)
-    config, params, moments = load_or_create_model(options.model, options.checkpoint, options.sequence_length)
+    prepare_data(options.input_bin, options.input_val_bin)
+    train_loader, val_loader = data_loaders(options, world)
+    config, params, moments, tokenizer = load_or_create_model(options, train_loader, val_loader)
     with world.local_rank_zero_first():
-        prepare_data(options.input_bin, options.input_val_bin)
-        print_samples = can_sample(options.sample_every, config)
         compile_kernels()
-    train_loader, val_loader = data_loaders(options, config, world)
     B, T = options.batch_size, options.sequence_length
     needed = memory_needed(config, activation_shapes(config, B, T, options.recompute),
                            scratch_shapes(config, B, T, CLASSIFIER_ROWS), world.size)
@@ -386,7 +390,7 @@ def run(options, world: World) -> int:
     load_weights(model, params, moments, options.seed)
     del params, moments     # to free their memory; and Windows cannot delete a memory-mapped checkpoint
     processes = f"{world.size} processes of {threads}" if world.size > 1 else threads
-    return train_and_save(model, options, train_loader, val_loader, print_samples, world, threads=processes, memory=memory)
+    return train_and_save(model, options, train_loader, val_loader, tokenizer, world, threads=processes, memory=memory)
 
 
 if __name__ == "__main__":

@@ -6,21 +6,21 @@ connection and the layernorm after it are one call, a bias and the GELU another.
 through the launches while Python continues; within a step only `finish_step` waits for it.
 """
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cli import run_program     # first: from here on, Ctrl-C is one line
 
 import numpy as np
 
 import kernels_gpu as kernels
-from dataloader import DataLoader
+from dataloader import DataLoader, ValidationLoader
 from device import open_device
 from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize,
                   memory_needed, parameter_shapes, scratch_shapes, training_flops)
 from kernels_gpu import CLASSIFIER_ROWS
 from launcher import Device, DeviceArray
 from machine import check_memory
-from training import OUT_OF_MEMORY_HINT, can_sample, data_loaders, load_or_create_model, memory_hint, open_run, prepare_data
+from training import OUT_OF_MEMORY_HINT, data_loaders, load_or_create_model, memory_hint, open_run, prepare_data
 
 
 def gpu_scratch_shapes(config: Config, B: int, T: int) -> dict[str, tuple]:
@@ -234,7 +234,7 @@ class Prefetch:
 
     def __init__(self, loader: DataLoader, device: Device):
         self.loader = loader
-        self.num_tokens, self.batches = loader.num_tokens, loader.batches
+        self.num_tokens, self.first_tokens, self.checksum = loader.num_tokens, loader.first_tokens, loader.checksum
         self.upload = device.uploader((2, loader.batch_size, loader.sequence_length), np.int32)
         self.reset()
 
@@ -253,9 +253,6 @@ class Prefetch:
         self.loader.set_state(state)
         self.fetch()
 
-    def fingerprint(self) -> int:
-        return self.loader.fingerprint()
-
     def fetch(self):
         self.upcoming_state = self.loader.state
         self.upcoming = self.upload(np.stack(self.loader.next_batch()))
@@ -265,6 +262,19 @@ class Prefetch:
         inputs, targets = self.upcoming
         self.fetch()
         return inputs, targets
+
+
+class OnDevice:
+    """The batches of a ValidationLoader on a device."""
+
+    def __init__(self, loader: ValidationLoader, device: Device):
+        self.loader, self.device = loader, device
+        self.num_tokens, self.first_tokens, self.checksum = loader.num_tokens, loader.first_tokens, loader.checksum
+
+    def batches(self) -> Iterator[tuple[DeviceArray, DeviceArray]]:
+        """Yield inputs and targets, int32 arrays (B, T) on the device."""
+        for batch in self.loader.batches():
+            yield tuple(map(self.device.to_device, batch))
 
 
 def main():
@@ -283,19 +293,19 @@ def run(options) -> int:
     from train_gpt2 import load_weights, train_and_save  # here, not above: it loads the CPU's kernels, and Numba
 
     device = open_device(options.device, options.dtype)
-    config, params, moments = load_or_create_model(options.model, options.checkpoint, options.sequence_length)
     prepare_data(options.input_bin, options.input_val_bin)
-    print_samples = can_sample(options.sample_every, config)
+    loaders = data_loaders(options)
+    config, params, moments, tokenizer = load_or_create_model(options, *loaders)
     B, T = options.batch_size, options.sequence_length
     needed = memory_needed(config, activation_shapes(config, B, T, options.recompute), gpu_scratch_shapes(config, B, T))
     memory = check_memory(f"{options.model} with batches of {B} x {T}", needed, device.memory(), device.name,
                           memory_hint(options.recompute))
-    train_loader, val_loader = (loader and Prefetch(loader, device) for loader in data_loaders(options, config))
+    train_loader, val_loader = Prefetch(loaders[0], device), loaders[1] and OnDevice(loaders[1], device)
     model = GPT2(config, B, T, device, options.recompute)
     load_weights(model, params, moments, options.seed)
     del params, moments     # to free their memory; and Windows cannot delete a memory-mapped checkpoint
     peak = device.peak_flops()
-    return train_and_save(model, options, train_loader, val_loader, print_samples,
+    return train_and_save(model, options, train_loader, val_loader, tokenizer,
                           ideal_seconds=options.accumulation_steps * sum(training_flops(config, B, T)) / peak if peak else None,
                           device=f"{device.name}, {options.dtype}", memory=memory)
 

@@ -20,26 +20,29 @@ from checkpoint import REPAIR_HINT as CHECKPOINT_HINT
 from checkpoint import (OUTLIER_WINDOW, STATE, checkpoints, delete_leftovers, is_saved, load_checkpoint, load_state,
                         refuse_links)
 from cli import OneLineParser, UserError, bounded, one_line
-from dataloader import DataLoader, finish_replacing
+from dataloader import DataLoader, ValidationLoader, finish_replacing, refuse_leak
 from distributed import SINGLE_PROCESS, World
-from files import DATA_DIR, LOCK_NAME, atomic_file, lock, locked_folder, made_folder, open_file
-from gpt2 import CONTEXT, HEADS_BY_DEPTH, RECOMPUTED, VOCABULARY, Config, Tensors, model_config
-from model_files import load_model, short_repr
+from files import DATA_DIR, LOCK_NAME, atomic_file, lock, locked_folder, made_folder, open_file, short_repr
+from gpt2 import CONTEXT, HEADS_BY_DEPTH, RECOMPUTED, VOCABULARY, Config, Tensors, model_config, padded
+from model_files import find_model, load_model, load_model_tokenizer
 from prepare_tinyshakespeare import prepare as prepare_tinyshakespeare
 from sampling import sample
-from tokenizer import END_OF_TEXT, fetch_vocabulary, gpt2_encoding
+from tokenizer import GPT2_FINGERPRINT, NO_TOKENIZER, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_folder
 
 TRAIN_TOKENS = DATA_DIR / "tiny_shakespeare_train.bin"
 VAL_TOKENS = DATA_DIR / "tiny_shakespeare_val.bin"
-CSV_COLUMNS = ("step", "train_loss", "val_loss", "hellaswag", "grad_norm", "learning_rate", "milliseconds", "tokens_per_second")
+CSV_COLUMNS = ("step", "train_loss", "val_loss", "bits_per_byte", "hellaswag", "grad_norm", "learning_rate", "milliseconds",
+               "tokens_per_second")
 FLAGS_NOT_SAVED = "output_dir", "resume"     # all others go into checkpoints
 RENAMED_FLAGS = {"shuffle": "shuffle_shards"}   # of earlier checkpoints
 FLAGS_OF_ONE_PROGRAM = "threads", "device", "dtype"     # which the other program ignores in a checkpoint
 FLAGS_THAT_MUST_MATCH = "model", "sequence_length", "total_batch_size", "seed", "shuffle_shards", "overfit_single_batch"
 NEW_MODELS = [f"d{depth}" for depth in HEADS_BY_DEPTH]
 OUT_OF_MEMORY_HINT = "choose a smaller --model, --batch-size or --sequence-length"
+MEAN_WINDOWS = 40       # of the running mean, in a plot
 LOG_HINT = "delete it, and --resume starts a new one"
 SAMPLE_TOKENS = 96
+EXAMINED_TOKENS = 2**20
 TEMPERATURE = 0.8
 
 
@@ -67,7 +70,7 @@ def make_parser(description: str, own_flags: dict) -> OneLineParser:
     positive, count = bounded(int, 1), bounded(int, 0)
     add("--model", default="d4", type=model_name,
         help=f"{', '.join(NEW_MODELS)}: a new model of that depth (d12 is GPT-2 124M); or a pretrained model to fine-tune: a "
-             "Hugging Face folder, its name on the hub, a .safetensors file, an llm.c .bin file")
+             "Hugging Face folder, its name on the hub, a .safetensors, .gguf or llm.c .bin file")
     add("--input-bin", help="training tokens: a file, or a glob in quotes (default: Tiny Shakespeare, prepared on first use)")
     add("--input-val-bin", help="validation tokens (default: Tiny Shakespeare's if --input-bin is not given, else none)")
     add("--output-dir", default="out", type=folder_name, help="folder for log.csv, loss.png and the trained model; overwritten")
@@ -229,35 +232,67 @@ def is_due(every: int, step: int, last: int) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # Model and data
 
-def load_or_create_model(model: str, checkpoint: Path | None, sequence_length: int
-                         ) -> tuple[Config, Tensors | None, list[np.ndarray] | None]:
-    """Return (config, params, moments) of a checkpoint, a new model or a pretrained one.
+def load_or_create_model(options, train_loader: DataLoader, val_loader: ValidationLoader | None
+                         ) -> tuple[Config, Tensors | None, list[np.ndarray] | None, Tokenizer]:
+    """Return (config, params, moments, tokenizer) of a checkpoint, a new model or a pretrained one.
 
-    params are Tensors, moments two flat arrays. A new model has neither (None), a pretrained one no moments.
-    Raises UserError if there is no such model, or its context is shorter than the sequences.
+    params are Tensors, moments two flat arrays. A new model has neither (None), a pretrained one no moments. A new model takes
+    its vocabulary and its tokenizer from the data.
+    Raises UserError if there is no such model, its context is shorter than the sequences, or its tokens are not the data's.
     """
     params = moments = None
-    if checkpoint:
-        config, params, moments = load_checkpoint(checkpoint)
-    elif model in NEW_MODELS:
-        config = replace(model_config(model), max_seq_len=sequence_length)
+    if options.checkpoint:
+        config, params, moments = load_checkpoint(options.checkpoint)
+        tokenizer = load_model_tokenizer(options.checkpoint, config.vocab_size)
+    elif options.model in NEW_MODELS:
+        vocab_size, tokenizer = vocabulary_of(train_loader)
+        config = replace(model_config(options.model), max_seq_len=options.sequence_length, vocab_size=vocab_size,
+                         padded_vocab_size=padded(vocab_size))
     else:
-        config, params = load_model(model)
-    if sequence_length > config.max_seq_len:
-        raise UserError(f"--sequence-length is {sequence_length}, expected at most {config.max_seq_len}, the context of "
-                        f"--model {model}", status=2)
-    return config, params, moments
+        path = find_model(options.model)
+        config, params = load_model(path)
+        tokenizer = load_model_tokenizer(path, config.vocab_size)
+    if options.sequence_length > config.max_seq_len:
+        raise UserError(f"--sequence-length is {options.sequence_length}, expected at most {config.max_seq_len}, the context "
+                        f"of --model {options.model}", status=2)
+    for loader in filter(None, (train_loader, val_loader)):
+        loader.check_vocabulary(config.vocab_size, tokenizer.fingerprint, options.model)
+    return config, params, moments, tokenizer
 
 
-def data_loaders(options, config: Config, world: World = SINGLE_PROCESS) -> tuple[DataLoader, DataLoader | None]:
-    """The DataLoaders for training and validation (None without validation tokens). Raises UserError, see DataLoader.
+def vocabulary_of(loader: DataLoader) -> tuple[int, Tokenizer]:
+    """The size of the data's vocabulary, and its tokenizer. Raises UserError if another one is stored beside the data.
+
+    Files that do not name their tokenizer, such as llm.c's, have GPT-2's tokens, unless their largest token is too small or too
+    large for that: a text of GPT-2's tokens hardly ever has none in the last third.
+    """
+    fingerprint, largest, path = loader.tokenizer_fingerprint, loader.largest, Path(loader.shards[0].path)
+    if fingerprint == GPT2_FINGERPRINT or not fingerprint and 2 * VOCABULARY // 3 < largest < VOCABULARY:
+        return VOCABULARY, GPT2Tokenizer()
+    size = max(loader.vocab_size, largest + 1)
+    folder = tokenizer_folder(path)
+    if not fingerprint or not folder.is_dir():
+        print(f"{path} does not name a tokenizer, and its tokens are not GPT-2's: the model knows {size:,} tokens, but no text"
+              if not fingerprint else f"{folder} is missing, the tokenizer of {path}: the model will have none")
+        return size, NO_TOKENIZER
+    tokenizer = load_tokenizer(folder, {}, size)
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(f"{folder} is another tokenizer than that of {path}; prepare the text again with prepare_text.py")
+    return size, tokenizer
+
+
+def data_loaders(options, world: World = SINGLE_PROCESS) -> tuple[DataLoader, ValidationLoader | None]:
+    """The loaders of training and validation tokens (None without validation). Raises UserError, also if they share a file.
 
     Every process has its own training batches; all read the same validation batches.
     """
-    sizes = options.batch_size, options.sequence_length, config.vocab_size
+    sizes = options.batch_size, options.sequence_length
     shuffle_seed = options.seed if options.shuffle_shards else None
-    return (DataLoader(options.input_bin, *sizes, world.rank, world.size, shuffle_seed),
-            DataLoader(options.input_val_bin, *sizes) if options.input_val_bin else None)
+    train_loader = DataLoader(options.input_bin, *sizes, world.rank, world.size, shuffle_seed)
+    val_loader = ValidationLoader(options.input_val_bin, *sizes) if options.input_val_bin else None
+    if val_loader:
+        refuse_leak(train_loader, val_loader)
+    return train_loader, val_loader
 
 
 def memory_hint(recompute: bool) -> str:
@@ -281,19 +316,14 @@ def prepare_data(input_bin: str, input_val_bin: str | None) -> None:
             prepare_tinyshakespeare()
 
 
-def can_sample(sample_every: int, config: Config) -> bool:
-    """Whether to print samples: they are wanted, and the vocabulary is available. Prints the reason if it is not."""
-    if sample_every == 0:
-        return False
-    if config.vocab_size != VOCABULARY:
-        print(f"no samples will be printed: the model has a vocabulary of {config.vocab_size:,}, not GPT-2's")
-        return False
+def knows_text(tokenizer: Tokenizer) -> bool:
+    """Whether tokens can be turned into text: the model has a tokenizer, and it is available. Prints the reason if not."""
     try:
-        fetch_vocabulary()
+        tokenizer.decode([0])
+        return True
     except UserError as error:
         print(f"no samples will be printed: {error}")
         return False
-    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -434,15 +464,33 @@ def activations_in_order(model):
         yield name, getattr(model.acts, name)
 
 
-def sample_text(step: int, model, seed: int, max_tokens: int) -> str:
+def sample_text(step: int, model, tokenizer: Tokenizer, seed: int, max_tokens: int) -> str:
     """Text that the model generates after `step` steps: at most min(max_tokens, SAMPLE_TOKENS) tokens."""
     generator = np.random.default_rng(seed)
-    tokens = [END_OF_TEXT]
+    tokens = [tokenizer.end_of_text or 0]
     for _ in range(min(SAMPLE_TOKENS, max_tokens)):
         logits = model.next_token_logits(np.array([tokens], dtype=np.int32))
         check_finite(step, model, sum_of_logits=logits.sum(dtype=np.float64))
-        tokens.append(sample(logits, tokens, generator, TEMPERATURE))
-    return gpt2_encoding().decode([token for token in tokens if token != END_OF_TEXT])
+        tokens.append(sample(logits[:tokenizer.vocab_size], tokens, generator, TEMPERATURE))
+    return tokenizer.decode([token for token in tokens[1:] if token not in tokenizer.end_tokens])
+
+
+def bytes_per_token(val_loader: ValidationLoader | None, tokenizer: Tokenizer) -> float | None:
+    """The mean length of a validation token's text in UTF-8, over the first EXAMINED_TOKENS; None if it is not known."""
+    if not val_loader:
+        return None
+    tokens = val_loader.first_tokens(EXAMINED_TOKENS)
+    return tokenizer.num_bytes(tokens) / len(tokens) or None
+
+
+def baselines(config: Config, train_loader: DataLoader) -> dict[str, float]:
+    """The losses, in nats per token, of two models that read nothing: for comparison.
+
+    They are the entropy of a uniform distribution, and of the frequencies of the first EXAMINED_TOKENS training tokens.
+    """
+    counts = np.bincount(train_loader.first_tokens(EXAMINED_TOKENS))
+    frequencies = counts[counts > 0] / counts.sum()
+    return {"guessing": math.log(config.vocab_size), "token frequencies": -float(frequencies @ np.log(frequencies))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -485,15 +533,20 @@ class TrainingLog:
     tokens_per_step: to compute the speed
     ideal_seconds: how long a step would take at the device's peak FLOP rate, if known. Divided by the measured time, it
         is the MFU, model FLOPs utilization (Chowdhery et al. 2022).
+    bytes_per_token: of the validation text, if known, to state its loss in bits per byte, too: losses per token do not compare
+        across vocabularies
+    baselines: name -> loss of models that the plot compares with
     done: steps already done by a resumed run; its log continues there
 
     Raises UserError if the output folder cannot be written, or the log of a resumed run cannot be read.
     """
 
     def __init__(self, output_dir: Path, title: str, num_iterations: int, tokens_per_step: int,
-                 ideal_seconds: float | None = None, done: int = 0):
+                 ideal_seconds: float | None = None, bytes_per_token: float | None = None, baselines: dict | None = None,
+                 done: int = 0):
         self.output_dir, self.title, self.num_iterations = output_dir, title, num_iterations
         self.tokens_per_step, self.ideal_seconds = tokens_per_step, ideal_seconds
+        self.bytes_per_token, self.baselines = bytes_per_token, baselines or {}
         self.rows = read_log(output_dir / "log.csv", done) if done else []
         try:
             with suppress(IsADirectoryError, PermissionError):     # something else has this name, so there will be no picture
@@ -528,8 +581,10 @@ class TrainingLog:
 
     def validation(self, step: int, loss: float) -> None:
         """Report the mean loss on the validation tokens after `step` steps."""
-        self.write(step=step, val_loss=loss)
-        print(f"{self.heading(step)} |   val loss {loss:9.6f}", flush=True)
+        bits = {"bits_per_byte": loss / math.log(2) / self.bytes_per_token} if self.bytes_per_token else {}
+        self.write(step=step, val_loss=loss, **bits)
+        print(f"{self.heading(step)} |   val loss {loss:9.6f}"
+              + "".join(f" | {value:.4f} bits per byte" for value in bits.values()), flush=True)
 
     def hellaswag(self, step: int, correct: int, total: int) -> None:
         """Report the fraction of HellaSwag's examples that the model gets right after `step` steps."""
@@ -563,11 +618,18 @@ class TrainingLog:
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-        for name, label, style in (("train_loss", "training", {"linewidth": 0.6, "color": "tab:blue"}),
-                                   ("val_loss", "validation", {"marker": "o", "markersize": 3, "color": "tab:red"})):
-            points = [(row["step"], row[name]) for row in self.rows if name in row]
-            if points:
-                axes.plot(*zip(*points), label=f"{label}, last {points[-1][1]:.3f}", **style)
+        steps, losses = self.column("train_loss")
+        window = max(1, len(losses) // MEAN_WINDOWS)
+        axes.plot(steps, losses, linewidth=0.5, color="tab:blue", alpha=0.3)
+        means = np.convolve(losses, np.full(window, 1 / window), "valid")
+        axes.plot(steps[window - 1:], means, linewidth=1.8, color="tab:blue",
+                  label=f"training, mean of {window} steps" if window > 1 else "training")
+        steps, losses = self.column("val_loss")
+        if losses:
+            axes.plot(steps, losses, marker="o", markersize=4, color="tab:red", label=f"validation, last {losses[-1]:.3f}")
+        for name, loss in self.baselines.items():
+            axes.axhline(loss, linewidth=0.8, color="gray")
+            axes.text(1, loss, f" {name}: {loss:.2f}", transform=axes.get_yaxis_transform(), fontsize="small", va="center")
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.set_title(self.title, parse_math=False)
         axes.grid(alpha=0.3)
@@ -576,6 +638,11 @@ class TrainingLog:
             figure.savefig(file, dpi=200, format="png")
         pyplot.close(figure)
         print(f"wrote {self.output_dir / 'log.csv'} and {self.output_dir / 'loss.png'}")
+
+    def column(self, name):
+        """The steps at which a column of the log is filled, and its values."""
+        rows = [row for row in self.rows if name in row]
+        return [row["step"] for row in rows], [row[name] for row in rows]
 
 
 class NullLog:

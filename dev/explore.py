@@ -26,13 +26,13 @@ from cli import OneLineParser, UserError, bounded, run_program
 from dataloader import DataLoader
 from dev.recorder import as_batch, record_step, time_step
 from files import atomic_file
-from generate_gpt2 import DAMAGED_WEIGHTS_HINT, encode, tokenizer_for
+from generate_gpt2 import DAMAGED_WEIGHTS_HINT, encode
 from gpt2 import activation_shapes, chunks, memory_needed, model_config, scratch_shapes
 from machine import check_memory, main_memory
-from model_files import load_model
+from model_files import load_model, load_model_tokenizer
 from prepare_tinyshakespeare import prepare
 from sampling import softmax
-from tokenizer import END_OF_TEXT
+from tokenizer import GPT2Tokenizer
 from train_gpt2 import CLASSIFIER_ROWS, GPT2, NO_BIAS, compile_kernels, load_weights
 from training import NEW_MODELS, OUT_OF_MEMORY_HINT, TRAIN_TOKENS, memory_hint, model_name
 
@@ -160,7 +160,8 @@ def explore_step(config, params, threads, options):
                         f"{options.model}", status=2)
     if options.input_bin is None and not TRAIN_TOKENS.exists():
         prepare()
-    loader = DataLoader(options.input_bin or TRAIN_TOKENS, B, T, config.vocab_size)
+    loader = DataLoader(options.input_bin or TRAIN_TOKENS, B, T)
+    loader.check_vocabulary(config.vocab_size, 0, options.model)
     shapes = activation_shapes(config, B, T, options.recompute), scratch_shapes(config, B, T, CLASSIFIER_ROWS)
     check_memory(f"{options.model} with a batch of {B} x {T}", memory_needed(config, *shapes), main_memory(), "this machine",
                  memory_hint(options.recompute))
@@ -274,15 +275,19 @@ def explore_prompt(config, params, threads, options):
         if value >= count:
             raise UserError(f"{flag} is {value}, expected at most {count - 1}: --model {options.model} has {count}, counted "
                             "from 0", status=2)
-    encoding = tokenizer_for(config, options.model)
-    tokens = encode(encoding, options.prompt, config.max_seq_len) or [END_OF_TEXT]
+    tokenizer = (GPT2Tokenizer() if options.model in NEW_MODELS
+                 else load_model_tokenizer(options.model, config.vocab_size))
+    tokens = encode(tokenizer, options.prompt, config) or tokenizer.begin or [0]
+    if len(tokens) > config.max_seq_len:
+        raise UserError(f"--prompt is {len(tokens):,} tokens long, expected at most {config.max_seq_len:,}, the model's "
+                        "context; shorten it")
     model = GPT2(config, 1, len(tokens), threads)
     load_weights(model, params, None, options.seed)
     print_model(model, options, f"a prompt of {len(tokens):,} tokens")
     model.forward(np.array([tokens], dtype=np.int32))
 
     def name_of(token):
-        return repr(encoding.decode_single_token_bytes(token).decode("utf-8", errors="replace"))
+        return repr(tokenizer.decode([token]))
 
     print_next_tokens(tokens, *next_tokens(model, options.top), name_of)
     qkv, lse = model.acts.qkv[options.layer], model.acts.att_lse[options.layer][0]

@@ -24,11 +24,11 @@ from cli import OneLineParser, UserError, run_program
 from dev import draw_step, style
 from dev.explore import attention_weights
 from dev.style import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, RED, WIDTH
-from generate_gpt2 import encode, tokenizer_for
+from generate_gpt2 import encode
 from gpt2 import (CHANNELS_PER_HEAD, RESIDUAL_PROJECTIONS, Config, activation_shapes, model_config, parameter_shapes,
                   scratch_shapes)
 from model_files import load_model
-from tokenizer import gpt2_encoding
+from tokenizer import GPT2Tokenizer
 from train_gpt2 import CLASSIFIER_ROWS, GPT2, compile_kernels
 
 PAGES = Path(__file__).parent / "derivations"
@@ -146,7 +146,7 @@ def draw_attention_tiles(pyplot, model):
 
 def draw_attention(pyplot, model):
     config, params = model
-    encoding = gpt2_encoding()
+    encoding = GPT2Tokenizer()
     tokens = encoding.encode(PROMPT)
     model = GPT2(config, 1, len(tokens), threads=1)
     model.set_params(params)
@@ -292,7 +292,7 @@ def main():
         raise UserError(f"there is no folder {options.model}; run python train_gpt2.py to train a model, or name a trained one "
                         "with --model")
     config, params = load_model(options.model)
-    encode(tokenizer_for(config, options.model), PROMPT, config.max_seq_len)     # fails before anything is drawn
+    encode(GPT2Tokenizer(), PROMPT, config)     # fails before anything is drawn
     compile_kernels()
     for name in DRAWINGS:
         draw(name, (config, params), PAGES)

@@ -42,10 +42,10 @@ from checkpoint import MOMENTS, checkpoints, load_checkpoint, load_state
 from cli import OneLineParser, UserError, bounded, progress_bar, run_program
 from dataloader import DataLoader, write_tokens
 from files import atomic_file
-from gpt2 import VOCABULARY, Config, Tensors, initialize, parameter_shapes
+from gpt2 import Config, Tensors, initialize, parameter_shapes
 from hellaswag import Example, write_examples
 from model_files import load_model, save_llmc
-from tokenizer import gpt2_encoding
+from tokenizer import GPT2Tokenizer
 
 SECONDS = 60    # a run that takes longer hangs
 
@@ -291,7 +291,7 @@ class PrepareText(Scenario):
     """prepare_text.py, in place of another text with more shards."""
 
     def prepare(self, folder):
-        gpt2_encoding()     # stays in memory for the forks
+        GPT2Tokenizer().encode("the")     # its files stay in memory for the forks
         generator = np.random.default_rng(0)
         for name, words in (("old", 5000), ("new", 3500)):
             (folder / f"{name}.txt").write_text(" ".join(generator.choice(["the", "quick", "brown", "fox"], words)))
@@ -312,7 +312,7 @@ class PrepareText(Scenario):
             shutil.copytree(folder, copy, dirs_exist_ok=True)
             try:
                 for name in ("text_train_*.bin", "text_val.bin"):
-                    DataLoader(Path(copy, name), 1, 8, VOCABULARY)
+                    DataLoader(Path(copy, name), 1, 8)
             except UserError:
                 if Path(copy, "text_val.bin").exists():
                     raise

@@ -14,7 +14,7 @@ from cli import UserError, run_program
 from cuda_on_cpu import CpuDevice
 from device import open_device
 from gpt2 import Tensors, initialize, parameter_shapes
-from tokenizer import gpt2_encoding
+from tokenizer import GPT2Tokenizer
 
 REFERENCE_SCRIPT = Path(__file__).resolve().parents[1] / "reference_transformers.py"
 DEVICES = {
@@ -45,9 +45,11 @@ def device_flag(request):
 
 @pytest.fixture(scope="module")
 def encoding():
-    """GPT-2's encoding."""
+    """GPT-2's tokenizer."""
     try:
-        return gpt2_encoding()
+        tokenizer = GPT2Tokenizer()
+        tokenizer.encode("text")
+        return tokenizer
     except UserError as error:
         pytest.skip(str(error))
 

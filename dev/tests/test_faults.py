@@ -121,7 +121,7 @@ def test_files_are_written_before_output_fails(tmp_path):
     finished = subprocess.run([sys.executable, prepare_text.__file__, tmp_path / "text.txt", "--output", tmp_path / "out"],
                               stdout=open("/dev/full", "w"), stderr=subprocess.PIPE, text=True, env=BUFFERED)
     assert finished.returncode == 1 and finished.stderr.count("\n") == 1 and "cannot write standard output" in finished.stderr
-    assert DataLoader(tmp_path / "out_train_*.bin", 1, 8, 50257).num_tokens > 5_000 and (tmp_path / "out_val.bin").exists()
+    assert DataLoader(tmp_path / "out_train_*.bin", 1, 8).num_tokens > 5_000 and (tmp_path / "out_val.bin").exists()
 
 
 @posix
@@ -258,7 +258,9 @@ def test_best_model_that_is_not_finite_replaces_nothing(flags, tmp_path, run_mai
         return loss
     monkeypatch.setattr(train_gpt2.GPT2, "steps", 0, raising=False)
     monkeypatch.setattr(train_gpt2, "evaluate", evaluate)
-    finished = run_main(train_gpt2, *flags, "--input-val-bin", flags[1], "--val-loss-every", 1, "--num-iterations", 5)
+    write_tokens(tmp_path / "val.bin", range(50))
+    finished = run_main(train_gpt2, *flags, "--input-val-bin", tmp_path / "val.bin", "--val-loss-every", 1,
+                        "--num-iterations", 5)
     assert finished.status == 1 and "step 3: parameter wpe is not finite" in finished.err
     assert np.isfinite(load_model(tmp_path / "out" / "best")[1].flat).all()
 
@@ -292,20 +294,19 @@ def test_a_pipe_is_read_once_and_whole(tmp_path):
 def test_perplexity_of_a_pipe(tmp_path, encoding, monkeypatch, kind):
     scored = []
     monkeypatch.setattr(generate_gpt2, "mean_loss", lambda decoder, tokens: scored.append(list(tokens)) or 1.0)
-    monkeypatch.setattr(generate_gpt2, "tokenizer_for", lambda *arguments: encoding)
     path = tmp_path / "file"
     path.write_text("some words " * 9_000) if kind == "text" else write_tokens(path, np.arange(50_000))
     decoder = SimpleNamespace(config=SimpleNamespace(vocab_size=50257))
-    generate_gpt2.score(decoder, path, "model")
+    generate_gpt2.score(decoder, encoding, path, "model")
     reader, writer = os.pipe()
     with subprocess.Popen(["cat", path], stdout=writer):
         os.close(writer)
-        generate_gpt2.score(decoder, f"/dev/fd/{reader}", "model")
+        generate_gpt2.score(decoder, encoding, f"/dev/fd/{reader}", "model")
     assert scored[0] == scored[1] and len(scored[0]) > 9_000
 
 
 def test_token_file_that_shrinks(tokens):
-    loader = DataLoader(tokens, 2, 8, 60)
+    loader = DataLoader(tokens, 2, 8)
     os.truncate(tokens, 1024 + 2 * 50)
     with pytest.raises(UserError, match="tokens.bin was cut short while it was in use"):
         for _ in range(10):
@@ -327,7 +328,7 @@ def test_place_in_shuffled_files(tmp_path):
     """A place is checked in the file of that epoch's order."""
     for i, size in enumerate((20, 40, 60)):
         write_tokens(tmp_path / f"{i}.bin", [i] * size)
-    loader = DataLoader(tmp_path / "?.bin", 1, 8, 60, shuffle_seed=1)
+    loader = DataLoader(tmp_path / "?.bin", 1, 8, shuffle_seed=1)
     for epoch in range(5):
         for done, shard in enumerate(loader.shard_order(epoch)):
             size = loader.shards[shard].num_tokens
@@ -340,7 +341,7 @@ def test_place_in_shuffled_files(tmp_path):
 def test_token_file_that_is_replaced(tmp_path):
     for i in range(2):
         write_tokens(tmp_path / f"{i}.bin", [i] * 20)
-    loader = DataLoader(tmp_path / "?.bin", 1, 8, 60)
+    loader = DataLoader(tmp_path / "?.bin", 1, 8)
     write_tokens(tmp_path / "1.bin", [2] * 20)
     with pytest.raises(UserError, match="1.bin was replaced while it was in use"):
         for _ in range(10):
@@ -355,8 +356,8 @@ def test_more_shards_than_open_files(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
     try:
-        loader = DataLoader(tmp_path / "*.bin", 1, 8, 60, shuffle_seed=1)
-        loader.fingerprint()
+        loader = DataLoader(tmp_path / "*.bin", 1, 8, shuffle_seed=1)
+        loader.checksum()
         assert len({loader.next_batch()[0][0, 0] for _ in range(200)}) == 60
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -19,7 +19,7 @@ from dataloader import write_tokens
 from generate_gpt2 import MEMORY_BOUND_ROWS, Decoder, TextStream, generate, mean_loss, quantize
 from gpt2 import Config, Tensors, initialize, parameter_shapes
 from model_files import load_model, save_model
-from tokenizer import END_OF_TEXT
+from tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from train_gpt2 import GPT2
 
 THREADS = 2
@@ -257,14 +257,14 @@ def test_mean_loss(n):
 # From tokens to text
 
 def streamed(encoding, tokens, stops=()):
-    stream = TextStream(encoding, stops)
+    stream = TextStream(encoding, stops, [])
     return [*(stream.add(token) for token in tokens), stream.finish()]
 
 
 @pytest.mark.parametrize("text", ["naïve café", "漢字かな 한국어 עברית", "🙂👩‍👩‍👧‍👦🏳️‍🌈", "e\u0301\u200b\x00", ""])
 def test_no_half_characters(encoding, text):
     """Byte by byte, the worst way to split a text into tokens."""
-    pieces = streamed(encoding, [encoding.encode_single_token(bytes([byte])) for byte in text.encode()])
+    pieces = streamed(encoding, [encoding.encoding.encode_single_token(bytes([byte])) for byte in text.encode()])
     assert "".join(pieces) == text and "\ufffd" not in pieces and max(map(len, pieces)) <= 1
 
 
@@ -278,20 +278,20 @@ def test_stream_of_any_tokens_is_the_text_of_all(encoding):
 
 def test_stops(encoding):
     text = "To be, or not to be: that is the question: 🙂 to be"
-    tokens = encoding.encode_ordinary(text)
+    tokens = encoding.encode(text)
     for stops in (["question"], ["that is", "not"], [": that"], ["be:"], ["🙂"], ["to be: what"], ["T"],
                   ["or not to be; ", "q"], ["ee", "e"]):
         expected = text[:min((text.index(stop) for stop in stops if stop in text), default=len(text))]
         assert "".join(streamed(encoding, tokens, stops)) == expected
-        by_byte = [encoding.encode_single_token(bytes([byte])) for byte in text.encode()]
+        by_byte = [encoding.encoding.encode_single_token(bytes([byte])) for byte in text.encode()]
         assert "".join(streamed(encoding, by_byte, stops)) == expected
 
 
 def test_only_what_may_begin_a_stop_waits(encoding):
-    stream = TextStream(encoding, ["\n\n"])
-    pieces = [stream.add(encoding.encode_single_token(token)) for token in (" a", "\n", "b", "\n", "\n")]
+    stream = TextStream(encoding, ["\n\n"], [])
+    pieces = [stream.add(encoding.encoding.encode_single_token(token)) for token in (" a", "\n", "b", "\n", "\n")]
     assert pieces == [" a", "", "\nb", "", ""]
-    assert stream.stopped and stream.add(encoding.encode_single_token(" c")) == "" and stream.finish() == ""
+    assert stream.stopped and stream.add(encoding.encoding.encode_single_token(" c")) == "" and stream.finish() == ""
 
 
 # The program
@@ -304,7 +304,9 @@ def run(run_main, monkeypatch, encoding):
     """Runs generate_gpt2.py in this process on a tiny model."""
     def run(*flags, config=TINY, params=None, stdin=None):
         params = params or random_params(config, scale=20)
-        monkeypatch.setattr(generate_gpt2, "load_model", lambda name: (config, params))
+        monkeypatch.setattr(generate_gpt2, "find_model", Path)
+        monkeypatch.setattr(generate_gpt2, "load_model", lambda path: (config, params))
+        monkeypatch.setattr(generate_gpt2, "load_model_tokenizer", lambda path, rows: load_tokenizer(path, {}, rows))
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b""), encoding="utf-8"))
         return run_main(generate_gpt2, "--model", "tiny", *flags)
     return run
@@ -404,8 +406,66 @@ def test_longer_than_the_context_and_said_once(run, encoding):
 
 
 def test_prompt_as_long_as_the_context_and_longer(run):
-    assert run("--prompt", "I" + 15 * " a", "--max-new-tokens", 2).status == 0
-    assert_one_line(run("--prompt", "I" + 16 * " a"), 1, "prompt is 17 tokens", "at most 16", "context", "shorten")
+    """Of a longer one, the model sees the end; that is said."""
+    flags = "--max-new-tokens", 2, "--temperature", 0
+    assert "context full" in run("--prompt", "I" + 15 * " a", *flags).err
+    longer, end = run("--prompt", "I" + 50 * " a", *flags), run("--prompt", 8 * " a", *flags)
+    assert longer.status == 0 and "context full" in longer.err and "context full" not in end.err
+    assert longer.out.removeprefix("I" + 50 * " a") == end.out.removeprefix(8 * " a")
+
+
+def test_one_prompt_however_it_is_given(run):
+    """Byte order mark and line ends; a million spaces; <|endoftext|> is one token."""
+    flags = "--max-new-tokens", 2, "--temperature", 0
+    expected = run("--prompt", "One line\nTwo", *flags)
+    for stdin in (b"One line\nTwo", b"One line\r\nTwo\r\n", b"\xef\xbb\xbfOne line\nTwo"):
+        assert run(*flags, stdin=stdin).out == run("--prompt", stdin.decode().rstrip(), *flags).out == expected.out
+    assert run("--prompt", "a" + 1_200_000 * " " + "b", *flags).status == 0
+    assert SPEED.search(run("--prompt", "Hi<|endoftext|>", *flags).err).group(1) == "2"
+
+
+def test_turns_that_end_with_end_of_text(run, encoding):
+    """As in DialoGPT: the token stays, and no newline follows it."""
+    finished = run("--interactive", stdin=b"I<|endoftext|>\nyou\n", params=silent_params())
+    assert SPEED.search(finished.err).group(1) == str(2 + 1 + len(encoding.encode("you")))
+
+
+def test_rows_beyond_the_tokenizer_are_never_drawn(run):
+    """As in nanoGPT, whose vocabulary is padded to 50,304 rows."""
+    config = Config(16, 50304, 50304, num_layers=1, num_heads=1, channels=4)
+    params = random_params(config)
+    params.lnfb[0] = 100
+    params.wte[50257:, 0] = 100
+    finished = run("--prompt", "I", "--max-new-tokens", 5, config=config, params=params)
+    assert finished.status == 0 and len(finished.out) > len("I\n")
+
+
+def test_text_of_a_model_with_its_own_tokenizer(run_main, tmp_path):
+    """Its tokens, its special tokens, and its text; all of them are kept when the model is saved again."""
+    own = train_tokenizer(["the cat and the dog, the wind and the sea " * 50], 300)
+    config = Config(32, own.vocab_size, 384, num_layers=2, num_heads=2, channels=8)
+    params = random_params(config, scale=20)
+    save_model(tmp_path, config, params, own)
+    tokens = own.encode("the cat")
+    expected = own.decode(tokens + generated(config, params, tokens, 9, temperature=0)[0])
+    finished = run_main(generate_gpt2, "--model", tmp_path, "--prompt", "the cat", "--temperature", 0, "--max-new-tokens", 9)
+    assert finished.out == expected + "\n"
+    (tmp_path / "text.txt").write_text("the dog and the sea")
+    finished = run_main(generate_gpt2, "--model", tmp_path, "--perplexity", tmp_path / "text.txt")
+    bits, count = re.search(r"([\d.]+) bits per byte \| (\d+) tokens", finished.out).groups()
+    loss = mean_loss(Decoder(config, params, 1, THREADS), [own.end_of_text, *own.encode("the dog and the sea")])
+    assert int(count) == len(own.encode("the dog and the sea"))
+    assert abs(float(bits) / (loss * int(count) / math.log(2) / len("the dog and the sea")) - 1) < 1e-4
+
+
+def test_argument_that_is_not_utf_8(run):
+    for flag in "--prompt", "--stop":
+        assert_one_line(run(flag, "caf\udce9"), 2, flag, "expected UTF-8")
+
+
+def test_conversation_survives_a_line_that_is_not_utf_8(run):
+    finished = run("--interactive", "--max-new-tokens", 2, stdin=b"caf\xe9\nI" + 30 * b" a" + b"\nyou\n")
+    assert finished.status == 0 and finished.out.count("\n") >= 2 and "not UTF-8" in finished.err
 
 
 def silent_params():
@@ -465,14 +525,15 @@ def test_int8(run, tmp_path):
 def test_perplexity_of_a_text_and_of_its_tokens(run, tmp_path, encoding):
     text, tokens = tmp_path / "text.txt", tmp_path / "tokens.bin"
     text.write_text("To be, or not to be: that is the question, naïve", encoding="utf-8")
-    ids = [END_OF_TEXT, *encoding.encode_ordinary(text.read_text(encoding="utf-8"))]
+    ids = [END_OF_TEXT, *encoding.encode(text.read_text(encoding="utf-8"))]
     write_tokens(tokens, ids)
     params = random_params(TINY)
     loss = mean_loss(Decoder(TINY, params, 1, THREADS), ids)
     for path in (text, tokens):
         finished = run("--perplexity", path, params=params)
+        bits = loss * (len(ids) - 1) / math.log(2) / len("To be, or not to be: that is the question, naïve".encode())
         assert finished.out == (f"perplexity {math.exp(loss):,.3f} | loss {loss:.5f} nats per token | "
-                                f"{len(ids) - 1} tokens of {path}\n")
+                                f"{bits:.4f} bits per byte | {len(ids) - 1} tokens of {path}\n")
         assert re.fullmatch(r"[\d,.]+ tok/s\n", finished.err)
 
 
@@ -550,17 +611,17 @@ def test_files_that_cannot_be_scored(run, tmp_path):
     cut.write_bytes(cut.read_bytes()[:-1])
     assert_one_line(run("--perplexity", tmp_path / "none"), 1, "cannot read", tmp_path / "none", "No such file")
     assert_one_line(run("--perplexity", tmp_path), 1, "cannot read", tmp_path, "directory")
-    assert_one_line(run("--perplexity", latin), 1, latin, "0xef at position 2", "UTF-8")
+    assert_one_line(run("--perplexity", latin), 1, latin, "0xef at offset 2", "UTF-8")
     assert_one_line(run("--perplexity", empty), 1, empty, "holds 1 token", "at least 2")
     assert_one_line(run("--perplexity", cut), 1, cut, "1,029 bytes", "expected 1,030")
 
 
 def test_prompt_that_is_not_utf_8(run):
-    assert_one_line(run(stdin=b"na\xefve"), 1, "standard input", "0xef at position 2", "UTF-8")
+    assert_one_line(run(stdin=b"na\xefve"), 1, "standard input", "0xef at offset 2", "UTF-8")
 
 
-def test_no_tokenizer_for_another_vocabulary(run):
-    assert_one_line(run("--prompt", "I", config=CONFIGS["odd"]), 1, "--model tiny", "50 tokens", "50,257", "--perplexity")
+def test_model_without_a_tokenizer(run):
+    assert_one_line(run("--prompt", "I", config=CONFIGS["odd"]), 1, "the model has no tokenizer", "tokenizer.json")
 
 
 def test_more_samples_than_memory(run, monkeypatch):

