@@ -115,13 +115,14 @@ class Decoder:
         if len(self.acts.residual) != N:
             self.acts = Tensors({"residual": (N, C), "ln": (N, C), "mean": (N,), "rstd": (N,), "qkv": (N, 3 * C),
                                  "att": (N, C), "proj": (N, C), "fch": (N, 4 * C), "fch_gelu": (N, 4 * C)})
-        params, acts, residual = self.params, self.acts, self.acts.residual
+        params, acts, residual, exact_gelu = self.params, self.acts, self.acts.residual, self.config.exact_gelu
         attention_forward = kernels.attention_cached_forward
-        layernorm_forward, gelu_forward = kernels.layernorm_forward, kernels.gelu_forward
-        residual_forward = kernels.residual_forward
+        layernorm_forward, residual_forward = kernels.layernorm_forward, kernels.residual_forward
+        gelu_forward = kernels.gelu_exact_forward if exact_gelu else kernels.gelu_forward
         if N <= MEMORY_BOUND_ROWS:      # waking the other threads would take longer than the work
-            layernorm_forward, gelu_forward = kernels.layernorm_forward_on_one_thread, kernels.gelu_forward_on_one_thread
+            layernorm_forward = kernels.layernorm_forward_on_one_thread
             residual_forward = kernels.residual_forward_on_one_thread
+            gelu_forward = kernels.gelu_exact_forward_on_one_thread if exact_gelu else kernels.gelu_forward_on_one_thread
 
         encoder_forward(residual, tokens, params.wte, params.wpe[position:end])                                  # (N, C)
         for l in range(self.config.num_layers):
@@ -374,16 +375,17 @@ def parse_options(description: str, arguments: list | None = None, **own_flags):
     return namedtuple("Options", vars(options))(**vars(options))
 
 
-def compile_kernels() -> None:
-    """Compile the kernels into Numba's cache, unless they are there."""
-    if not kernels.all_compiled(decoding=True):
+def compile_kernels(exact_gelu: bool = False) -> None:
+    """Compile the kernels into Numba's cache, unless those that a model with this activation needs are there."""
+    if not kernels.all_compiled(exact_gelu, decoding=True):
         note(f"compiling the kernels, {cache_lifetime()}: about 10 seconds")
-        kernels.compile_in_processes("generate_gpt2")
+        kernels.compile_in_processes("generate_gpt2", exact_gelu)
 
 
-def run_every_kernel(int8: bool) -> None:
+def run_every_kernel(int8: bool, exact_gelu: bool = False) -> None:
     """Read and score a text with the smallest model, so that Numba compiles every kernel it needs."""
-    config = Config(max_seq_len=2 * MEMORY_BOUND_ROWS, vocab_size=2, padded_vocab_size=2, num_layers=1, num_heads=1, channels=1)
+    config = Config(max_seq_len=2 * MEMORY_BOUND_ROWS, vocab_size=2, padded_vocab_size=2, num_layers=1, num_heads=1, channels=1,
+                    exact_gelu=exact_gelu)
     params = Tensors(parameter_shapes(config))
     decoder = Decoder(config, quantize(config, params) if int8 else params, num_texts=1, threads=1)
     decoder.next_logits([[0]])
@@ -517,7 +519,7 @@ def main():
     threads = kernels.use_threads(options.threads)
     prompt = read_prompt(options)
     config, params, tokenizer = load(options)
-    compile_kernels()
+    compile_kernels(config.exact_gelu)
     int8_bytes = 2 * params.size if options.quantize else 0
     check_cache_memory(config, options.num_samples, int8_bytes, main_memory(), "this machine")
     if options.quantize:

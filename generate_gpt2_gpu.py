@@ -51,6 +51,7 @@ class Decoder(generate_gpt2.Decoder):
                                 self.device.empty)
         params, acts, no_bias = self.params, self.acts, self.no_bias
         norm = acts.ln, acts.mean, acts.rstd
+        bias_gelu_forward = kernels.bias_gelu_exact_forward if self.config.exact_gelu else kernels.bias_gelu_forward
 
         kernels.encoder_forward(acts.residual, self.device.to_device(tokens), params.wte, params.wpe[position:end])  # (N, C)
         kernels.layernorm_forward(*norm, acts.residual, params.ln1w[0], params.ln1b[0])                          # (N, C)
@@ -61,7 +62,7 @@ class Decoder(generate_gpt2.Decoder):
             kernels.residual_layernorm_forward(acts.residual2, *norm, acts.residual, acts.proj, params.attprojb[l],
                                                params.ln2w[l], params.ln2b[l])                                   # (N, C)
             linear_forward(acts.fch, acts.ln, params.fcw[l], no_bias)                                            # (N, 4C)
-            kernels.bias_gelu_forward(acts.fch_gelu, acts.fch, params.fcb[l])                                    # (N, 4C)
+            bias_gelu_forward(acts.fch_gelu, acts.fch, params.fcb[l])                                            # (N, 4C)
             linear_forward(acts.proj, acts.fch_gelu, params.fcprojw[l], no_bias)                                 # (N, C)
             # The layernorm that follows is the first of the next block, or the model's last.
             weight, bias = (params.ln1w[l + 1], params.ln1b[l + 1]) if l + 1 < L else (params.lnfw, params.lnfb)

@@ -8,7 +8,7 @@ Contents
     Layer normalization                 layernorm_forward, layernorm_backward
     Matrix product                      matmul_forward, matmul_backward, matvec_forward (sgemm is in matmul_cpu.py)
     Attention                           attention_forward, attention_backward, attention_cached_forward (KV cache)
-    GELU                                gelu_forward, gelu_backward
+    GELU                                gelu_forward, gelu_backward; gelu_exact_forward, gelu_exact_backward
     Residual connection                 residual_forward
     Softmax and cross-entropy           fused_classifier
     Optimizer                           global_norm, adamw_update
@@ -506,6 +506,64 @@ def gelu_backward(dinp, dout, inp):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# GELU itself, for models that were trained with it, such as nanoGPT's since 2023 and Cerebras-GPT
+
+@njit(inline="always", fastmath=FASTMATH)
+def normal_distribution(x):
+    """Phi(x) and phi(x): the probability that a standard normal number is below x, and the density at x.
+
+    The tail Phi(-|x|) is phi(x) times a ratio (Mills') that falls only like 1/|x|: a polynomial in t = 1 / (1 + 0.35 |x|), in
+    the form of Abramowitz and Stegun 26.2.17 (Hastings 1955), with coefficients fitted in dev/derivations/gelu.md. Its relative
+    error is 6e-8. With rounding, that of Phi is below 1e-6 down to x = -5, then grows with the exponent, to 6e-6 at -13; below,
+    the result is 0. The comparison is written so that NaN passes through.
+    """
+    density = np.float32(0.39894228040143268) * exp(np.float32(-0.5) * x * x)
+    t = np.float32(1) / (np.float32(1) + np.float32(0.35) * abs(x))
+    p = np.float32(-0.0743955)
+    p = p * t + np.float32(0.3673359)
+    p = p * t + np.float32(-0.6541328)
+    p = p * t + np.float32(0.4137215)
+    p = p * t + np.float32(-0.0677958)
+    p = p * t + np.float32(0.2684965)
+    p = p * t + np.float32(0.2994040)
+    p = p * t + np.float32(0.3507081)
+    p = p * t + np.float32(0.3499722)
+    tail = density * t * p
+    return (tail if x < np.float32(0) else np.float32(1) - tail), density
+
+
+@kernel
+def gelu_exact_forward(out, inp):
+    """out = x * Phi(x) for every x of inp (N, C), with the distribution function Phi of standard normal numbers.
+
+    Backward needs inp, from which it computes Phi again.
+    Cost: 47*N*C FLOPs, 8*N*C bytes: memory-bound. Derived in dev/derivations/gelu.md.
+    """
+    N, C = inp.shape
+    for n in prange(N):
+        for c in range(C):
+            x = inp[n, c]
+            probability, _ = normal_distribution(x)
+            out[n, c] = x * probability
+
+
+@kernel
+def gelu_exact_backward(dinp, dout, inp):
+    """dinp = dout * (Phi(x) + x * phi(x)) for every x of inp, all of shape (N, C).
+
+    The product rule on x * Phi(x): the density phi is the derivative of Phi. dinp may be dout itself.
+
+    Cost: 49*N*C FLOPs, 12*N*C bytes: memory-bound. Derived in dev/derivations/gelu.md.
+    """
+    N, C = inp.shape
+    for n in prange(N):
+        for c in range(C):
+            x = inp[n, c]
+            probability, density = normal_distribution(x)
+            dinp[n, c] = dout[n, c] * (probability + x * density)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Residual connection
 
 @kernel
@@ -620,6 +678,7 @@ def on_one_thread(kernel):
 
 layernorm_forward_on_one_thread = on_one_thread(layernorm_forward)
 gelu_forward_on_one_thread = on_one_thread(gelu_forward)
+gelu_exact_forward_on_one_thread = on_one_thread(gelu_exact_forward)
 residual_forward_on_one_thread = on_one_thread(residual_forward)
 
 
@@ -719,10 +778,14 @@ def matmul_int8_forward(out, inp, numbers, scales, bias, workspace):
 # ----------------------------------------------------------------------------------------------------------------------
 # Compiling
 
-# The kernels that only decoding needs, and those it shares with training.
+# The kernels that only decoding needs, those it shares with training, and those of either activation.
 DECODING = (quantize, encoder_int8_forward, matvec_forward, matvec_int8_forward, matmul_int8_forward, attention_cached_forward,
-            layernorm_forward_on_one_thread, gelu_forward_on_one_thread, residual_forward_on_one_thread)
-SHARED = (encoder_forward, layernorm_forward, matmul_forward, gelu_forward, residual_forward, fused_classifier)
+            layernorm_forward_on_one_thread, gelu_forward_on_one_thread, gelu_exact_forward_on_one_thread,
+            residual_forward_on_one_thread)
+SHARED = (encoder_forward, layernorm_forward, matmul_forward, gelu_forward, gelu_exact_forward, residual_forward,
+          fused_classifier)
+TANH_GELU = (gelu_forward, gelu_backward, gelu_forward_on_one_thread)
+EXACT_GELU = (gelu_exact_forward, gelu_exact_backward, gelu_exact_forward_on_one_thread)
 
 
 def use_threads(threads, processes=1):
@@ -738,16 +801,20 @@ def use_threads(threads, processes=1):
     return threads
 
 
-def all_compiled(decoding=False):
-    """Whether Numba's cache holds every kernel of training, or of decoding, as it is written now and for this processor."""
+def all_compiled(exact_gelu, decoding=False):
+    """Whether Numba's cache holds every kernel of training, or of decoding, as it is written now and for this processor.
+
+    Those of the activation that the model does not have are not needed.
+    """
+    unused = TANH_GELU if exact_gelu else EXACT_GELU
     kernels = DECODING + SHARED if decoding else [
         value for value in globals().values()
         if isinstance(value, Dispatcher) and value.targetoptions.get("parallel") and value not in DECODING]
-    return all(kernel._cache.is_intact(kernel.targetctx.codegen().magic_tuple()) for kernel in kernels)
+    return all(kernel._cache.is_intact(kernel.targetctx.codegen().magic_tuple()) for kernel in kernels if kernel not in unused)
 
 
-def compile_in_processes(program):
-    """Fill Numba's cache by calling a program's run_every_kernel(False) and (True) in two processes.
+def compile_in_processes(program, exact_gelu):
+    """Fill Numba's cache by calling a program's run_every_kernel(False, exact_gelu) and (True, exact_gelu) in two processes.
 
     A parallel kernel that was just compiled may add in another order than the same kernel loaded from the cache. No run
     computes with kernels that it compiled itself, so the first run gives the same bits as every later one. The two processes
@@ -755,7 +822,7 @@ def compile_in_processes(program):
     hidden, but recur in this run.
     """
     run = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {program}; {program}.run_every_kernel"
-    compilers = [subprocess.Popen([sys.executable, "-c", f"{run}({argument})"], stderr=subprocess.DEVNULL)
+    compilers = [subprocess.Popen([sys.executable, "-c", f"{run}({argument}, {exact_gelu})"], stderr=subprocess.DEVNULL)
                  for argument in (False, True)]
     for compiler in compilers:
         compiler.wait()

@@ -769,6 +769,62 @@ def gelu_backward(dinp, dout, inp):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# GELU itself, for models that were trained with it, such as nanoGPT's since 2023 and Cerebras-GPT
+
+GELU_EXACT = r"""
+// As bias_gelu_forward. normcdff is Phi, CUDA's distribution function of standard normal numbers, accurate in both tails.
+extern "C" __global__ void bias_gelu_exact_forward(
+    float* __restrict__ out,            // (N, C)
+    float* __restrict__ inp,            // (N, C)
+    const float* __restrict__ bias,     // (C)
+    int N, int C)
+{
+    Fours fours(C, out, inp, bias);
+    float *out_row = out + (size_t)blockIdx.x * C, *inp_row = inp + (size_t)blockIdx.x * C;
+    for (int c = 4 * threadIdx.x; c < C; c += 4 * blockDim.x) {
+        Four x = fours.load(inp_row, c);
+        x += fours.load(bias, c);
+        fours.store(inp_row, c, x);
+        for (int k = 0; k < 4; k++) x.x[k] *= normcdff(x.x[k]);
+        fours.store(out_row, c, x);
+    }
+}
+
+// Four numbers per thread. dinp may be dout.
+extern "C" __global__ void gelu_exact_backward(
+    float* dinp,                        // (size)
+    const float* dout,                  // (size)
+    const float* __restrict__ inp,      // (size)
+    size_t size)
+{
+    Fours fours(size, dinp, dout, inp);
+    size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
+    if (i >= size) return;
+    Four x = fours.load(inp, i), d = fours.load(dout, i);
+    for (int k = 0; k < 4; k++) {
+        float density = 0.3989422804f * expf(-0.5f * x.x[k] * x.x[k]);      // exp(-x**2 / 2) / sqrt(2 pi)
+        d.x[k] *= normcdff(x.x[k]) + x.x[k] * density;
+    }
+    fours.store(dinp, i, d);
+}
+"""
+
+
+def bias_gelu_exact_forward(out, inp, bias):
+    """inp (N, C) += bias (C), in place; out (N, C) = inp * Phi(inp). Derived in dev/derivations/gelu.md."""
+    N, C = inp.shape
+    device.launch("bias_gelu_exact_forward", N, row_threads(C), out, inp, bias, N, C)
+
+
+def gelu_exact_backward(dinp, dout, inp):
+    """dinp = dout * (Phi(inp) + inp * phi(inp)), all of shape (N, C). dinp may be dout itself.
+
+    Derived in dev/derivations/gelu.md.
+    """
+    device.launch("gelu_exact_backward", ceil_div(inp.size, 4 * 256), 256, dinp, dout, inp, inp.size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Softmax and cross-entropy, forward and backward in one launch
 
 CLASSIFIER = r"""
@@ -921,4 +977,4 @@ def adamw_update(params, grads, m, v, norm, learning_rate, beta1, beta2, eps, we
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-SOURCES = [COMMON, COLUMN_SUMS, ENCODER, LAYERNORM, MATMUL, ATTENTION, GELU, CLASSIFIER, OPTIMIZER]
+SOURCES = [COMMON, COLUMN_SUMS, ENCODER, LAYERNORM, MATMUL, ATTENTION, GELU, GELU_EXACT, CLASSIFIER, OPTIMIZER]

@@ -100,6 +100,7 @@ class GPT2:
         """
         params, acts, workspace = self.params, self.acts, self.workspace
         proj = self.scratch.proj[:self.tokens.size]
+        gelu_forward = kernels.gelu_exact_forward if self.config.exact_gelu else kernels.gelu_forward
         residual = acts.residual3[l - 1] if l > 0 else acts.encoded
         kernels.layernorm_forward(acts.ln1[l], acts.ln1_mean[l], acts.ln1_rstd[l],
                                   residual, params.ln1w[l], params.ln1b[l])                                      # (N, C)
@@ -110,7 +111,7 @@ class GPT2:
         kernels.layernorm_forward(acts.ln2[l], acts.ln2_mean[l], acts.ln2_rstd[l],
                                   acts.residual2[l], params.ln2w[l], params.ln2b[l])                             # (N, C)
         kernels.matmul_forward(acts.fch[l], acts.ln2[l], params.fcw[l], params.fcb[l], workspace)                # (N, 4C)
-        kernels.gelu_forward(acts.fch_gelu[l], acts.fch[l])                                                      # (N, 4C)
+        gelu_forward(acts.fch_gelu[l], acts.fch[l])                                                              # (N, 4C)
         if stop_at_gelu:
             return
         kernels.matmul_forward(proj, acts.fch_gelu[l], params.fcprojw[l], params.fcprojb[l], workspace)          # (N, C)
@@ -137,6 +138,7 @@ class GPT2:
         targets = targets.reshape(N)
         dresidual, dln, datt, dqkv, dfch = (getattr(self.scratch, name)[:N]
                                             for name in ("dresidual", "dln", "datt", "dqkv", "dfch"))
+        gelu_backward = kernels.gelu_exact_backward if self.config.exact_gelu else kernels.gelu_backward
 
         for rows in chunks(N, CLASSIFIER_ROWS):
             logits = self.scratch.logits[:rows.stop - rows.start]
@@ -157,7 +159,7 @@ class GPT2:
             # residual3 = residual2 + proj: dresidual is the gradient of both.
             kernels.matmul_backward(dfch, grads.fcprojw[l], grads.fcprojb[l],
                                     dresidual, acts.fch_gelu[l], params.fcprojw[l], workspace)                   # (N, 4C)
-            kernels.gelu_backward(dfch, dfch, acts.fch[l])                                                       # (N, 4C)
+            gelu_backward(dfch, dfch, acts.fch[l])                                                               # (N, 4C)
             kernels.matmul_backward(dln, grads.fcw[l], grads.fcb[l],
                                     dfch, acts.ln2[l], params.fcw[l], workspace)                                 # (N, C)
             kernels.layernorm_backward(dresidual, grads.ln2w[l], grads.ln2b[l],
@@ -333,19 +335,19 @@ def train_and_save(model: GPT2, options, train_loader: DataLoader, val_loader: V
     return status
 
 
-def compile_kernels() -> None:
-    """Compile the kernels into Numba's cache if any is missing there."""
-    if not kernels.all_compiled():
+def compile_kernels(exact_gelu: bool = False) -> None:
+    """Compile the kernels into Numba's cache if any is missing there that a model with this activation needs."""
+    if not kernels.all_compiled(exact_gelu):
         print(f"compiling the kernels, {cache_lifetime()}: about 15 seconds", flush=True)
-        kernels.compile_in_processes("train_gpt2")
+        kernels.compile_in_processes("train_gpt2", exact_gelu)
 
 
-def run_every_kernel(backward_first: bool) -> None:
+def run_every_kernel(backward_first: bool, exact_gelu: bool = False) -> None:
     """One step of the smallest model, so that Numba compiles every kernel: for kernels_cpu.compile_in_processes.
 
     With backward_first it begins with the two kernels of the backward pass that take longest to compile.
     """
-    model = GPT2(Config(1, 1, 128, num_layers=1, num_heads=1, channels=1), 1, 1, threads=1)
+    model = GPT2(Config(1, 1, 128, num_layers=1, num_heads=1, channels=1, exact_gelu=exact_gelu), 1, 1, threads=1)
     grads, params, acts, scratch = model.grads, model.params, model.acts, model.scratch
     token = np.zeros((1, 1), dtype=np.int32)
     if backward_first:
@@ -378,7 +380,7 @@ def run(options, world: World) -> int:
     train_loader, val_loader = data_loaders(options, world)
     config, params, moments, tokenizer = load_or_create_model(options, train_loader, val_loader)
     with world.local_rank_zero_first():
-        compile_kernels()
+        compile_kernels(config.exact_gelu)
     B, T = options.batch_size, options.sequence_length
     needed = memory_needed(config, activation_shapes(config, B, T, options.recompute),
                            scratch_shapes(config, B, T, CLASSIFIER_ROWS), world.size)

@@ -102,6 +102,7 @@ class GPT2:
         stop_at_gelu: skip the last two calls, whose outputs the block's backward pass does not read
         """
         params, acts, proj, no_bias = self.params, self.acts, self.scratch.proj, self.no_bias
+        bias_gelu_forward = kernels.bias_gelu_exact_forward if self.config.exact_gelu else kernels.bias_gelu_forward
         residual = acts.residual3[l - 1] if l > 0 else acts.encoded
         kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l])                         # (N, 3C)
         kernels.attention_forward(acts.att[l], acts.att_lse[l], acts.qkv[l], self.scratch.scores)                # (N, C)
@@ -109,7 +110,7 @@ class GPT2:
         kernels.residual_layernorm_forward(acts.residual2[l], acts.ln2[l], acts.ln2_mean[l], acts.ln2_rstd[l],
                                            residual, proj, params.attprojb[l], params.ln2w[l], params.ln2b[l])   # (N, C)
         kernels.matmul_forward(acts.fch[l], acts.ln2[l], params.fcw[l], no_bias)                                 # (N, 4C)
-        kernels.bias_gelu_forward(acts.fch_gelu[l], acts.fch[l], params.fcb[l])                                  # (N, 4C)
+        bias_gelu_forward(acts.fch_gelu[l], acts.fch[l], params.fcb[l])                                          # (N, 4C)
         if stop_at_gelu:
             return
         kernels.matmul_forward(proj, acts.fch_gelu[l], params.fcprojw[l], no_bias)                               # (N, C)
@@ -150,6 +151,7 @@ class GPT2:
         targets = targets.reshape(N)
         dresidual, dln, datt, dqkv, dfch, scores, dscores = (
             getattr(self.scratch, name) for name in ("dresidual", "dln", "datt", "dqkv", "dfch", "scores", "dscores"))
+        gelu_backward = kernels.gelu_exact_backward if self.config.exact_gelu else kernels.gelu_backward
 
         for rows in chunks(N, CLASSIFIER_ROWS):
             logits = self.scratch.logits[:rows.stop - rows.start]
@@ -171,7 +173,7 @@ class GPT2:
             # residual3 = residual2 + proj: dresidual is the gradient of both.
             kernels.matmul_backward(dfch, grads.fcprojw[l], grads.fcprojb[l],
                                     dresidual, acts.fch_gelu[l], params.fcprojw[l])                              # (N, 4C)
-            kernels.gelu_backward(dfch, dfch, acts.fch[l])                                                       # (N, 4C)
+            gelu_backward(dfch, dfch, acts.fch[l])                                                               # (N, 4C)
             kernels.matmul_backward(dln, grads.fcw[l], grads.fcb[l], dfch, acts.ln2[l], params.fcw[l])           # (N, C)
             kernels.layernorm_backward(dresidual, grads.ln2w[l], grads.ln2b[l],
                                        dln, acts.ln2_mean[l], acts.ln2_rstd[l], acts.residual2[l], params.ln2w[l])  # (N, C)

@@ -389,6 +389,7 @@ template <class T> T __ldcs(const T* address) { return *address; }
 template <class T> void __stcs(T* address, T value) { *address = value; }
 
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline float normcdff(float x) { return erfc(-x * sqrt(0.5)) / 2; }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }

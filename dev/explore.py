@@ -323,7 +323,7 @@ def main():
 
     threads = kernels.use_threads(options.threads)
     config, params = (model_config(options.model), None) if options.model in NEW_MODELS else load_model(options.model)
-    compile_kernels()
+    compile_kernels(config.exact_gelu)
     if options.prompt is None:
         explore_step(config, params, threads, options)
     else:

@@ -52,6 +52,7 @@ preparing = tests_in("test_prepare_text.py")
 erring = tests_in("test_errors.py")
 faults = tests_in("test_faults.py")
 damaged = tests_in("test_damaged_files.py")
+exact_gelu = tests_in("test_exact_gelu.py")
 of_processes = tests_in("test_distributed.py")
 pages = tests_in("test_derivations.py")
 drawing = tests_in("tools/test_figures.py")
@@ -59,6 +60,7 @@ recording = tests_in("tools/test_recorder.py")
 exploring = tests_in("tools/test_explore.py")
 SAMPLING, PLOTTING = "dev/tests/test_sampling.py", "dev/tests/tools/test_plot_runs.py"
 GPU, PAGES = "kernels_gpu.py", "dev/derivations/"
+FOURS_OF_GELU = "    Four x = fours.load(inp, i), d = fours.load(dout, i);\n    for (int k = 0; k < 4; k++) {\n        float "
 
 
 class Mutation(NamedTuple):
@@ -290,6 +292,25 @@ MUTATIONS = [Mutation(*row) for row in [
      "dinp[n, c] = dout[n, c] * (s", "dinp[n, c] = (s", kernel("gelu_backward")),
     ("gelu backward: dinp added to", "kernels_cpu.py",
      "dinp[n, c] = dout[n, c] * (s", "dinp[n, c] += dout[n, c] * (s", kernel("gelu_backward")),
+    ("gelu exact: probability of a number above x", "kernels_cpu.py",
+     "tail if x < np.float32(0) else", "tail if x > np.float32(0) else", kernel("gelu_exact")),
+    ("gelu exact: a digit of a coefficient", "kernels_cpu.py",
+     "np.float32(0.2684965)", "np.float32(0.2685965)", kernel("gelu_exact")),
+    ("gelu exact: variance 1/2", "kernels_cpu.py",
+     "exp(np.float32(-0.5) * x * x)", "exp(-x * x)", kernel("gelu_exact")),
+    ("gelu exact: 1 minus a probability near 1 for the tail", "kernels_cpu.py",
+     "(tail if x < np.float32(0) else np.float32(1) - tail)",
+     "(np.float32(1) - (np.float32(1) - tail) if x < np.float32(0) else np.float32(1) - tail)", kernel("gelu_exact")),
+    ("gelu exact backward: density not multiplied by x", "kernels_cpu.py",
+     "(probability + x * density)", "(probability + density)", kernel("gelu_exact")),
+    ("gelu exact backward: density subtracted", "kernels_cpu.py",
+     "(probability + x * density)", "(probability - x * density)", kernel("gelu_exact")),
+    ("gelu exact backward: dout forgotten", "kernels_cpu.py",
+     "dout[n, c] * (probability + x * density)", "probability + x * density", kernel("gelu_exact")),
+    ("gelu exact: the tanh form's kernels compiled, too", "kernels_cpu.py",
+     "unused = TANH_GELU if exact_gelu else EXACT_GELU", "unused = () if exact_gelu else EXACT_GELU", exact_gelu("compiled")),
+    ("gelu exact: GPT-2 waits for its kernels", "kernels_cpu.py",
+     "unused = TANH_GELU if exact_gelu else EXACT_GELU", "unused = TANH_GELU if exact_gelu else ()", exact_gelu("compiled")),
     ("exp: NaN clamped", "kernels_cpu.py",
      "(np.float32(-87) if x < np.float32(-87) else x)", "(x if x > np.float32(-87) else np.float32(-87))",
      kernel("classifier")),
@@ -390,6 +411,9 @@ MUTATIONS = [Mutation(*row) for row in [
      "params.fcw[l], params.fcb[l], workspace)", "params.fcw[0], params.fcb[l], workspace)", ACTIVATIONS),
     ("model: GELU left out", "train_gpt2.py",
      "kernels.matmul_forward(proj, acts.fch_gelu[l],", "kernels.matmul_forward(proj, acts.fch[l],", ACTIVATIONS),
+    ("model: tanh form for GELU itself", "train_gpt2.py",
+     "kernels.gelu_exact_forward if self.config.exact_gelu else kernels.gelu_forward", "kernels.gelu_forward",
+     exact_gelu("test_training")),
     ("model: MLP added to the block's input", "train_gpt2.py",
      "kernels.residual_forward(acts.residual3[l], acts.residual2[l], proj)",
      "kernels.residual_forward(acts.residual3[l], residual, proj)",
@@ -399,7 +423,7 @@ MUTATIONS = [Mutation(*row) for row in [
     ("model backward: final layernorm with another's weight", "train_gpt2.py",
      "acts.lnf_rstd, acts.residual3[-1], params.lnfw)", "acts.lnf_rstd, acts.residual3[-1], params.ln1w[0])", GRADIENTS),
     ("model backward: residual branch dropped", "train_gpt2.py",
-     "kernels.gelu_backward(dfch, dfch, acts.fch[l])", "kernels.gelu_backward(dfch, dfch, acts.fch[l]); dresidual[...] = 0",
+     "gelu_backward(dfch, dfch, acts.fch[l])", "gelu_backward(dfch, dfch, acts.fch[l]); dresidual[...] = 0",
      GRADIENTS),
     ("model backward: residual of the wrong layer", "train_gpt2.py",
      "            residual = acts.residual3[l - 1] if l > 0 else acts.encoded\n            if",
@@ -423,9 +447,14 @@ MUTATIONS = [Mutation(*row) for row in [
     ("model backward: fcprojw's gradient from before the GELU", "train_gpt2.py",
      "dresidual, acts.fch_gelu[l], params.fcprojw[l]", "dresidual, acts.fch[l], params.fcprojw[l]", GRADIENTS),
     ("model backward: GELU's gradient left out", "train_gpt2.py",
-     "kernels.gelu_backward(dfch, dfch, acts.fch[l])", "pass", GRADIENTS),
+     "gelu_backward(dfch, dfch, acts.fch[l])", "pass", GRADIENTS),
+    ("model backward: tanh form for GELU itself", "train_gpt2.py",
+     "kernels.gelu_exact_backward if self.config.exact_gelu else kernels.gelu_backward", "kernels.gelu_backward",
+     exact_gelu("test_training")),
+    ("model: only the tanh form compiled before training", "train_gpt2.py",
+     "channels=1, exact_gelu=exact_gelu)", "channels=1)", exact_gelu("compiled")),
     ("model backward: GELU's slope at its output", "train_gpt2.py",
-     "kernels.gelu_backward(dfch, dfch, acts.fch[l])", "kernels.gelu_backward(dfch, dfch, acts.fch_gelu[l])", GRADIENTS),
+     "gelu_backward(dfch, dfch, acts.fch[l])", "gelu_backward(dfch, dfch, acts.fch_gelu[l])", GRADIENTS),
     ("model backward: fcw's gradient from the first layernorm", "train_gpt2.py",
      "dfch, acts.ln2[l], params.fcw[l], workspace)", "dfch, acts.ln1[l], params.fcw[l], workspace)", GRADIENTS),
     ("model backward: first block's fcw collects the gradients of all", "train_gpt2.py",
@@ -713,14 +742,28 @@ MUTATIONS = [Mutation(*row) for row in [
 
     # CUDA: GELU
     ("cuda gelu: bias not saved", GPU,
-     "        fours.store(inp_row, c, x);\n", "", cuda("gelu")),
+     "        fours.store(inp_row, c, x);\n        for (int k = 0; k < 4; k++) x.x[k] *= gelu_gate",
+     "        for (int k = 0; k < 4; k++) x.x[k] *= gelu_gate", cuda("gelu")),
     ("cuda gelu backward: guard missing", GPU,
-     "    if (i >= size) return;\n    Four x", "    Four x", cuda("gelu")),
+     "    if (i >= size) return;\n" + FOURS_OF_GELU + "s =", FOURS_OF_GELU + "s =", cuda("gelu")),
     ("cuda gelu backward: guard off by one", GPU,
-     "    if (i >= size) return;\n    Four x", "    if (i > size) return;\n    Four x", cuda("gelu")),
+     "    if (i >= size) return;\n" + FOURS_OF_GELU + "s =", "    if (i > size) return;\n" + FOURS_OF_GELU + "s =",
+     cuda("gelu")),
     ("cuda gelu backward: a block too few", GPU,
      "device.launch(\"gelu_backward\", ceil_div(inp.size, 4 * 256),", "device.launch(\"gelu_backward\", inp.size // (4 * 256),",
      cuda("gelu")),
+    ("cuda gelu exact: bias not saved", GPU,
+     "        fours.store(inp_row, c, x);\n        for (int k = 0; k < 4; k++) x.x[k] *= normcdff",
+     "        for (int k = 0; k < 4; k++) x.x[k] *= normcdff", cuda("gelu_exact")),
+    ("cuda gelu exact backward: guard missing", GPU,
+     "    if (i >= size) return;\n" + FOURS_OF_GELU + "density", FOURS_OF_GELU + "density", cuda("gelu_exact")),
+    ("cuda gelu exact backward: variance 1/2", GPU,
+     "expf(-0.5f * x.x[k] * x.x[k])", "expf(-x.x[k] * x.x[k])", cuda("gelu_exact")),
+    ("cuda gelu exact backward: product rule without x", GPU,
+     "+ x.x[k] * density", "+ density", cuda("gelu_exact")),
+    ("cuda gelu exact backward: a block too few", GPU,
+     "device.launch(\"gelu_exact_backward\", ceil_div(inp.size, 4 * 256),",
+     "device.launch(\"gelu_exact_backward\", inp.size // (4 * 256),", cuda("gelu_exact")),
 
     # CUDA: classifier
     ("cuda classifier: target read after it is overwritten", GPU,
@@ -757,7 +800,13 @@ MUTATIONS = [Mutation(*row) for row in [
 
     # CUDA: the passes
     ("cuda passes: GELU's gradient left out", "train_gpt2_gpu.py",
-     "kernels.gelu_backward(dfch, dfch, acts.fch[l])", "pass", whole_cuda("gradients")),
+     "gelu_backward(dfch, dfch, acts.fch[l])", "pass", whole_cuda("gradients")),
+    ("cuda passes: tanh form for GELU itself", "train_gpt2_gpu.py",
+     "kernels.bias_gelu_exact_forward if self.config.exact_gelu else kernels.bias_gelu_forward", "kernels.bias_gelu_forward",
+     exact_gelu("training_on")),
+    ("cuda passes: the tanh form's slope for GELU itself", "train_gpt2_gpu.py",
+     "kernels.gelu_exact_backward if self.config.exact_gelu else kernels.gelu_backward", "kernels.gelu_backward",
+     exact_gelu("training_on")),
     ("cuda passes: layernorm's input of another block", "train_gpt2_gpu.py",
      "            residual = acts.residual3[l - 1] if l > 0 else acts.encoded\n            if",
      "            residual = acts.residual3[l]\n            if",
@@ -908,6 +957,17 @@ MUTATIONS = [Mutation(*row) for row in [
     ("decoder: kernel for many rows from two rows on", "generate_gpt2.py",
      "kernels.matvec_forward if len(inp) <= MEMORY_BOUND_ROWS", "kernels.matvec_forward if len(inp) == 1",
      generating("batch_equals")),
+    ("decoder: tanh form for GELU itself", "generate_gpt2.py",
+     "kernels.gelu_exact_forward if exact_gelu else kernels.gelu_forward\n", "kernels.gelu_forward\n",
+     exact_gelu("test_decoder")),
+    ("decoder: tanh form for GELU itself, of few rows", "generate_gpt2.py",
+     "kernels.gelu_exact_forward_on_one_thread if exact_gelu else kernels.gelu_forward_on_one_thread",
+     "kernels.gelu_forward_on_one_thread", exact_gelu("test_decoder")),
+    ("decoder: only the tanh form compiled", "generate_gpt2.py",
+     "                    exact_gelu=exact_gelu)", "                    exact_gelu=False)", exact_gelu("compiled")),
+    ("cuda decoder: tanh form for GELU itself", "generate_gpt2_gpu.py",
+     "kernels.bias_gelu_exact_forward if self.config.exact_gelu else kernels.bias_gelu_forward", "kernels.bias_gelu_forward",
+     exact_gelu("decoder_on")),
     ("decoder: text not flushed", "generate_gpt2.py",
      'print(text, end="", flush=True)\n\n    start, length', 'print(text, end="")\n\n    start, length', generating("appears")),
     ("decoder: text printed at the end", "generate_gpt2.py",

@@ -29,6 +29,8 @@ OUTPUTS = {
     "attention_backward": ("dqkv",),
     "gelu_forward": ("out",),
     "gelu_backward": ("dinp",),
+    "gelu_exact_forward": ("out",),
+    "gelu_exact_backward": ("dinp",),
     "residual_forward": ("out",),
     "fused_classifier": ("losses", "dlogits"),
     "global_norm": ("norm",),
@@ -115,6 +117,16 @@ class Fast:
     def gelu_backward(dout, inp):
         dinp = unset(*inp.shape)
         kernels_cpu.gelu_backward(dinp, dout, inp)
+        return dinp
+
+    def gelu_exact_forward(inp):
+        out = unset(*inp.shape)
+        kernels_cpu.gelu_exact_forward(out, inp)
+        return out
+
+    def gelu_exact_backward(dout, inp):
+        dinp = unset(*inp.shape)
+        kernels_cpu.gelu_exact_backward(dinp, dout, inp)
         return dinp
 
     def residual_forward(inp1, inp2):
@@ -215,8 +227,9 @@ def attention_cases(B, T, NH, HS):
 
 def elementwise_cases(N, C):
     inp = 2 * normal(N, C)
-    yield Case("gelu_forward", f"N{N}-C{C}", dict(inp=inp))
-    yield Case("gelu_backward", f"N{N}-C{C}", dict(dout=normal(N, C, seed=1), inp=inp))
+    for gelu in ("gelu", "gelu_exact"):
+        yield Case(f"{gelu}_forward", f"N{N}-C{C}", dict(inp=inp))
+        yield Case(f"{gelu}_backward", f"N{N}-C{C}", dict(dout=normal(N, C, seed=1), inp=inp))
     yield Case("residual_forward", f"N{N}-C{C}", dict(inp1=inp, inp2=normal(N, C, seed=1)))
 
 
@@ -287,6 +300,7 @@ DIFFERENTIABLE = {
     "matmul_backward": ("matmul_forward", {"inp": "dinp", "weight": "dweight", "bias": "dbias"}),
     "attention_backward": ("attention_forward", {"qkv": "dqkv"}),
     "gelu_backward": ("gelu_forward", {"inp": "dinp"}),
+    "gelu_exact_backward": ("gelu_exact_forward", {"inp": "dinp"}),
 }
 SMALL = [
     *encoder_cases(2, 3, 2), *layernorm_cases(3, 5), *matmul_cases(3, 4, 5), *attention_cases(2, 4, 2, 3),
@@ -484,20 +498,23 @@ def test_attention_with_large_scores():
     check("attention_backward", results(Fast, "attention_backward", args), results(exact, "attention_backward", args), 5e-5)
 
 
-def test_gelu_over_its_whole_range():
+@pytest.mark.parametrize("gelu", ["gelu", "gelu_exact"])
+def test_gelu_over_its_whole_range(gelu):
     """Element by element, since a few large numbers would hide the others: both tails, and either side of zero."""
     x = np.concatenate([np.linspace(-30, 30, 601), 10.0 ** np.arange(-30, 0), -(10.0 ** np.arange(-30, 0))])
     x = x.astype(np.float32).reshape(1, -1)
     one = np.ones_like(x)
-    np.testing.assert_allclose(Fast.gelu_forward(x), exact.gelu_forward(x), rtol=5e-6, atol=1e-30)
-    np.testing.assert_allclose(Fast.gelu_backward(one, x), exact.gelu_backward(one, x), rtol=1e-5, atol=1e-7)
+    forward, backward = f"{gelu}_forward", f"{gelu}_backward"
+    np.testing.assert_allclose(getattr(Fast, forward)(x), getattr(exact, forward)(x), rtol=5e-6, atol=1e-30)
+    np.testing.assert_allclose(getattr(Fast, backward)(one, x), getattr(exact, backward)(one, x), rtol=1e-5, atol=1e-7)
 
 
-def test_gelu_backward_in_place():
-    args = CASE["gelu_backward"].args
+@pytest.mark.parametrize("kernel", ["gelu_backward", "gelu_exact_backward"])
+def test_gelu_backward_in_place(kernel):
+    args = CASE[kernel].args
     dout = args["dout"].copy()
-    kernels_cpu.gelu_backward(dout, dout, args["inp"])
-    assert_same_bits(dict(dinp=dout), results(Fast, "gelu_backward", args))
+    getattr(kernels_cpu, kernel)(dout, dout, args["inp"])
+    assert_same_bits(dict(dinp=dout), results(Fast, kernel, args))
 
 
 @pytest.mark.parametrize("padding", [80, 1e30, np.inf, np.nan])

@@ -25,11 +25,13 @@ from test_kernels import BETA1, BETA2, EMPTY, EPSILON, LEARNING_RATE, Accumulato
 OUTPUTS = {
     **{kernel: cpu.OUTPUTS[kernel] for kernel in (
         "encoder_forward", "encoder_backward", "layernorm_forward", "layernorm_backward", "matmul_forward", "matmul_backward",
-        "attention_forward", "attention_backward", "gelu_backward", "fused_classifier", "global_norm", "adamw_update")},
+        "attention_forward", "attention_backward", "gelu_backward", "gelu_exact_backward", "fused_classifier", "global_norm",
+        "adamw_update")},
     "residual_layernorm_forward": ("residual", "out", "mean", "rstd"),
     "matvec_forward": ("out",),
     "attention_cached_forward": ("out", "keys", "values"),
     "bias_gelu_forward": ("out", "inp"),
+    "bias_gelu_exact_forward": ("out", "inp"),
     "add_mean_loss": ("total",),
 }
 BOUND = cpu.BOUND
@@ -158,6 +160,16 @@ class Runner:
         kernels_gpu.gelu_backward(dinp, dout, inp)
         return dinp
 
+    def bias_gelu_exact_forward(self, inp, bias):
+        out = self.unset(*inp.shape)
+        kernels_gpu.bias_gelu_exact_forward(out, inp, bias)
+        return out, inp
+
+    def gelu_exact_backward(self, dout, inp):
+        dinp = self.unset(*inp.shape)
+        kernels_gpu.gelu_exact_backward(dinp, dout, inp)
+        return dinp
+
     def fused_classifier(self, logits, targets, dloss, V):
         losses = self.unset(len(logits))
         kernels_gpu.fused_classifier(losses, logits, targets, dloss, V)
@@ -223,6 +235,10 @@ class Exact:
         inp = inp.astype(np.float64) + bias
         return exact.gelu_forward(inp), inp
 
+    def bias_gelu_exact_forward(self, inp, bias):
+        inp = inp.astype(np.float64) + bias
+        return exact.gelu_exact_forward(inp), inp
+
     def add_mean_loss(self, losses, scale):
         return np.array([scale * losses.astype(np.float64).sum()])
 
@@ -265,8 +281,9 @@ def cached_attention_cases(B, S, NH, HS, position):
 
 def gelu_cases(N, C):
     inp = 2 * normal(N, C)
-    yield Case("bias_gelu_forward", f"N{N}-C{C}", dict(inp=inp, bias=normal(C)))
-    yield Case("gelu_backward", f"N{N}-C{C}", dict(dout=normal(N, C, seed=1), inp=inp))
+    for gelu in ("gelu", "gelu_exact"):
+        yield Case(f"bias_{gelu}_forward", f"N{N}-C{C}", dict(inp=inp, bias=normal(C)))
+        yield Case(f"{gelu}_backward", f"N{N}-C{C}", dict(dout=normal(N, C, seed=1), inp=inp))
 
 
 def loss_cases(N):
@@ -439,23 +456,25 @@ def test_more_cached_tokens_than_fit_into_shared_memory(run, position):
     check("attention_cached_forward", run("attention_cached_forward", args), expected("attention_cached_forward", args))
 
 
-def test_gelu_over_its_whole_range(run):
+@pytest.mark.parametrize("gelu", ["gelu", "gelu_exact"])
+def test_gelu_over_its_whole_range(run, gelu):
     """Both tails, and both sides of zero. Element by element, since a few large numbers would hide the others."""
     x = np.concatenate([np.linspace(-30, 30, 601), 10.0 ** np.arange(-30, 0), -(10.0 ** np.arange(-30, 0))])
     x = x.astype(np.float32).reshape(1, -1)
     one = np.ones_like(x)
-    out = run("bias_gelu_forward", dict(inp=x, bias=np.zeros(x.size, np.float32)))["out"]
-    np.testing.assert_allclose(out, exact.gelu_forward(x), rtol=5e-6, atol=1e-30)
-    dinp = run("gelu_backward", dict(dout=one, inp=x))["dinp"]
-    np.testing.assert_allclose(dinp, exact.gelu_backward(one, x), rtol=1e-5, atol=1e-7)
+    out = run(f"bias_{gelu}_forward", dict(inp=x, bias=np.zeros(x.size, np.float32)))["out"]
+    np.testing.assert_allclose(out, getattr(exact, f"{gelu}_forward")(x), rtol=5e-6, atol=1e-30)
+    dinp = run(f"{gelu}_backward", dict(dout=one, inp=x))["dinp"]
+    np.testing.assert_allclose(dinp, getattr(exact, f"{gelu}_backward")(one, x), rtol=1e-5, atol=1e-7)
 
 
-def test_gelu_backward_in_place(run):
-    args, device = CASE["gelu_backward"], run.device
+@pytest.mark.parametrize("kernel", ["gelu_backward", "gelu_exact_backward"])
+def test_gelu_backward_in_place(run, kernel):
+    args, device = CASE[kernel], run.device
     dout = device.to_device(args["dout"])
     kernels_gpu.use(device)
-    kernels_gpu.gelu_backward(dout, dout, device.to_device(args["inp"]))
-    cpu.assert_same_bits(dict(dinp=device.to_host(dout)), run("gelu_backward", args))
+    getattr(kernels_gpu, kernel)(dout, dout, device.to_device(args["inp"]))
+    cpu.assert_same_bits(dict(dinp=device.to_host(dout)), run(kernel, args))
 
 
 @pytest.mark.parametrize("padding", [80, 1e30, np.inf, np.nan])

@@ -46,6 +46,13 @@ def test_effects_found_by_experiment():
     assert found == WRITES
 
 
+def test_a_step_with_exact_gelu():
+    """The calls of any other step, with the other two kernels."""
+    calls, _, _ = record_step(*tiny_step(exact_gelu=True))
+    assert [str(call).replace("gelu_exact", "gelu") for call in calls] == [str(call) for call in record_step(*tiny_step())[0]]
+    assert sum("gelu_exact" in call.kernel for call in calls) == 2 * TINY.num_layers
+
+
 def test_phases_and_layers(step):
     """Forward through the layers, back through them, and the update."""
     found = [(*place, len([*group])) for place, group in groupby(step[0], key=lambda call: (call.phase, call.layer))]
