@@ -20,6 +20,7 @@ import numpy as np
 from cli import UserError, progress_bar
 from files import HEADER_BYTES, atomic_file, make_header, open_file, read_header
 from gpt2 import chunks
+from tokenizer import GPT2_FINGERPRINT, NO_TOKENIZER, Tokenizer
 
 HELLASWAG_MAGIC = 20240522
 HELLASWAG_VERSION = 1
@@ -58,11 +59,16 @@ def write_examples(path: str | Path, examples: list[Example]) -> None:
         file.writelines(contents)
 
 
-def read_examples(path: str | Path, vocab_size: int) -> list[Example]:
+def read_examples(path: str | Path, vocab_size: int, tokenizer: Tokenizer = NO_TOKENIZER) -> list[Example]:
     """Return the Examples in a file, their tokens as uint16 arrays.
 
-    Raises UserError if the file has another format or version, is truncated or damaged, or holds a token >= `vocab_size`.
+    tokenizer: the model's
+
+    Raises UserError if the file has another format or version, is truncated or damaged, or holds a token >= `vocab_size`; or if
+    the tokenizer is not GPT-2's, whose tokens these files hold.
     """
+    if tokenizer.fingerprint not in (0, GPT2_FINGERPRINT):
+        raise UserError(f"{path} holds GPT-2's tokens, but the model has another tokenizer; leave out --hellaswag")
     with open_file(path, REPAIR_HINT) as file:
         size, _, (num_examples, *_) = read_header(file, path, "a file of HellaSwag examples", HELLASWAG_MAGIC,
                                                   {HELLASWAG_VERSION: "uint16"}, REPAIR_HINT)

@@ -306,7 +306,7 @@ def train_and_save(model: GPT2, options, train_loader: DataLoader, val_loader: V
 
     For ideal_seconds see TrainingLog, for device_rows print_configuration.
     """
-    examples = read_examples(options.hellaswag, model.config.vocab_size) if options.hellaswag else []
+    examples = read_examples(options.hellaswag, model.config.vocab_size, tokenizer) if options.hellaswag else []
     progress = initial_progress(options, train_loader.checksum())
     train_loader.set_state(progress.data)
     if world.size > 1:

@@ -23,7 +23,7 @@ from files import DATA_DIR
 from gpt2 import chunks
 from hellaswag import TokenLosses, count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, use_threads
-from model_files import load_model
+from model_files import load_model, load_model_tokenizer
 
 OUT_OF_MEMORY_HINT = "choose a smaller --model or --batch-size"
 
@@ -51,7 +51,7 @@ def main():
     threads = use_threads(options.threads)
     device = None if options.device == "cpu" else open_device(options.device, "float32")
     config, params = load_model(options.model)
-    examples = read_examples(options.hellaswag, config.vocab_size)
+    examples = read_examples(options.hellaswag, config.vocab_size, load_model_tokenizer(options.model, config.vocab_size))
     if device:
         decoder = generate_gpt2_gpu.Decoder(config, params, options.batch_size, device)
     else:
