@@ -1,6 +1,7 @@
 """What all programs share on the command line: flags, one-line errors, exit statuses, output that may fail, progress bars."""
 import argparse
 import contextlib
+import logging
 import math
 import os
 import reprlib
@@ -73,6 +74,11 @@ def one_line(text: str) -> str:
     """The text with control characters escaped, and without its middle if it is long: names of files may be anything."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2:]}"
+
+
+def note(text: str) -> None:
+    """Tell the user, in one line, what was left out or assumed. By default, logging prints it on standard error."""
+    logging.getLogger(__name__).warning("note: %s", one_line(text))
 
 
 class Output:

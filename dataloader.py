@@ -8,7 +8,6 @@ import glob
 import os
 import re
 import shutil
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -17,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cli import UserError
+from cli import UserError, note
 from files import (HEADER_BYTES, LOCK_NAME, atomic_file, cannot_write, kind_of, lock, make_header, open_file, read_array_header,
                    read_header)
 from gpt2 import chunks
@@ -253,7 +252,7 @@ class Shards:
             ((shard.vocab_size, fingerprint) for fingerprint, shard in known.items()), (0, 0))
         raw = [shard for shard in self.shards if shard.raw]
         if raw:
-            print(f"note: {raw[0].path} has no header; it is read as tokens in {raw[0].dtype.name}", file=sys.stderr)
+            note(f"{raw[0].path} has no header; it is read as tokens in {raw[0].dtype.name}")
 
     def check_vocabulary(self, vocab_size: int, fingerprint: int, model: str) -> None:
         """TokenFile.check_vocabulary of all files."""

@@ -18,74 +18,60 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import UserError
+from cli import UserError, note
 from files import (HEADER_BYTES, MAX_JSON_BYTES, REPAIR_HINT, atomic_file, make_header, open_file, parse_json, read_header,
                    read_json, short_repr)
-from gpt2 import CHANNELS_PER_HEAD, VOCABULARY, Config, Tensors, chunks, padded, parameter_shapes
+from gpt2 import CHANNELS_PER_HEAD, VOCABULARY, Config, Tensors, chunks, parameter_shapes
+from hugging_face import (ADAPTER, CONFIG_HINT, DTYPES, GPT2_SCALES, HUGGING_FACE_NAMES, TRANSPOSED, WRAPPERS,
+                          check_classifiers, check_sizes, check_tensors, config_from_settings, config_from_shapes, gpt2_tensors,
+                          hugging_face_settings, join_names, make_config, missing_biases, scale_queries, settings_from_config,
+                          stored_tensors)
 from machine import check_memory, main_memory
 from tokenizer import NO_TOKENIZER, SPECIAL_IDS, TOKENIZER_FILES, GPT2Tokenizer, Tokenizer, load_tokenizer
 
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
 HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
 
-# Our tensors -> Hugging Face's, which are one per layer. Some files prefix the names with "transformer.".
-HUGGING_FACE_NAMES = {
-    "wte": "wte.weight",
-    "wpe": "wpe.weight",
-    "ln1w": "h.{layer}.ln_1.weight",
-    "ln1b": "h.{layer}.ln_1.bias",
-    "qkvw": "h.{layer}.attn.c_attn.weight",
-    "qkvb": "h.{layer}.attn.c_attn.bias",
-    "attprojw": "h.{layer}.attn.c_proj.weight",
-    "attprojb": "h.{layer}.attn.c_proj.bias",
-    "ln2w": "h.{layer}.ln_2.weight",
-    "ln2b": "h.{layer}.ln_2.bias",
-    "fcw": "h.{layer}.mlp.c_fc.weight",
-    "fcb": "h.{layer}.mlp.c_fc.bias",
-    "fcprojw": "h.{layer}.mlp.c_proj.weight",
-    "fcprojb": "h.{layer}.mlp.c_proj.bias",
-    "lnfw": "ln_f.weight",
-    "lnfb": "ln_f.bias",
-}
-PREFIX = "transformer."
-TRANSPOSED = ("qkvw", "attprojw", "fcw", "fcprojw")     # Hugging Face's Conv1D stores weights as (in, out)
-CAUSAL_MASKS = r"h\.\d+\.attn\.(masked_)?bias"          # constants in older files
-TIED_HEAD = "lm_head.weight"                            # some files store wte a second time, as the classifier
-
-# The supported values of the other settings in config.json. The first is the default, as in transformers.
-SUPPORTED_SETTINGS = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-}
-CONFIG_SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
-SIZES_KEY = "gpt2_sizes"        # of CONFIG_SIZES as JSON, in the metadata of some of our safetensors files
-
-# dtype in a file -> in NumPy, which lacks bfloat16: its bits are the upper half of a float32.
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
 LLMC_MAGIC = 20240326
 LLMC_VERSIONS = {3: "float32", 5: "bfloat16"}
 LLMC_SIZES = ("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels")
 
 MODEL_FILES = "model.safetensors", "config.json", *TOKENIZER_FILES
-MAX_NAMES = 8                   # in an error
 STRIP_ROWS = 64                 # rows transposed at a time: the strip fits in the cache, which is three times as fast
 STRIP_NUMBERS = 2**18           # read at a time where nothing is transposed
-PICKLE_HINT = ("a Python pickle, which can run any program when it is opened, so it is not read; load it in the Python that "
-               "wrote it and save it as model.safetensors, for example with save_pretrained of transformers")
+PICKLE = ("a Python pickle, which can run any program when it is opened, so it is not read; dev/from_pytorch.py, run by a "
+          "Python that has PyTorch, turns it into a folder that can be read")
+OTHER_FRAMEWORK = ("weights of TensorFlow or Flax; load them with from_pretrained of transformers 4 (from_tf=True or "
+                   "from_flax=True), and save that with save_pretrained")
+SIZES_KEY = "gpt2_sizes"        # of a part of config.json, in the metadata of some of our safetensors files, see save_model
+# How files begin that are no safetensors files -> what they are
+OPENINGS = {
+    b"PK": PICKLE,      # torch.save writes a zip archive, or formerly a bare pickle
+    b"\x80": PICKLE,
+    b"\x89HDF": OTHER_FRAMEWORK,
+    b"<": "a web page, not a model; download the file itself",
+    b"version https://git-lfs": "only a Git LFS pointer to the file; fetch it with git lfs pull",
+}
+# What folders may hold that have no safetensors file -> what it is
+OTHER_WEIGHTS = {
+    "adapter_model.*": ADAPTER,
+    "*.gguf": "a GGUF file; name the file itself",
+    **dict.fromkeys(("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin"), PICKLE),
+    **dict.fromkeys(("*.h5", "*.msgpack"), OTHER_FRAMEWORK),
+}
 
 
 def load_model(name: str | Path) -> tuple[Config, Tensors]:
     """Load a model: its Config and its parameters, converted to float32, wte padded with zeros.
 
     `name` is one of
-        a folder with config.json and model.safetensors, or with the shards listed in model.safetensors.index.json
+        a folder with config.json and model.safetensors, or with the shards listed in model.safetensors.index.json, or with
+            another safetensors file if it is the only one
         a .safetensors file; if there is no config.json beside it, we assume 64 channels per head
         an llm.c checkpoint, version 3 (float32; memory-mapped) or 5 (bfloat16)
         a model on the Hugging Face hub, such as gpt2; a file or folder of that name takes precedence
 
+    A note, one line on standard error, tells what was left out or assumed, if anything.
     Raises UserError if the model is not found, cannot be downloaded or is not supported, or if a file is damaged.
     """
     path = find_model(name)
@@ -136,60 +122,6 @@ def find_model(name):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Configurations
-
-def make_config(source, sizes):
-    """Return the Config of `sizes` (name -> value as found in the file `source`, in the order of CONFIG_SIZES).
-
-    Raises UserError for sizes that no model can have. The caller must still check that the file holds that much.
-    """
-    for name, size in sizes.items():
-        if type(size) is not int or not 1 <= size < 2**31:
-            raise UserError(f"{source}: {name} is {short_repr(size)}, expected a whole number from 1 to {2**31 - 1:,}; "
-                            f"{REPAIR_HINT}")
-    T, V, L, NH, C = sizes.values()
-    if C % NH != 0:
-        *_, heads, channels = sizes
-        raise UserError(f"{source}: {channels} is {C:,}, expected a multiple of {heads}, {NH:,}; {REPAIR_HINT}")
-    return Config(max_seq_len=T, vocab_size=V, padded_vocab_size=padded(V), num_layers=L, num_heads=NH, channels=C)
-
-
-def read_config(path):
-    """Return the Config in a config.json. Raises UserError if it describes another architecture or an unsupported variant."""
-    settings = read_json(path)
-    if settings.get("model_type") != "gpt2":
-        raise UserError(f"{path}: model_type is {short_repr(settings.get('model_type'))}, expected 'gpt2'; choose a model of "
-                        "GPT-2's architecture")
-    config = make_config(path, {name: settings.get(name) for name in CONFIG_SIZES})
-    for name, choices in {**SUPPORTED_SETTINGS, "n_inner": (None, 4 * config.channels)}.items():
-        value = settings.get(name, choices[0])
-        if value not in choices:
-            raise UserError(f"{path}: {name} is {short_repr(value)}, expected {' or '.join(map(short_repr, choices))}; "
-                            "choose a model that computes what GPT-2 does")
-    return config
-
-
-def config_from_shapes(path, tensors):
-    """Infer the Config from the shapes of `tensors` (name -> StoredTensor), assuming 64 channels per head."""
-    shapes = [tensors[name].shape if name in tensors else None for name in ("wte.weight", "wpe.weight")]
-    match shapes:
-        case [(V, C), (T, _)] if type(C) is int and C % CHANNELS_PER_HEAD == 0:
-            return make_config(path, dict(zip(CONFIG_SIZES, (T, V, count_layers(tensors), C // CHANNELS_PER_HEAD, C))))
-    raise UserError(f"{path} has no config.json beside it, and wte.weight and wpe.weight have the shapes {short_repr(shapes)}, "
-                    f"expected two matrices with a multiple of {CHANNELS_PER_HEAD} channels; put the model's config.json there")
-
-
-def config_from_metadata(path, sizes):
-    """The Config in the header of a safetensors file that was written over another model, see save_model."""
-    sizes = parse_json(sizes, f"{SIZES_KEY} in the header of {path}") if isinstance(sizes, str) else {}
-    return make_config(path, {name: sizes.get(name) for name in CONFIG_SIZES})
-
-
-def count_layers(tensors):
-    return len({name.split(".")[1] for name in tensors if name.startswith("h.")})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Hugging Face: reading
 
 class StoredTensor(NamedTuple):
@@ -213,21 +145,14 @@ class StoredTensor(NamedTuple):
                     raise UserError(f"{self.path} was cut short while it was read; {REPAIR_HINT}")
                 yield numbers
 
+    def parts(self):
+        """Yield the bytes as arrays."""
+        return self.read("u1", [part.stop - part.start for part in chunks(self.size, STRIP_NUMBERS)])
 
-def stored_tensors(config):
-    """Yield (name, shape, our name, index) of each of the model's tensors in Hugging Face's format.
-
-    It equals our tensor[index], transposed if our name is in TRANSPOSED. `shape` is the one in the file.
-    """
-    for ours, shape in parameter_shapes(config).items():
-        name = HUGGING_FACE_NAMES[ours]
-        if ours == "wte":
-            yield name, (config.vocab_size, config.channels), ours, np.s_[:config.vocab_size]
-        elif "{layer}" not in name:
-            yield name, shape, ours, np.s_[:]
-        else:
-            for l in range(config.num_layers):
-                yield name.format(layer=l), shape[:0:-1] if ours in TRANSPOSED else shape[1:], ours, l
+    def equals(self, other):
+        """Whether another StoredTensor is the same in dtype, shape and contents."""
+        return (self.dtype, self.shape, self.size) == (other.dtype, other.shape, other.size) and all(
+            map(np.array_equal, self.parts(), other.parts()))
 
 
 def stored_views(config, params):
@@ -239,44 +164,80 @@ def stored_views(config, params):
 
 def load_hugging_face(source, paths, config_path):
     """load_model for the safetensors files `paths`. Errors name `source`. No config_path: infer the Config from the shapes."""
-    tensors, config = {}, None
+    stored, settings = {}, None
     for path in paths:
-        stored, metadata = read_safetensors(path)
-        if isinstance(metadata, dict) and SIZES_KEY in metadata:
-            config = config_from_metadata(path, metadata[SIZES_KEY])
-        prefix = PREFIX if any(name.startswith(PREFIX) for name in stored) else ""
-        for name, tensor in stored.items():
-            name = name.removeprefix(prefix)
-            if name in tensors:
+        tensors, metadata = read_safetensors(path)
+        if isinstance(metadata, dict) and isinstance(metadata.get(SIZES_KEY), str):
+            config_path = f"{SIZES_KEY} in the header of {path}"
+            settings = parse_json(metadata[SIZES_KEY], config_path)
+        for name, tensor in tensors.items():
+            name = WRAPPERS.sub("", name)
+            if name in stored:
                 raise UserError(f"{path} holds {short_repr(name)} a second time; {REPAIR_HINT}")
-            if not re.fullmatch(CAUSAL_MASKS, name):
-                tensors[name] = tensor
-    config = config or (read_config(config_path) if config_path else config_from_shapes(source, tensors))
-    check_tensors(source, config, tensors)
+            stored[name] = tensor
+    if settings is None and config_path:
+        settings = read_json(config_path, CONFIG_HINT)
+    if settings is not None:
+        config, scales = config_from_settings(config_path, settings)
+    tensors, classifiers, others = gpt2_tensors(source, stored)
+    if settings is not None:
+        check_sizes(config_path, settings, tensors)
+    else:
+        config, scales = config_from_shapes(source, tensors), GPT2_SCALES
+    missing = missing_biases(config, tensors)
+    check_tensors(source, config, tensors, missing)
+    check_classifiers(source, tensors["wte.weight"], classifiers)
     shapes = parameter_shapes(config)
     check_memory(f"the model in {source}", 4 * sum(map(prod, shapes.values())), main_memory(), "this machine",
                  "choose a smaller model")
     params = Tensors(shapes)
     for name, view in stored_views(config, params):
-        convert_into(view, tensors[name])
+        if name in tensors:
+            convert_into(view, tensors[name])
+    scale_queries(config, params, *scales)
+    if others:
+        note(f"{source}: left out {join_names(others)}, which GPT-2's language model does not use")
+    if missing:
+        names = join_names([HUGGING_FACE_NAMES[name].format(layer="*") for name in missing])
+        note(f"{source}: no layer has {names}, so they are zero")
+    if settings is None:
+        note(f"{source} has no config.json beside it, so heads of {CHANNELS_PER_HEAD} channels and GPT-2's form of GELU are "
+             "assumed, which its tensors do not tell")
     return config, params
 
 
 def weight_files(folder):
-    """Return the paths of a folder's safetensors files. Raises UserError if it has none."""
-    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if weights.is_file():
-        return [weights]
-    if not index.is_file():
-        raise UserError(f"{folder} has no model.safetensors; name a folder that has one; if it has a pytorch_model.bin, "
-                        f"that is {PICKLE_HINT}")
-    weight_map = read_json(index).get("weight_map")
+    """Return the paths of a folder's safetensors files. Raises UserError if it has none, or those of several models."""
+    weights = [folder / name for name in ("model.safetensors", "model.safetensors.index.json") if (folder / name).is_file()]
+    if not weights:     # variants, or any other name
+        weights = (sorted(folder.glob("model.safetensors.index.*.json"))
+                   or sorted(path for path in folder.glob("*.safetensors") if not path.match("adapter_model.*")))
+        if not weights:
+            raise UserError(f"{folder} has no model.safetensors; {other_weights(folder)}")
+        if len(weights) > 1:
+            raise UserError(f"{folder} has no model.safetensors but {join_names([path.name for path in weights])}; name the "
+                            "file that you want")
+    if weights[0].suffix != ".json":
+        return weights[:1]
+    weight_map = read_json(weights[0]).get("weight_map")
     shards = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
     for shard in shards:
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise UserError(f"{index}: weight_map names the file {short_repr(shard)}, expected a .safetensors file "
+            raise UserError(f"{weights[0]}: weight_map names the file {short_repr(shard)}, expected a .safetensors file "
                             f"in this folder; {REPAIR_HINT}")
     return [folder / shard for shard in sorted(set(shards))]
+
+
+def other_weights(folder):
+    """What a folder without a safetensors file has instead, and what to do, for an error."""
+    inner = {str(path.parent.relative_to(folder)) for pattern in ("*/model*.safetensors", "*/*/model*.safetensors")
+             for path in folder.glob(pattern)}
+    if inner:
+        return f"name a folder in it that has one: {join_names(sorted(inner))}"
+    for pattern, kind in OTHER_WEIGHTS.items():
+        for path in sorted(folder.glob(pattern)):
+            return f"its {path.name} is {kind}"
+    return "name a folder that has one"
 
 
 def read_opening(path):
@@ -289,12 +250,11 @@ def read_safetensors(path):
     """Return name -> StoredTensor, and the metadata. Raises UserError unless the tensors fill the file without gaps."""
     opening = read_opening(path)
     if opening[8:9] != b"{":
-        if opening.startswith((b"PK", b"\x80")):  # torch.save writes a zip archive, or formerly a bare pickle
-            raise UserError(f"{path} is {PICKLE_HINT}")
-        if opening.startswith(b"version https://git-lfs"):
-            raise UserError(f"{path} is only a Git LFS pointer to the file; fetch it with git lfs pull")
-        raise UserError(f"{path} begins with {opening[:9]!r}, expected a safetensors file or an llm.c checkpoint; "
-                        f"{REPAIR_HINT}")
+        for beginning, kind in OPENINGS.items():
+            if opening.startswith(beginning):
+                raise UserError(f"{path} is {kind}")
+        raise UserError(f"{path} begins with {opening[:9]!r}, expected a safetensors file or an llm.c checkpoint; name a "
+                        "model's file, or download this one again")
     size = path.stat().st_size
     start = 8 + int.from_bytes(opening[:8], "little")  # the data begins here
     if start > min(size, 8 + MAX_JSON_BYTES):
@@ -327,49 +287,9 @@ def read_safetensors(path):
     return tensors, metadata
 
 
-def check_tensors(source, config, tensors):
-    """Raise UserError unless `tensors` (name -> StoredTensor) are exactly the model's, with the right shapes and sizes."""
-    layers = count_layers(tensors)
-    if layers != config.num_layers:  # checked first, or stored_tensors() might list billions of layers
-        raise UserError(f"layers in {source}: {layers}, expected {config.num_layers:,}, n_layer of its config.json; "
-                        f"{REPAIR_HINT}")
-    head = tensors.pop(TIED_HEAD, None)
-    shapes = {name: shape for name, shape, *_ in stored_tensors(config)}
-    missing = [name for name in shapes if name not in tensors]
-    unknown = [short_repr(name) for name in tensors if name not in shapes]
-    wrong = [f"{name} is {short_repr(tensors[name].dtype)} {short_repr(tensors[name].shape)}, expected {' or '.join(DTYPES)} "
-             f"{shape}" for name, shape in shapes.items()
-             if name in tensors and (tensors[name].shape != shape or tensors[name].dtype not in DTYPES)]
-    faults = wrong[:MAX_NAMES]
-    if unknown:
-        faults.insert(0, f"holds {join_names(unknown)}, which GPT-2 does not have")
-    if missing:
-        faults.insert(0, f"lacks {join_names(missing)}")
-    if faults:
-        raise UserError(f"{source} is not the GPT-2 of its config.json or of its shapes: {'; '.join(faults)}"
-                        f"{' ...' if len(wrong) > MAX_NAMES else ''}; {REPAIR_HINT}")
-    for name, shape in shapes.items():
-        expected = np.dtype(DTYPES[tensors[name].dtype]).itemsize * prod(shape)
-        if tensors[name].size != expected:
-            raise UserError(f"the header of {source} gives {name} {tensors[name].size:,} bytes, expected {expected:,} for its "
-                            f"shape; {REPAIR_HINT}")
-    wte = tensors["wte.weight"]
-    if head and not ((head.dtype, head.size) == (wte.dtype, wte.size) and same_bytes(head, wte)):
-        raise UserError(f"{source} holds an {TIED_HEAD} that differs from wte.weight, expected one matrix for both; choose a "
-                        "model whose classifier is tied to its embedding, as GPT-2's is")
-
-
 def same_tensors(tensors, others):
     """Whether two files, given as what read_safetensors returns, hold the same tensors."""
-    return tensors.keys() == others.keys() and all(
-        (tensor.dtype, tensor.shape) == (others[name].dtype, others[name].shape) and same_bytes(tensor, others[name])
-        for name, tensor in tensors.items())
-
-
-def same_bytes(tensor, other):
-    """Whether two StoredTensors of the same size hold the same bytes."""
-    parts = [part.stop - part.start for part in chunks(tensor.size, STRIP_NUMBERS)]
-    return all(map(np.array_equal, tensor.read("u1", parts), other.read("u1", parts)))
+    return tensors.keys() == others.keys() and all(tensor.equals(others[name]) for name, tensor in tensors.items())
 
 
 def convert_into(view, tensor):
@@ -383,13 +303,8 @@ def convert_into(view, tensor):
             bits[...] = numbers
             bits <<= 16
         else:
-            rows[...] = numbers
-
-
-def join_names(names):
-    """Return the first few names and how many others there are."""
-    more = len(names) - MAX_NAMES
-    return ", ".join(names[:MAX_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+            with np.errstate(over="ignore"):     # float64 may not fit: infinity
+                rows[...] = numbers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -404,11 +319,9 @@ def save_model(folder: str | Path, config: Config, params: Tensors, tokenizer: T
     is saved without a tokenizer and a line says so. Raises UserError if a file cannot be written.
     """
     folder = Path(folder)
-    sizes = dict(zip(CONFIG_SIZES, (config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads,
-                                    config.channels)))
     replaces_other = holds_other_model(folder / "config.json", config)
-    contents = {"model.safetensors": safetensors_pieces(config, params, sizes if replaces_other else None),
-                "config.json": [json_bytes(hugging_face_settings(sizes) | saved_ids(tokenizer))],
+    contents = {"model.safetensors": safetensors_pieces(config, params, with_sizes=replaces_other),
+                "config.json": [json_bytes(hugging_face_settings(config, tokenizer.special_ids))],
                 **{name: [content] for name, content in tokenizer_files(folder, tokenizer).items()}}
     with contextlib.ExitStack() as unfinished:  # renames the files in reverse order
         for name in reversed(contents) if replaces_other else contents:
@@ -423,11 +336,11 @@ def save_model(folder: str | Path, config: Config, params: Tensors, tokenizer: T
 
 
 def holds_other_model(config_path, config):
-    """Whether a model is there whose config.json is not the one of this Config, or missing."""
+    """Whether a model is there whose config.json describes another one than this Config, or is missing."""
     try:
         if not config_path.exists():
             return config_path.with_name("model.safetensors").exists()
-        return read_config(config_path) != config
+        return config_from_settings(config_path, read_json(config_path)) != (config, GPT2_SCALES)
     except UserError:
         return True
 
@@ -441,37 +354,19 @@ def tokenizer_files(folder, tokenizer):
         return {}
 
 
-def saved_ids(tokenizer):
-    """The special tokens for config.json. transformers assumes GPT-2's if they are absent."""
-    return {name: tokenizer.special_ids.get(name) for name in SPECIAL_IDS}
-
-
-def safetensors_pieces(config, params, sizes=None):
-    """Yield the contents of a model.safetensors: the header, with the `sizes` if any, then tensor by tensor."""
-    metadata = {"format": "pt"} | ({SIZES_KEY: json.dumps(sizes)} if sizes else {})
+def safetensors_pieces(config, params, with_sizes=False):
+    """Yield the contents of a model.safetensors: the header, possibly with the model's sizes, then tensor by tensor."""
+    metadata = {"format": "pt"} | ({SIZES_KEY: json.dumps(settings_from_config(config))} if with_sizes else {})
     header, position = {"__metadata__": metadata}, 0
     for name, shape, *_ in stored_tensors(config):
         end = position + 4 * prod(shape)
-        header[PREFIX + name] = {"dtype": "F32", "shape": shape, "data_offsets": [position, end]}
+        header[f"transformer.{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [position, end]}
         position = end
     header = json.dumps(header).encode()
     header += b" " * (-len(header) % 8)  # aligns the data, so that it can be memory-mapped
     yield len(header).to_bytes(8, "little") + header
     for _, view in stored_views(config, params):
         yield np.ascontiguousarray(view)
-
-
-def hugging_face_settings(sizes):
-    """Return the contents of config.json, given the sizes by their names in CONFIG_SIZES."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        **sizes,
-        "n_inner": None,
-        **{name: choices[0] for name, choices in SUPPORTED_SETTINGS.items()},
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),      # no dropout
-        "tie_word_embeddings": True,
-    }
 
 
 def json_bytes(value):
@@ -507,7 +402,12 @@ def load_llmc(path):
 
 
 def save_llmc(path: str | Path, config: Config, params: Tensors, version: int) -> None:
-    """Write a model as an llm.c checkpoint, version 3 (float32) or 5 (bfloat16). Raises UserError if it cannot be written."""
+    """Write a model as an llm.c checkpoint, version 3 (float32) or 5 (bfloat16).
+
+    Raises UserError if it cannot be written, or its activation is not GPT-2's.
+    """
+    if config.exact_gelu:
+        raise UserError(f"{path}: llm.c computes the tanh form of GELU, and this model GELU itself; save it as a folder")
     with atomic_file(path) as file:
         file.write(make_header(LLMC_MAGIC, version, config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads,
                                config.channels, config.padded_vocab_size))

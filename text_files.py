@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-from cli import UserError
+from cli import UserError, note
 from files import open_file
 from tokenizer import SEPARATOR, partial_separator
 
@@ -165,8 +165,7 @@ class TextReader:
         first = next(blocks)
         lines = list(filter(str.strip, first.split("\n")[:-1]))
         if lines and all(map(is_json_object, lines)):
-            print(f"note: {name} is read as plain text, but its lines are JSON objects; if it is JSON Lines, name it .jsonl",
-                  file=sys.stderr)
+            note(f"{name} is read as plain text, but its lines are JSON objects; if it is JSON Lines, name it .jsonl")
         documents = 0
         for text in split_documents(itertools.chain([first], blocks)):
             documents += text == SEPARATOR

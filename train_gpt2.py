@@ -5,6 +5,7 @@ forward and backward passes are flat lists of kernel calls (kernels_cpu.py) that
 the shape of a call's main output.
 """
 import itertools
+import logging
 import math
 import os
 import sys
@@ -366,6 +367,7 @@ def main():
     with join_world() as world:
         if world.rank > 0:
             sys.stdout = open(os.devnull, "w")
+            logging.disable()       # of notes
         own_flags = {"threads": dict(type=bounded(int, 1), help="CPU threads per process (default: the usable cores, divided "
                                                                 "among the processes)")}
         with open_run("Train GPT-2 on the CPU.", world, **own_flags) as options:

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -22,14 +23,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import hugging_face
 import model_files
 from cli import UserError
 from conftest import REFERENCE_SCRIPT
-from gpt2 import Config, Tensors, parameter_shapes
+from gpt2 import Config, Tensors, model_config, parameter_shapes
 from model_files import load_model, save_llmc, save_model
 from tokenizer import VOCABULARY_SHA256, fetch_vocabulary, gpt2_encoding
 from train_gpt2 import GPT2
 
+ROOT = Path(model_files.__file__).parent
 REFERENCE = REFERENCE_SCRIPT.with_suffix("")
 SMALL = Config(max_seq_len=3, vocab_size=5, padded_vocab_size=128, num_layers=2, num_heads=2, channels=8)
 BOUND = 1e-5
@@ -161,7 +164,7 @@ def test_saved_file_follows_the_format(tmp_path):
         begin, end = entry["data_offsets"]
         assert entry["dtype"] == "F32" and tuple(entry["shape"]) == expected[name].shape
         assert contents[start + begin:start + end] == expected[name].tobytes(), name
-    assert json.loads((tmp_path / "config.json").read_text()).items() >= json.loads(config_json(SMALL, n_ctx="absent")).items()
+    assert json.loads((tmp_path / "config.json").read_text()).items() >= json.loads(config_json(SMALL)).items()
 
 
 def test_only_the_parameters_of_a_longer_buffer_are_saved(tmp_path):
@@ -263,11 +266,201 @@ def test_shards(tmp_path):
     assert_same(load_model(tmp_path), SMALL, params)
 
 
-def test_file_without_its_config(tmp_path):
+def test_file_without_its_config(tmp_path, caplog):
     config = Config(3, 5, 128, 2, 2, 128)
     params = random_params(config)
     (tmp_path / "any.name").write_bytes(safetensors(hugging_face_tensors(params, config)))
     assert_same(load_model(tmp_path / "any.name"), config, params)
+    [note] = caplog.messages
+    assert_says(note, tmp_path / "any.name", "no config.json beside it", "heads of 64 channels", "GELU")
+
+
+# A file that GPT-2 users have -> its tensors, made of Hugging Face's, and what a note says
+PREFIXED = {
+    "compiled": "_orig_mod.transformer.",
+    "parallel": "module.transformer.",
+    "parallel and compiled": "module._orig_mod.transformer.",
+    "parallel, bare": "module.",
+    "TRL": "pretrained_model.transformer.",
+    "PEFT, merged": "base_model.model.transformer.",
+    "one's own module": "net.gpt2.",
+    "Lightning": "model.transformer.",
+}
+HEADS = {
+    "value head": ("transformer.", "", ["v_head.summary.weight", "v_head.summary.bias"]),
+    "TRL's value head": ("pretrained_model.transformer.", "", ["v_head.summary.weight"]),
+    "token classifier": ("transformer.", "", ["classifier.weight", "classifier.bias"]),
+    "sequence classifier": ("transformer.", "", ["score.weight"]),
+    "double heads": ("transformer.", "", ["multiple_choice_head.summary.weight"]),
+    "questions": ("transformer.", "", ["qa_outputs.weight"]),
+    "any name": ("transformer.", "", ["my_own.0.weight"]),
+    "bare": ("", "", ["score.weight", "value_head.0.bias", "summary.weight"]),
+    "same prefix": ("model.", "model.", ["v_head.weight", "position_ids"]),
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXED.values(), ids=PREFIXED)
+@pytest.mark.parametrize("classifier", ["absent", "twice", "alone"])
+def test_prefixes(tmp_path, caplog, prefix, classifier):
+    tensors = hugging_face_tensors(random_params(SMALL), SMALL, prefix)
+    if classifier != "absent":
+        tensors[prefix.removesuffix("transformer.") + "lm_head.weight"] = tensors[f"{prefix}wte.weight"]
+    if classifier == "alone":
+        del tensors[f"{prefix}wte.weight"]
+    params = write_folder(tmp_path, tensors=tensors)
+    assert_same(load_model(tmp_path), SMALL, params)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"])
+def test_wrapped_layers(tmp_path, wrapper):
+    tensors = hugging_face_tensors(random_params(SMALL), SMALL, "transformer.")
+    tensors = {re.sub(r"(\.h\.\d\.)", rf"\1{wrapper}.", name): tensor for name, tensor in tensors.items()}
+    params = write_folder(tmp_path, tensors=tensors)
+    assert_same(load_model(tmp_path), SMALL, params)
+
+
+@pytest.mark.parametrize("prefix, head_prefix, names", HEADS.values(), ids=HEADS)
+def test_heads_are_left_out_with_a_note(tmp_path, caplog, prefix, head_prefix, names):
+    names = [head_prefix + name for name in names]
+    tensors = hugging_face_tensors(random_params(SMALL), SMALL, prefix) | dict.fromkeys(names, numbers(1, 8))
+    params = write_folder(tmp_path, tensors=tensors)
+    assert_same(load_model(tmp_path), SMALL, params)
+    [note] = caplog.messages
+    assert_says(note, f"note: {tmp_path}: left out", *sorted(names, key=list(tensors).index), "does not use")
+
+
+def test_a_note_is_one_line_on_standard_error(tmp_path):
+    tensors = hugging_face_tensors(random_params(SMALL), SMALL, "transformer.")
+    write_folder(tmp_path, tensors=tensors | {"score\n.weight": numbers(1, 8)})
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import model_files; model_files.load_model({str(tmp_path)!r})"
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert finished.stdout == "" and finished.stderr.count("\n") == 1
+    assert_says(finished.stderr[:-1], "note:", r"'score\n.weight'")
+
+
+WITHOUT_BIAS = {
+    "no bias": (r".*\.bias", True),
+    "linear layers": (r".*(c_\w+)\.bias", True),
+    "one linear layer": (r".*c_attn\.bias", True),
+    "layernorms": (r".*ln_\w\.bias", True),
+    "one bias": (r"h\.0\.ln_1\.bias", False),
+    "one layer": (r"h\.1\..*\.bias", False),
+    "the last bias": (r"ln_f\.bias", False),
+    "no layernorm's weight": (r".*ln_1\.weight", False),
+}
+
+
+@pytest.mark.parametrize("pattern, complete", WITHOUT_BIAS.values(), ids=WITHOUT_BIAS)
+def test_biases_that_no_layer_has_are_zero(tmp_path, caplog, pattern, complete):
+    """As with nanoGPT's bias=False. A single bias that is missing is damage."""
+    tensors = {name: tensor for name, tensor in without().items() if not re.fullmatch(pattern, name)}
+    params = write_folder(tmp_path, tensors=tensors)
+    if not complete:
+        message = error_of(tmp_path)
+        assert_says(message, "lacks", "download")
+        assert all(name in message for name in without() if name not in tensors)
+        return
+    for ours, name in hugging_face.HUGGING_FACE_NAMES.items():
+        if re.fullmatch(pattern, name.format(layer=0)):
+            getattr(params, ours)[...] = 0
+    assert_same(load_model(tmp_path), SMALL, params)
+    [note] = caplog.messages
+    assert_says(note, "no layer has", ".bias", "zero")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_other_precisions(tmp_path, dtype):
+    """float64 rounds to the nearest float32; what is larger is infinite, without a warning."""
+    tensors = {name: tensor.astype(dtype) for name, tensor in without().items()}
+    tensors["h.0.mlp.c_fc.weight"][2, 3] = np.inf if dtype == np.float16 else 1e300
+    write_folder(tmp_path, tensors={name: (f"F{8 * tensor.itemsize}", tensor) for name, tensor in tensors.items()})
+    _, params = load_model(tmp_path)
+    loaded = hugging_face_tensors(params, SMALL)
+    with np.errstate(over="ignore"):
+        assert all(np.array_equal(loaded[name], tensor.astype(np.float32)) for name, tensor in tensors.items())
+
+
+# Files in a folder -> what the error says, or None: it is read
+FOLDERS = {
+    "variant": (["model.fp16.safetensors"], None),
+    "any name": (["gpt2.safetensors", "adapter_model.safetensors"], None),
+    "sharded variant": (["model.fp16-00001-of-00001.safetensors", "model.safetensors.index.fp16.json"], None),
+    "two variants": (["model.bf16.safetensors", "model.fp16.safetensors"],
+                     ("model.bf16.safetensors, model.fp16.safetensors", "name the file")),
+    "adapter": (["adapter_model.safetensors"], ("adapter_model.safetensors is an adapter's weights", "merge_and_unload")),
+    "older adapter": (["adapter_model.bin"], ("adapter_model.bin is an adapter's weights", "merge_and_unload")),
+    "GGUF": (["model-q4.gguf"], ("model-q4.gguf is a GGUF file", "name the file itself")),
+    "TensorFlow": (["tf_model.h5"], ("tf_model.h5 is weights of TensorFlow", "from_tf")),
+    "Flax": (["flax_model.msgpack"], ("flax_model.msgpack is weights of TensorFlow or Flax", "from_flax")),
+    "pickles": (["training_args.bin", "pytorch_model-00001-of-00002.bin"], ("pytorch_model-00001", "dev/from_pytorch.py")),
+    "nanoGPT": (["ckpt.pt"], ("ckpt.pt is a Python pickle", "dev/from_pytorch.py")),
+    "checkpoints of a trainer": (["checkpoint-5/model.safetensors", "checkpoint-10/model.safetensors", "trainer.pt"],
+                                 ("name a folder in it that has one: checkpoint-10, checkpoint-5",)),
+    "the hub's cache": (["snapshots/0a1b/model.safetensors"], (f"one: {Path('snapshots', '0a1b')}",)),
+    "nothing": ([], ("name a folder that has one")),
+}
+
+
+@pytest.mark.parametrize("names, parts", FOLDERS.values(), ids=FOLDERS)
+def test_what_is_in_a_folder(tmp_path, names, parts):
+    params = write_folder(tmp_path)
+    contents = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").unlink()
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(contents)
+        if name.endswith(".json"):
+            (tmp_path / name).write_text(json.dumps({"weight_map": {"wte.weight": names[0]}}))
+    if parts:
+        message = error_of(tmp_path)
+        assert_says(message, tmp_path, "has no model.safetensors", *parts)
+        assert "download" not in message
+    else:
+        assert_same(load_model(tmp_path), SMALL, params)
+
+
+# Tensors beside GPT-2's own -> what the error says
+FOREIGN = {
+    "adapter": ("h.0.attn.c_attn.lora_A.default.weight", ("lora_A", "an adapter's weights", "merge_and_unload")),
+    "adapter's base": ("base_model.model.h.0.attn.c_attn.base_layer.weight", ("base_layer", "merge_and_unload")),
+    "prompt": ("prompt_encoder.default.embedding.weight", ("prompt_encoder", "an adapter's weights")),
+    "cross-attention": ("h.1.crossattention.c_attn.weight", ("cross-attention", "encoder")),
+    "quantized": ("h.0.mlp.c_fc.qweight", ("qweight", "quantized weights")),
+    "split attention": ("h.0.attn.q_proj.weight", ("holds h.0.attn.q_proj.weight, which GPT-2 does not have", "choose")),
+    "rotary": ("h.0.attn.rotary_emb.inv_freq", ("inv_freq, which GPT-2 does not have",)),
+    "third layernorm": ("h.0.ln_3.weight", ("ln_3.weight, which GPT-2 does not have",)),
+    "embedding's layernorm": ("emb_ln.weight", ("emb_ln.weight, which GPT-2 does not have",)),
+    "classifier's bias": ("lm_head.bias", ("lm_head.bias, which is not zero",)),
+}
+
+
+@pytest.mark.parametrize("name, parts", FOREIGN.values(), ids=FOREIGN)
+def test_what_changes_the_computation_is_refused(tmp_path, name, parts):
+    write_folder(tmp_path, tensors=without() | {name: numbers(8)})
+    message = error_of(tmp_path)
+    assert_says(message, tmp_path, *parts)
+    assert "download" not in message
+
+
+def test_classifiers(tmp_path, caplog):
+    """By any name: a matrix of wte's shape is one. A bias of zeros does nothing."""
+    tensors = hugging_face_tensors(random_params(SMALL), SMALL, "transformer.")
+    wte = tensors["transformer.wte.weight"]
+    params = write_folder(tmp_path, tensors=tensors | {"embed_out.weight": wte, "lm_head.bias": 0 * numbers(5)})
+    assert_same(load_model(tmp_path), SMALL, params)
+    assert not caplog.messages
+    write_folder(tmp_path, tensors=tensors | {"embed_out.weight": wte + 1})
+    assert_says(error_of(tmp_path), "embed_out.weight, which differs from wte.weight", "tied")
+
+
+def test_files_of_other_kinds(tmp_path):
+    for opening, says in {"GGUF\x03": "expected a safetensors file", "\x89HDF\r\n": "is weights of TensorFlow",
+                          "<!DOCTYPE html>": "is a web page", "llama": "begins with b'llama"}.items():
+        (tmp_path / "file").write_bytes(opening.encode("latin-1") + bytes(100))
+        assert_says(error_of(tmp_path / "file"), tmp_path / "file", says)
+    write_folder(tmp_path, tensors={"model.layers.0.mlp.up_proj.weight": numbers(8)}, model_type="absent")
+    assert_says(error_of(tmp_path), tmp_path, "holds model.layers.0.mlp.up_proj.weight, expected GPT-2's wte.weight", "choose")
 
 
 def test_llmc_float32(tmp_path):
@@ -355,37 +548,120 @@ def assert_says(message, *parts):
 CONFIGS = {
     "another architecture": (dict(model_type="llama"), ("config.json", "model_type", "llama", "'gpt2'")),
     "other activation": (dict(activation_function="relu"), ("activation_function", "relu", "gelu_new or gelu_pytorch_tanh")),
+    "approximated with a sigmoid": (dict(activation_function="quick_gelu"), ("activation_function", "quick_gelu", "computes")),
+    "activation in a list": (dict(activation_function=["gelu"]), ("activation_function", "['gelu']", "gelu_new")),
     "other epsilon": (dict(layer_norm_epsilon=1e-6), ("layer_norm_epsilon", "1e-06", "1e-05")),
-    "unscaled attention": (dict(scale_attn_weights=False), ("scale_attn_weights", "False", "True")),
-    "scaled by layer": (dict(scale_attn_by_inverse_layer_idx=True), ("scale_attn_by_inverse_layer_idx", "True", "False")),
-    "other width": (dict(n_inner=24), ("n_inner", "24", "None or 32")),
-    "no size": (dict(n_layer="absent"), ("n_layer", "None", "whole number")),
+    "attention scaled otherwise": (dict(scale_attn_weights=0.5), ("scale_attn_weights", "0.5", "True or False")),
+    "cross-attention": (dict(add_cross_attention=True), ("add_cross_attention", "True", "expected False", "computes")),
+    "other width": (dict(n_inner=24), ("n_inner", "24", "expected 32")),
+    "default layers": (dict(n_layer="absent"), ("config.json: n_layer (by default) is 12,", "2 layers", "right number")),
+    "default positions": (dict(n_positions=None, n_ctx="absent"), ("n_positions (by default) is 1,024", "3 rows of wpe")),
+    "default vocabulary": (dict(vocab_size="absent"), ("vocab_size (by default) is 50,257", "5 rows of wte.weight")),
+    "default channels": (dict(n_embd=None), ("n_embd (by default) is 768", "8 columns of wpe.weight")),
+    "default heads": (dict(n_head="absent"), ("n_embd is 8, expected a multiple of n_head (by default), 12")),
     "size NaN": (dict(n_embd=float("nan")), ("n_embd", "nan", "whole number")),
     "size true": (dict(n_head=True), ("n_head", "True", "whole number")),
     "size zero": (dict(vocab_size=0), ("vocab_size", "0", "from 1")),
     "size of 4,001 digits": (dict(n_embd=10**4000), ("n_embd", "whole number")),
     "size of two lines": (dict(n_embd="a\nb\u2028c"), ("n_embd", r"'a\nb\u2028c'", "whole number")),
     "indivisible heads": (dict(n_head=3), ("n_embd", "8", "multiple of n_head, 3")),
-    "more layers": (dict(n_layer=3), ("layers", "2, expected 3", "n_layer")),
-    "very many layers": (dict(n_layer=2**31 - 1), ("layers", "2, expected 2,147,483,647")),
-    "larger vocabulary": (dict(vocab_size=6), ("wte.weight", "(5, 8)", "expected", "(6, 8)")),
-    "largest sizes": (dict(n_embd=2**30, n_positions=2**31 - 1, vocab_size=2**31 - 1),
-                           ("wte.weight", "(5, 8)", "wpe.weight", "(3, 8)")),
+    "more layers": (dict(n_layer=3), ("n_layer is 3", "2 layers")),
+    "very many layers": (dict(n_layer=2**31 - 1), ("n_layer is 2,147,483,647", "2 layers")),
+    "larger vocabulary": (dict(vocab_size=6), ("vocab_size is 6", "5 rows of wte.weight")),
+    "smaller vocabulary": (dict(vocab_size=4), ("vocab_size is 4", "5 rows of wte.weight")),
+    "largest sizes": (dict(n_embd=2**30, n_positions=2**31 - 1, vocab_size=2**31 - 1), ("vocab_size is 2,147,483,647", "5 ro")),
 }
 
 
 @pytest.mark.parametrize("changes, parts", CONFIGS.values(), ids=CONFIGS)
 def test_config_of_another_model(tmp_path, changes, parts):
     write_folder(tmp_path, **changes)
-    assert_says(error_of(tmp_path), *parts)
+    message = error_of(tmp_path)
+    assert_says(message, *parts)
+    assert ("download" in message) == ("whole number" in message)   # where that may help
 
 
-@pytest.mark.parametrize("changes", [dict(activation_function="gelu_pytorch_tanh"), dict(n_inner=32), dict(n_ctx="absent"),
-                                     *({name: "absent"} for name in ("activation_function", "layer_norm_epsilon",
-                                                                     "scale_attn_weights", "n_inner"))], ids=str)
-def test_equivalent_config(tmp_path, changes):
+GENERAL_NAMES = {"n_positions": "max_position_embeddings", "n_embd": "hidden_size", "n_head": "num_attention_heads",
+                 "n_layer": "num_hidden_layers"}
+SETTINGS = "model_type", "activation_function", "layer_norm_epsilon", "scale_attn_weights", "n_inner"
+EQUIVALENT = {
+    "2019": dict(dict.fromkeys(SETTINGS, "absent"), initializer_range=0.02, output_past=True, pruned_heads={}),
+    "nulls": dict.fromkeys(SETTINGS),
+    "general names": dict.fromkeys(GENERAL_NAMES, "absent") | {
+        general: json.loads(config_json(SMALL))[name] for name, general in GENERAL_NAMES.items()},
+    "one's own name first": dict.fromkeys(GENERAL_NAMES.values(), 7),
+    "n_ctx only": dict(n_positions="absent"),
+    "no n_ctx": dict(n_ctx="absent"),
+    "other settings": dict(afn="gelu_new", n_inner=32, torch_dtype="float16", reorder_and_upcast_attn=True, bos_token_id=None,
+                           summary_activation=None, task_specific_params={"a": {"b": [1]}}),
+    **{activation: dict(activation_function=activation) for activation in hugging_face.TANH_GELUS},
+}
+
+
+@pytest.mark.parametrize("changes", EQUIVALENT.values(), ids=EQUIVALENT)
+def test_equivalent_config(tmp_path, changes, caplog):
     params = write_folder(tmp_path, **changes)
     assert_same(load_model(tmp_path), SMALL, params)
+    assert not caplog.messages
+
+
+def test_default_sizes(tmp_path):
+    """GPT-2's own, if config.json gives none."""
+    config = Config(1024, 50257, 50304, num_layers=12, num_heads=12, channels=12)
+    sizes = dict.fromkeys(("n_positions", "n_ctx", "vocab_size", "n_layer", "n_head"), "absent")
+    params = write_folder(tmp_path, config, **sizes)
+    assert_same(load_model(tmp_path), config, params)
+    assert hugging_face.config_from_settings("", {})[0] == replace(model_config("d12"), max_seq_len=1024)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_python"])
+def test_exact_gelu(tmp_path, activation):
+    """It is told apart from GPT-2's, and kept; llm.c's format could not tell it."""
+    params = write_folder(tmp_path / "model", activation_function=activation)
+    exact = replace(SMALL, exact_gelu=True)
+    assert_same(load_model(tmp_path / "model"), exact, params)
+    for old in (None, SMALL):   # over another model, weights carry their settings
+        if old:
+            save_model(tmp_path / "saved", old, params)
+        save_model(tmp_path / "saved", exact, params)
+        assert json.loads((tmp_path / "saved" / "config.json").read_text())["activation_function"] == "gelu"
+        assert_same(load_model(tmp_path / "saved"), exact, params)
+    assert_same(load_model(tmp_path / "saved" / "model.safetensors"), exact, params)
+    write_folder(tmp_path / "saved")
+    for version in (3, 5):
+        with pytest.raises(UserError, match="model.bin: llm.c computes the tanh form of GELU"):
+            save_llmc(tmp_path / "model.bin", exact, params, version)
+    assert not (tmp_path / "model.bin").exists()
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_attention_scales_are_folded_into_the_queries(tmp_path, scaled, by_layer):
+    """The scores q.k / sqrt(head size) become what transformers computes with these settings."""
+    params = write_folder(tmp_path, scale_attn_weights=scaled, scale_attn_by_inverse_layer_idx=by_layer)
+    for l in range(SMALL.num_layers):
+        scale = (1 if scaled else math.sqrt(SMALL.channels / SMALL.num_heads)) / (l + 1 if by_layer else 1)
+        params.qkvw[l, :SMALL.channels] *= scale
+        params.qkvb[l, :SMALL.channels] *= scale
+    loaded = load_model(tmp_path)
+    assert_same(loaded, SMALL, params)
+    save_model(tmp_path, *loaded)
+    assert_same(load_model(tmp_path), SMALL, params)
+
+
+def test_a_kill_between_two_renames_folds_no_scales_twice(tmp_path, monkeypatch):
+    write_folder(tmp_path, scale_attn_weights=False)
+    loaded = load_model(tmp_path)
+    real, renamed = os.replace, []
+
+    def replace_once(*names):
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(real(*names))
+    monkeypatch.setattr(os, "replace", replace_once)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(tmp_path, *loaded)
+    assert_same(load_model(tmp_path), *loaded)
 
 
 NOT_JSON = {
@@ -433,7 +709,7 @@ SAFETENSORS = {
     "header of 2**64 - 1": (b"\xff" * 8 + WHOLE[8:], ("18,446,744,073,709,551,615 of them are its header",)),
     "header over the limit": (struct.pack("<Q", 2**20 + 1) + b"{}".ljust(2**20 + 1), ("at most 1,048,576",)),
     "header not JSON": (WHOLE[:8] + WHOLE[8:].replace(b'"', b"'"), ("header", "is not JSON")),
-    "header empty": (struct.pack("<Q", 2) + b"{}", ("layers", "0, expected 2")),
+    "header empty": (struct.pack("<Q", 2) + b"{}", ("holds no tensors", "wte.weight")),
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 498\n", ("Git LFS", "git lfs pull")),
     "entry not an object": (safetensors(without(), lambda header: header.update(x=3)),
                             ("header", "3 for x", "expected a dtype")),
@@ -449,15 +725,17 @@ SAFETENSORS = {
                                           lambda header: header["ln_f.bias"].update(shape=[8])),
                               ("ln_f.bias 36 bytes", "expected 32")),
     "missing": (safetensors(without("wte.weight", "h.1.mlp.c_fc.bias")), ("lacks wte.weight, h.1.mlp.c_fc.bias;",)),
-    "many missing": (safetensors({"h.0.ln_1.bias": numbers(8), "h.1.ln_1.bias": numbers(8)}),
-                     ("lacks wte.weight, wpe.weight, h.0.ln_1.weight", "and 18 more")),
+    "many missing": (safetensors({"h.0.ln_1.bias": numbers(8), "h.1.ln_1.weight": numbers(8), "wte.weight": numbers(5, 8)}),
+                     ("lacks wpe.weight, h.0.ln_1.weight, h.1.ln_1.bias", "and 6 more")),
     "unknown": (safetensors(with_tensors(h__0__attn__q_norm=numbers(8))),
                 ("holds h.0.attn.q_norm, which GPT-2 does not have",)),
     "not transposed": (safetensors(with_tensors(h__0__mlp__c_fc__weight=numbers(32, 8))),
                        ("h.0.mlp.c_fc.weight", "(32, 8)", "(8, 32)")),
     "wrong dtype": (safetensors(with_tensors(ln_f__bias=("I8", np.ones(8, np.int8)))),
-                    ("ln_f.bias is I8", "F32 or F16 or BF16")),
-    "twice": (safetensors(without() | {"transformer.wte.weight": numbers(5, 8)}), ("wte.weight", "a second time")),
+                    ("ln_f.bias is I8", "F32 or F16 or BF16 or F64", "choose")),
+    "twice": (safetensors(without() | {"_orig_mod.wte.weight": numbers(5, 8)}), ("wte.weight", "a second time")),
+    "two models": (safetensors(without() | {"ref.transformer.wte.weight": numbers(5, 8)}),
+                   ("holds 2 models", "'', ref.transformer.")),
     "untied classifier": (safetensors(without() | {"lm_head.weight": numbers(5, 8)}), ("lm_head.weight", "differs", "tied")),
 }
 
@@ -472,10 +750,10 @@ def test_damaged_safetensors(tmp_path, contents, parts):
 
 
 def test_wrong_names_and_shapes_are_listed_together(tmp_path):
-    tensors = without("ln_f.weight") | {"score.weight": numbers(2, 8), "wpe.weight": numbers(4, 8), "ln_f.bias": numbers(7)}
+    tensors = without("ln_f.weight") | {"ln_x.weight": numbers(8), "h.0.ln_1.weight": numbers(9), "ln_f.bias": numbers(7)}
     write_folder(tmp_path, tensors=tensors)
-    assert_says(error_of(tmp_path), tmp_path, "lacks ln_f.weight;", "holds score.weight, which", "wpe.weight is F32 (4, 8)",
-                "(3, 8)", "ln_f.bias is F32 (7,)", "(8,)")
+    assert_says(error_of(tmp_path), tmp_path, "lacks ln_f.weight;", "holds ln_x.weight, which", "h.0.ln_1.weight is F32 (9,)",
+                "(8,)", "ln_f.bias is F32 (7,)", "(8,)")
 
 
 def test_shapes_that_imply_no_config(tmp_path):
@@ -505,7 +783,7 @@ def test_index_of_shards(tmp_path, shard, parts):
 
 
 def test_index_without_shards(tmp_path):
-    for contents, parts in (("{}", ("weight_map", "None")), ('{"weight_map": {}}', ("layers", "0, expected 2"))):
+    for contents, parts in (("{}", ("weight_map", "None")), ('{"weight_map": {}}', ("holds no tensors",))):
         write_folder(tmp_path)
         (tmp_path / "model.safetensors").unlink()
         (tmp_path / "model.safetensors.index.json").write_text(contents)
@@ -551,10 +829,10 @@ def test_no_pickle_is_opened(tmp_path, wrap):
     write_folder(folder)
     for name in ("pytorch_model.bin", "model.pt", "model.safetensors"):
         (folder / name).write_bytes(pickled)
-        assert_says(error_of(folder / name), folder / name, "is a Python pickle", "save_pretrained")
-    assert_says(error_of(folder), "model.safetensors is a Python pickle", "save_pretrained")
+        assert_says(error_of(folder / name), folder / name, "is a Python pickle", "dev/from_pytorch.py")
+    assert_says(error_of(folder), "model.safetensors is a Python pickle", "dev/from_pytorch.py")
     (folder / "model.safetensors").unlink()
-    assert_says(error_of(folder), folder, "has no model.safetensors;", "pytorch_model.bin", "Python pickle", "save_pretrained")
+    assert_says(error_of(folder), folder, "has no model.safetensors;", "pytorch_model.bin is a Python pickle", "from_pytorch")
     assert not exploded.exists()
 
 
@@ -562,7 +840,7 @@ def test_missing_files(tmp_path):
     assert_says(error_of(tmp_path), tmp_path, "has no model.safetensors")
     write_folder(tmp_path)
     (tmp_path / "config.json").unlink()
-    assert_says(error_of(tmp_path), "cannot read", tmp_path / "config.json", "No such file")
+    assert_says(error_of(tmp_path), "cannot read", tmp_path / "config.json", "No such file", "the model's own config.json")
     for missing in (tmp_path / "model", "./model", "models/model.bin", "gpt2.safetensors", "a/b/c", ""):
         assert_says(error_of(missing), "there is no file or folder", repr(str(missing)), "Hugging Face", "gpt2")
 

@@ -1,0 +1,292 @@
+"""What Hugging Face's files mean: settings in a config.json, names of GPT-2's tensors, and what else is stored with them.
+
+Read is all that computes what GPT-2 does: with prefixes before the names, with heads for other purposes, with other names for
+the sizes, with scales that can be folded into the weights. The rest is refused, by saying what it is.
+"""
+import re
+from math import prod, sqrt
+
+import numpy as np
+
+from cli import UserError
+from files import REPAIR_HINT, short_repr
+from gpt2 import CHANNELS_PER_HEAD, CONTEXT, VOCABULARY, Config, padded, parameter_shapes
+from tokenizer import SPECIAL_IDS
+
+# Our tensors -> Hugging Face's, which are one per layer. In a file, a prefix such as "transformer." stands before the names.
+HUGGING_FACE_NAMES = {
+    "wte": "wte.weight",
+    "wpe": "wpe.weight",
+    "ln1w": "h.{layer}.ln_1.weight",
+    "ln1b": "h.{layer}.ln_1.bias",
+    "qkvw": "h.{layer}.attn.c_attn.weight",
+    "qkvb": "h.{layer}.attn.c_attn.bias",
+    "attprojw": "h.{layer}.attn.c_proj.weight",
+    "attprojb": "h.{layer}.attn.c_proj.bias",
+    "ln2w": "h.{layer}.ln_2.weight",
+    "ln2b": "h.{layer}.ln_2.bias",
+    "fcw": "h.{layer}.mlp.c_fc.weight",
+    "fcb": "h.{layer}.mlp.c_fc.bias",
+    "fcprojw": "h.{layer}.mlp.c_proj.weight",
+    "fcprojb": "h.{layer}.mlp.c_proj.bias",
+    "lnfw": "ln_f.weight",
+    "lnfb": "ln_f.bias",
+}
+TRANSPOSED = ("qkvw", "attprojw", "fcw", "fcprojw")     # Hugging Face's Conv1D stores weights as (in, out)
+PREFIX = re.compile(r"((?:.*\.)?)(?:wte|wpe|h\.0\.ln_1)\.weight")           # what stands before these stands before all names
+# What PyTorch's wrappers (compilation, data parallelism, activation checkpointing) insert into names, at any place
+WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+CAUSAL_MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")      # constants in older files
+CLASSIFIER = re.compile(r"(.*\.)?lm_head\.(weight|bias)")       # some files store wte a second time, or only, as lm_head.weight
+# Constants, and heads for other purposes, where they have GPT-2's prefix; what has another one is no part of GPT-2
+UNUSED = re.compile(r"(.*\.)?position_ids|\w*(head|score|classifier|summary|outputs|critic|reward)\w*\..*")
+
+# The sizes in config.json: GPT-2's name -> the default of transformers, and other names
+CONFIG_SIZES = {
+    "n_positions": (CONTEXT, "max_position_embeddings", "n_ctx"),
+    "vocab_size": (VOCABULARY,),
+    "n_layer": (12, "num_hidden_layers"),
+    "n_head": (12, "num_attention_heads"),
+    "n_embd": (768, "hidden_size"),
+}
+TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")    # one formula
+EXACT_GELUS = ("gelu", "gelu_python")
+# The supported values of the other settings in config.json. The first is GPT-2's, and the default.
+SUPPORTED_SETTINGS = {
+    "activation_function": TANH_GELUS + EXACT_GELUS,
+    "layer_norm_epsilon": (1e-5,),
+    "add_cross_attention": (False,),
+    "scale_attn_weights": (True, False),
+    "scale_attn_by_inverse_layer_idx": (False, True),
+}
+GPT2_SCALES = True, False       # the last two settings
+
+# dtype in a file -> in NumPy, which lacks bfloat16: its bits are the upper half of a float32.
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+
+MAX_NAMES = 8                   # in an error
+CONFIG_HINT = "put the model's own config.json there"
+OTHER_HINT = "choose a model that computes what GPT-2 does"
+ADAPTER = ("an adapter's weights (such as LoRA's), which are no model without their base model; merge them into it with "
+           "merge_and_unload of PEFT, and save that with save_pretrained")
+# Names of tensors that change what a model computes -> what they are
+FOREIGN = {
+    r"lora_|ia3_|adapter|base_layer|prefix_encoder|prompt_e": ADAPTER,
+    r"crossattention|ln_cross_attn": f"cross-attention, of a decoder that needs an encoder; {OTHER_HINT}",
+    r"\.(qweight|qzeros|absmax|quant_map|SCB)$": "quantized weights; choose the model that they were made from",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+
+def make_config(source, sizes, exact_gelu=False):
+    """Return the Config of `sizes` (name -> value as found in the file `source`, in the order of CONFIG_SIZES).
+
+    Raises UserError for sizes that no model can have. The caller must still check that the file holds that much.
+    """
+    for name, size in sizes.items():
+        if type(size) is not int or not 1 <= size < 2**31:
+            raise UserError(f"{source}: {name} is {short_repr(size)}, expected a whole number from 1 to {2**31 - 1:,}; "
+                            f"{REPAIR_HINT}")
+    T, V, L, NH, C = sizes.values()
+    if C % NH != 0:
+        *_, heads, channels = sizes
+        raise UserError(f"{source}: {channels} is {C:,}, expected a multiple of {heads}, {NH:,}; correct the one that is wrong")
+    return Config(T, V, padded_vocab_size=padded(V), num_layers=L, num_heads=NH, channels=C, exact_gelu=exact_gelu)
+
+
+def config_from_settings(source, settings):
+    """Return the Config in the settings of a config.json, and the two settings that scale attention scores, see scale_queries.
+
+    Raises UserError, which names the file `source`, if they describe another architecture or an unsupported variant.
+    """
+    settings = without_nulls(settings)
+    if settings.get("model_type", "gpt2") != "gpt2":        # in 2019 it was not written
+        raise UserError(f"{source}: model_type is {short_repr(settings['model_type'])}, expected 'gpt2'; choose a model of "
+                        "GPT-2's architecture")
+    settings = {name: choices[0] for name, choices in SUPPORTED_SETTINGS.items()} | settings
+    config = make_config(source, config_sizes(settings), exact_gelu=settings["activation_function"] in EXACT_GELUS)
+    for name, choices in {**SUPPORTED_SETTINGS, "n_inner": (4 * config.channels,)}.items():
+        value = settings.get(name, choices[0])
+        if value not in choices:
+            raise UserError(f"{source}: {name} is {short_repr(value)}, expected {' or '.join(map(short_repr, choices))}; "
+                            f"{OTHER_HINT}")
+    return config, (settings["scale_attn_weights"], settings["scale_attn_by_inverse_layer_idx"])
+
+
+def without_nulls(settings):
+    """A setting that is null has its default."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def config_sizes(settings):
+    """Return name -> value of the sizes in the settings of a config.json, in the order of CONFIG_SIZES."""
+    sizes = {}
+    for name, (default, *others) in CONFIG_SIZES.items():
+        given = [settings[other] for other in (name, *others) if other in settings]
+        sizes[name if given else f"{name} (by default)"] = given[0] if given else default
+    return sizes
+
+
+def config_from_shapes(path, tensors):
+    """Infer the Config from the shapes of `tensors` (name -> StoredTensor), assuming 64 channels per head and GPT-2's GELU."""
+    shapes = [tensors[name].shape if name in tensors else None for name in ("wte.weight", "wpe.weight")]
+    match shapes:
+        case [(V, C), (T, _)] if type(C) is int and C % CHANNELS_PER_HEAD == 0:
+            return make_config(path, dict(zip(CONFIG_SIZES, (T, V, count_layers(tensors), C // CHANNELS_PER_HEAD, C))))
+    raise UserError(f"{path} has no config.json beside it, and wte.weight and wpe.weight have the shapes {short_repr(shapes)}, "
+                    f"expected two matrices with a multiple of {CHANNELS_PER_HEAD} channels; {CONFIG_HINT}")
+
+
+def settings_from_config(config):
+    """Return what a Config holds by its names in config.json."""
+    sizes = config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads, config.channels
+    return {**dict(zip(CONFIG_SIZES, sizes)), "activation_function": (EXACT_GELUS if config.exact_gelu else TANH_GELUS)[0]}
+
+
+def hugging_face_settings(config, special_ids):
+    """Return the contents of config.json. special_ids: the tokenizer's; transformers assumes GPT-2's if one is absent."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{name: choices[0] for name, choices in SUPPORTED_SETTINGS.items()},
+        **settings_from_config(config),
+        "n_ctx": config.max_seq_len,        # llama.cpp's converter needs it
+        "n_inner": None,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),      # no dropout
+        **{name: special_ids.get(name) for name in SPECIAL_IDS},
+        "tie_word_embeddings": True,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tensors: name -> StoredTensor of model_files.py
+
+def stored_tensors(config):
+    """Yield (name, shape, our name, index) of each of the model's tensors in Hugging Face's format.
+
+    It equals our tensor[index], transposed if our name is in TRANSPOSED. `shape` is the one in the file.
+    """
+    for ours, shape in parameter_shapes(config).items():
+        name = HUGGING_FACE_NAMES[ours]
+        if ours == "wte":
+            yield name, (config.vocab_size, config.channels), ours, np.s_[:config.vocab_size]
+        elif "{layer}" not in name:
+            yield name, shape, ours, np.s_[:]
+        else:
+            for l in range(config.num_layers):
+                yield name.format(layer=l), shape[:0:-1] if ours in TRANSPOSED else shape[1:], ours, l
+
+
+def gpt2_tensors(source, stored):
+    """Sort the tensors of a file: GPT-2's, by their names without a prefix, its classifiers, and all others.
+
+    A classifier stands in for a missing wte. Any matrix of wte's shape is taken for one.
+    Raises UserError for tensors that change what a model computes, for more than one model, and for none.
+    """
+    for name in stored:
+        for pattern, what in FOREIGN.items():
+            if re.search(pattern, name):
+                raise UserError(f"{source} holds {short_repr(name)}: {what}")
+    prefixes = sorted({match[1] for match in map(PREFIX.fullmatch, stored) if match})
+    if not prefixes:
+        raise UserError(f"{source} holds {join_names(stored) or 'no tensors'}, expected GPT-2's wte.weight, wpe.weight, "
+                        f"h.0.ln_1.weight, ...; {OTHER_HINT}")
+    if len(prefixes) > 1:
+        raise UserError(f"{source} holds {len(prefixes)} models, with names that begin with {join_names(prefixes)}, expected "
+                        "one; save the one that you want alone")
+    tensors, classifiers, others = {}, {}, {}
+    for name, tensor in stored.items():
+        own = name.removeprefix(prefixes[0])
+        if CLASSIFIER.fullmatch(name):
+            classifiers[name] = tensor
+        elif not name.startswith(prefixes[0]) or UNUSED.fullmatch(own):
+            others[name] = tensor
+        elif not CAUSAL_MASKS.fullmatch(own):
+            tensors[own] = tensor
+    for name, tensor in classifiers.items():
+        if name.endswith("weight"):
+            tensors.setdefault("wte.weight", tensor)
+    shape = tensors["wte.weight"].shape if "wte.weight" in tensors else None
+    classifiers |= {name: others.pop(name) for name in list(others) if others[name].shape == shape}
+    return tensors, classifiers, others
+
+
+def count_layers(tensors):
+    return len({name.split(".")[1] for name in tensors if name.startswith("h.")})
+
+
+def missing_biases(config, tensors):
+    """Return our names of the biases that no layer has. If that is only ln_f's, it is damage."""
+    found = {ours for name, _, ours, _ in stored_tensors(config) if name in tensors}
+    missing = [ours for ours, name in HUGGING_FACE_NAMES.items() if name.endswith("bias") and ours not in found]
+    return [] if missing == ["lnfb"] else missing
+
+
+def check_sizes(source, settings, tensors):
+    """Raise UserError if the settings of a config.json, `source`, contradict the tensors."""
+    sizes = config_sizes(without_nulls(settings))
+    positions, vocabulary, layers, _, channels = sizes
+    found = {layers: (count_layers(tensors), "layers")}
+    for name, size in (("wte.weight", vocabulary), ("wpe.weight", positions)):
+        if name in tensors and len(tensors[name].shape) == 2:
+            rows, columns = tensors[name].shape
+            found |= {size: (rows, f"rows of {name}"), channels: (columns, f"columns of {name}")}
+    for name, (number, what) in found.items():
+        if sizes[name] != number:
+            raise UserError(f"{source}: {name} is {sizes[name]:,}, and the tensors have {number:,} {what}; {CONFIG_HINT}, or "
+                            "write the right number into it")
+
+
+def check_tensors(source, config, tensors, missing_biases):
+    """Raise UserError unless `tensors` are the model's, with the right shapes and sizes, and all but the missing biases."""
+    shapes = {name: shape for name, shape, ours, _ in stored_tensors(config) if ours not in missing_biases}
+    missing = [name for name in shapes if name not in tensors]
+    unknown = [name for name in tensors if name not in shapes]
+    wrong = [f"{name} is {short_repr(tensors[name].dtype)} {short_repr(tensors[name].shape)}, expected {' or '.join(DTYPES)} "
+             f"{shape}" for name, shape in shapes.items()
+             if name in tensors and (tensors[name].shape != shape or tensors[name].dtype not in DTYPES)]
+    faults = wrong[:MAX_NAMES]
+    if unknown:
+        faults.insert(0, f"holds {join_names(unknown)}, which GPT-2 does not have")
+    if missing:
+        faults.insert(0, f"lacks {join_names(missing)}")
+    if faults:
+        raise UserError(f"{source} is not the GPT-2 of its config.json or of its shapes: {'; '.join(faults)}"
+                        f"{' ...' if len(wrong) > MAX_NAMES else ''}; {OTHER_HINT if unknown or wrong else REPAIR_HINT}")
+    for name, shape in shapes.items():
+        expected = np.dtype(DTYPES[tensors[name].dtype]).itemsize * prod(shape)
+        if tensors[name].size != expected:
+            raise UserError(f"the header of {source} gives {name} {tensors[name].size:,} bytes, expected {expected:,} for its "
+                            f"shape; {REPAIR_HINT}")
+
+
+def check_classifiers(source, wte, classifiers):
+    """Raise UserError unless the classifiers are wte once more, and their biases are zero."""
+    for name, tensor in classifiers.items():
+        if name.endswith("bias"):
+            tied, found = not any(part.any() for part in tensor.parts()), "is not zero"
+        else:
+            tied, found = tensor is wte or tensor.equals(wte), "differs from wte.weight"
+        if not tied:
+            raise UserError(f"{source} holds {short_repr(name)}, which {found}, expected one matrix for both; choose a model "
+                            "whose classifier is tied to its embedding, as GPT-2's is")
+
+
+def scale_queries(config, params, scaled, by_layer):
+    """Fold what scales the attention scores of a layer otherwise than GPT-2's 1/sqrt(head size) into its queries.
+
+    scaled: whether that scale applies; by_layer: whether scores are also divided by the layer's number, counted from 1
+    """
+    C = config.channels
+    for l in range(config.num_layers):
+        scale = (1 if scaled else sqrt(C // config.num_heads)) / (l + 1 if by_layer else 1)
+        params.qkvw[l, :C] *= scale     # the first C rows compute the queries
+        params.qkvb[l, :C] *= scale
+
+
+def join_names(names):
+    """Return the first few names and how many others there are."""
+    first = [short_repr(name) or "''" for name in list(names)[:MAX_NAMES]]
+    return ", ".join(first) + (f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else "")
