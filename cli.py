@@ -38,6 +38,13 @@ class OneLineParser(argparse.ArgumentParser):
         help += " (default: %(default)s)" if default is not None else ""
         self.add_argument(*flags, default=default, help=help, **rest)
 
+    def parse_args(self, args=None, namespace=None):
+        options, rest = self.parse_known_args(args, namespace)
+        if rest:
+            glob = "; if the shell made them of a glob, put it in quotes" if all(map(os.path.isfile, rest)) else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{glob}")
+        return options
+
     def error(self, message):
         raise UserError(f"{message}; {self.hint}", status=2)
 

@@ -16,7 +16,7 @@ import re
 import reprlib
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from cli import UserError, note
@@ -174,27 +174,33 @@ class TextReader:
             raise UserError(f"{name} is empty, expected some text; leave it out")
 
     def read_records(self, name, file):
-        """Yield the texts of JSON records: one a line, or the elements of an array."""
-        records = 0
-        opening = file.peek(BLOCK_SIZE).removeprefix(codecs.BOM_UTF8).lstrip()[:BLOCK_SIZE]
-        first_line = opening.split(b"\n")[0]
-        is_array = opening[:1] == b"[" or opening[:1] == b"{" and first_line != opening and not is_json_object(first_line)
-        parts = self.read_values(name, file) if is_array else self.read_lines(name, file)
-        for place, parse in parts:
-            records += 1
+        """Yield the texts of JSON records."""
+        for place, parse in self.records(name, file):
             try:
                 text = self.text_of(place, parse())
             except UserError as error:
                 if not self.skip_bad:
-                    raise
+                    raise UserError(f"{error}, or leave such records out with --skip-bad") from error
                 self.leave_out("record", error)
             else:
                 yield text
+
+    def records(self, name: str, file: io.BufferedReader) -> Iterator[tuple[str, Callable]]:
+        """Yield (place, function that parses it) of each JSON record in a file: one a line, or the elements of an array.
+
+        The function raises UserError. So does this one, if a record of several lines has no end, or there is none.
+        """
+        opening = file.peek(BLOCK_SIZE).removeprefix(codecs.BOM_UTF8).lstrip()[:BLOCK_SIZE]
+        first_line = opening.split(b"\n")[0]
+        is_array = opening[:1] == b"[" or opening[:1] == b"{" and first_line != opening and not is_json_object(first_line)
+        records = 0
+        for record in self.read_values(name, file) if is_array else self.read_lines(name, file):
+            records += 1
+            yield record
         if records == 0:
             raise UserError(f"{name} is empty, expected JSON objects; leave it out")
 
     def read_lines(self, name, file):
-        """Yield (place, function that parses it) of each line."""
         lines = self.counted(iter(partial(file.readline, MAX_RECORD_BYTES + 1), b""))
         for number, line in enumerate(lines, start=1):
             if len(line) > MAX_RECORD_BYTES:
@@ -205,7 +211,7 @@ class TextReader:
                 yield place, partial(parse_json_line, place, line)
 
     def read_values(self, name, file):
-        """Yield (place, function that returns it) of each JSON value in a file of several, such as an array of them."""
+        """The records of a file that is an array, or holds objects over several lines."""
         decoder, text, number, enough, error = json.JSONDecoder(), "", 0, 0, None
         for block in itertools.chain(decode(name, self.counted(blocks_of(file))), [None]):
             text += block or ""
@@ -231,8 +237,7 @@ class TextReader:
         text = value.get(field) if isinstance(value, dict) else value
         if not isinstance(text, str):
             raise UserError(f"{place} is {SHORT_REPR.repr(value)}, expected a JSON object with a string in the field "
-                            f"{field!r}; name the field that holds the text with --text-field, or leave such records out with "
-                            "--skip-bad")
+                            f"{field!r}; name the field that holds the text with --text-field")
         # Half a surrogate pair, which JSON allows, becomes U+FFFD.
         return clean(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
@@ -307,8 +312,7 @@ def parse_json_line(place, line):
         return json.loads("".join(decode(place, [line])).strip())
     except (ValueError, RecursionError) as error:   # also for too many digits or brackets
         reason = str(error).replace(": line 1", ":")
-        raise UserError(f"{place} cannot be read as JSON: {reason}; fix the line, or leave such lines out with --skip-bad"
-                        ) from error
+        raise UserError(f"{place} cannot be read as JSON: {reason}; mend it") from error
 
 
 def find_files(inputs: list[str]) -> list[tuple[str, bool]]:

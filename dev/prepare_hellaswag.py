@@ -4,11 +4,11 @@
     python dev/prepare_hellaswag.py --input FILE --output short.bin   uses a local file
 
 Each line of the file is a JSON object: "ctx" (a string), "endings" (a list of four strings) and "label" (the index of the right
-ending). As in llm.c, the strings are encoded unchanged, except that a space is put before each ending. For a faster but less
-precise score, use a file with only the first thousand lines.
+ending, as a number or a string); or the file is an array of such objects. As in llm.c, the strings are encoded unchanged,
+except that a space is put before each ending. For a faster but less precise score, use only the first thousand lines.
 """
 import http.client
-import json
+import io
 import sys
 import urllib.request
 from pathlib import Path
@@ -19,7 +19,8 @@ from cli import OneLineParser, UserError, progress_bar, run_program
 from files import DATA_DIR, open_file, sha256
 from gpt2 import ceil_div
 from hellaswag import COMPLETIONS, EXAMPLE_WORDS, MAX_UINT16, Example, write_examples
-from tokenizer import gpt2_encoding
+from text_files import TextReader
+from tokenizer import GPT2Tokenizer
 
 # Size and SHA-256 according to the checksums in Hugging Face's datasets library.
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -77,28 +78,23 @@ def read(path):
 
 
 def parse(contents, name):
-    """Return the Examples in the contents (bytes) of a JSONL file. Raises UserError, with the line's number, for a bad line."""
-    encoding = gpt2_encoding()
-    lines = contents.removesuffix(b"\n").split(b"\n")
-    if len(lines) > MAX_UINT16:
-        raise UserError(f"{name} has {len(lines):,} lines, expected at most {MAX_UINT16:,} examples; give fewer")
+    """Return the Examples in the contents (bytes) of a file: lines of JSON, or an array. Raises UserError for a bad example."""
+    encoding = GPT2Tokenizer()
     examples = []
-    with progress_bar("encoding", len(lines), " lines") as bar:
-        for number, line in enumerate(lines, 1):
+    with progress_bar("encoding", None, " examples") as bar:
+        for place, parse_json in TextReader().records(name, io.BufferedReader(io.BytesIO(contents))):
+            if len(examples) == MAX_UINT16:
+                raise UserError(f"{name} has more than {MAX_UINT16:,} examples, which the format cannot hold; give fewer")
             try:
-                examples.append(parse_line(line, encoding))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{name}, line {number:,}: {error}; expected an example of HellaSwag's JSONL") from error
+                examples.append(make_example(parse_json(), encoding))
+            except ValueError as error:
+                raise UserError(f"{place}: {error}; expected an example of HellaSwag's JSONL") from error
             bar.update()
     return examples
 
 
-def parse_line(line, encoding):
-    """Return the Example in one line. Raises ValueError, or RecursionError for JSON that is nested too deeply."""
-    try:
-        item = json.loads(line.decode())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno:,}") from error
+def make_example(item, encoding):
+    """Return the Example in a JSON value. Raises ValueError if there is none."""
     if not isinstance(item, dict):
         raise ValueError("not a JSON object")
     context, endings, label = (item.get(name) for name in ("ctx", "endings", "label"))
@@ -106,11 +102,13 @@ def parse_line(line, encoding):
         raise ValueError("no text in 'ctx'")
     if not (isinstance(endings, list) and len(endings) == COMPLETIONS and all(isinstance(ending, str) for ending in endings)):
         raise ValueError(f"not {COMPLETIONS} texts in 'endings'")
-    if type(label) is not int or not 0 <= label < COMPLETIONS:
-        raise ValueError(f"not 0 to {COMPLETIONS - 1} in 'label' (the test examples have none)")
+    if label in (None, ""):
+        raise ValueError("no 'label': HellaSwag's test examples have none; take the validation examples")
+    if type(label) is bool or str(label) not in map(str, range(COMPLETIONS)):   # the library `datasets` writes them as strings
+        raise ValueError(f"not 0 to {COMPLETIONS - 1} in 'label'")
     # An ending gets a space before it, because GPT-2's tokens for words begin with one.
-    completions = [encoding.encode_ordinary(" " + ending) for ending in endings]
-    example = Example(encoding.encode_ordinary(context), completions, label)
+    completions = [encoding.encode(" " + ending) for ending in endings]
+    example = Example(encoding.encode(context), completions, int(label))
     tokens = len(example.context) + sum(map(len, example.completions))
     if tokens > MAX_EXAMPLE_TOKENS:
         raise ValueError(f"{tokens:,} tokens, more than the {MAX_EXAMPLE_TOKENS:,} that the format can hold")

@@ -168,14 +168,14 @@ NEIGHBORS = {
 
 
 @pytest.mark.parametrize("contents", NEIGHBORS.values(), ids=NEIGHBORS)
-def test_token_files_of_other_programs(tmp_path, capsys, contents):
+def test_token_files_of_other_programs(tmp_path, caplog, contents):
     (tmp_path / "tokens.bin").write_bytes(contents)
     loader = DataLoader(tmp_path / "tokens.bin", 2, 3)
     assert loader.first_tokens(9999).tolist() == TOKENS.tolist()
     assert (loader.largest, loader.vocab_size, loader.tokenizer_fingerprint) == (TOKENS.max(), 0, 0)
     inputs, targets = loader.next_batch()
     assert (inputs.ravel().tolist(), targets.dtype) == (TOKENS[:6].tolist(), np.int32)
-    assert ("has no header; it is read as tokens in" in capsys.readouterr().err) == loader.shards[0].raw
+    assert ("has no header; it is read as tokens in" in caplog.text) == loader.shards[0].raw
 
 
 def test_characters_of_nanogpt(tmp_path):

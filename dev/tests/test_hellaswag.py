@@ -29,7 +29,7 @@ from dev.evaluate import make_token_losses
 from files import DATA_DIR
 from hellaswag import Example, completion_losses, count_correct, read_examples, write_examples
 from model_files import load_model, save_model
-from tokenizer import gpt2_encoding
+from tokenizer import train_tokenizer
 
 DEV = Path(__file__).resolve().parents[1]
 MODEL = DEV / "reference_transformers"
@@ -192,7 +192,7 @@ WHOLE = file_of()
 SECOND = 1024 + 38     # the second example begins here
 DAMAGED = {
     "truncated header": (WHOLE[:1023], ("has 1,023 bytes", "a header of 1,024")),
-    "token file": (file_of(magic=20240520), ("begins with 20240520", "magic number 20240522")),
+    "token file": (file_of(magic=20240520), ("is an llm.c token file", "expected a file of HellaSwag examples")),
     "other version": (file_of(version=2), ("version 2", "expected version 1")),
     "no examples": (file_of(num_examples=0)[:1024], ("holds 0 examples", "expected 1 to 65,535")),
     "too many examples": (file_of(num_examples=2**31 - 1), ("holds 2,147,483,647 examples",)),
@@ -243,13 +243,13 @@ def test_no_file(tmp_path):
 class ByteEncoding:
     """One token per byte, so that the tests need no vocabulary."""
 
-    def encode_ordinary(self, text):
+    def encode(self, text):
         return list(text.encode())
 
 
 @pytest.fixture
 def byte_encoding(monkeypatch):
-    monkeypatch.setattr(prepare_hellaswag, "gpt2_encoding", ByteEncoding)
+    monkeypatch.setattr(prepare_hellaswag, "GPT2Tokenizer", ByteEncoding)
 
 
 def line(**changes):
@@ -277,14 +277,29 @@ def test_prepared_examples(run_main, byte_encoding, tmp_path, source, end):
                                                       Example("é\u2028".encode(), endings, 0)])
 
 
-def test_prepared_tokens(tmp_path, source):
-    try:
-        encoding = gpt2_encoding()
-    except UserError as error:
-        pytest.skip(str(error))
+@pytest.mark.parametrize("contents", [
+    "\r\n\r\n".join([line(), line(label="0")]),
+    f"[{line()},\n {line(label='0')}]",
+    json.dumps([json.loads(line()), json.loads(line(label=0))], indent=2),
+], ids=["blank lines and labels as strings", "an array", "an array over lines"])
+def test_forms_that_the_examples_come_in(run_main, byte_encoding, tmp_path, source, contents):
+    source.write_text(contents, newline="")
+    assert run_main(prepare_hellaswag, "--input", source, "--output", tmp_path / "some.bin").status == 0
+    assert [example.label for example in read_examples(tmp_path / "some.bin", 256)] == [3, 0]
+
+
+def test_models_with_another_tokenizer_are_refused(tmp_path):
+    """The examples are GPT-2's tokens."""
+    write_examples(tmp_path / "some.bin", [Example([1], [[2], [3], [4], [5]], 0)])
+    assert read_examples(tmp_path / "some.bin", 256)
+    with pytest.raises(UserError, match="holds GPT-2's tokens, but the model has another tokenizer"):
+        read_examples(tmp_path / "some.bin", 300, train_tokenizer(["the cat and the dog"], 300))
+
+
+def test_prepared_tokens(tmp_path, source, encoding):
     source.write_text(line() + "\n" + line(ctx="He said <|endoftext|> 😀", label=1), encoding="utf-8")
     prepare_hellaswag.prepare(source, tmp_path / "some.bin")
-    first, second = read_examples(tmp_path / "some.bin", 50256)
+    first, second = read_examples(tmp_path / "some.bin", 50257)
     assert first.context.tolist() == [32, 582, 10718, 13, 339]     # "A", " man", " sits", ".", " he"
     assert [encoding.decode(text.tolist()) for text in first.completions] == [
         " skis.", " rips.", " is [on] a roof's edge.", " "]
@@ -292,17 +307,18 @@ def test_prepared_tokens(tmp_path, source):
 
 
 UNUSABLE = {
-    "not JSON": ("{'ctx': 1}", ("line 2", "not JSON", "at column 2")),
-    "blank": ("", ("line 2", "not JSON")),
+    "not JSON": ("{'ctx': 1}", ("line 2 cannot be read as JSON",)),
     "a list": ("[1]", ("line 2", "not a JSON object")),
-    "nested": ("[" * 100_000, ("line 2", "recursion")),
+    "nested": ('{"a":' * 100_000, ("line 2", "recursion")),
     "5,000 digits": ("9" * 5000, ("line 2", "4300")),
     "no context": (line(ctx=None), ("line 2", "no text in 'ctx'")),
     "empty context": (line(ctx=""), ("line 2", "no text in 'ctx'")),
     "context not a string": (line(ctx=["a"]), ("line 2", "no text in 'ctx'")),
     "three endings": (line(endings=["a", "b", "c"]), ("line 2", "4 texts in 'endings'")),
     "ending not a string": (line(endings=["a", "b", "c", 4]), ("line 2", "4 texts in 'endings'")),
-    "no label": (line(label=None), ("line 2", "0 to 3 in 'label'", "test examples")),
+    "no label": (line(label=None), ("line 2", "no 'label'", "test examples have none")),
+    "label of the test split": (line(label=""), ("line 2", "no 'label'", "test examples have none")),
+    "label in words": (line(label="two"), ("line 2", "0 to 3 in 'label'")),
     "label too large": (line(label=4), ("line 2", "0 to 3 in 'label'")),
     "label true": (line(label=True), ("line 2", "0 to 3 in 'label'")),
     "too long": (line(ctx="a" * 40_000), ("line 2", "40,036 tokens", "32,757")),
@@ -322,13 +338,13 @@ def test_unusable_line(run_main, byte_encoding, tmp_path, source, text, parts):
 def test_line_that_is_not_utf8(run_main, byte_encoding, tmp_path, source):
     source.write_bytes(line().encode() + b'\n{"ctx": "caf\xe9"}\n')
     finished = run_main(prepare_hellaswag, "--input", source, "--output", tmp_path / "some.bin")
-    assert finished.status == 1 and "line 2" in finished.err and "utf-8" in finished.err and finished.err.count("\n") == 1
+    assert finished.status == 1 and "line 2 is not UTF-8" in finished.err and finished.err.count("\n") == 1
 
 
 def test_source_that_cannot_be_used(run_main, byte_encoding, tmp_path, source):
     for path, status, part in ((tmp_path / "none.jsonl", 2, "No such file"), (tmp_path, 2, "cannot read"),
-                               (source, 1, "65,536 lines")):
-        source.write_text("\n" * 65_536)
+                               (source, 1, "is empty")):
+        source.write_text("\n" * 9)
         finished = run_main(prepare_hellaswag, "--input", path, "--output", tmp_path / "some.bin")
         assert finished.status == status and part in finished.err and finished.err.count("\n") == 1, finished.err
     source.write_text(line())

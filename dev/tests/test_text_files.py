@@ -53,12 +53,13 @@ def test_documents(size, text, documents):
     assert "".join(parts) == "".join(SEPARATOR + document for document in documents)
 
 
-def test_json_lines_in_a_plain_text_are_noted(tmp_path, capsys):
+def test_json_lines_in_a_plain_text_are_noted(tmp_path, caplog):
     lines = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)
     read(tmp_path / "text.txt", lines.encode())
-    assert "text.txt is read as plain text, but its lines are JSON objects" in capsys.readouterr().err
+    assert "text.txt is read as plain text, but its lines are JSON objects" in caplog.text
+    caplog.clear()
     read(tmp_path / "text.txt", (lines + "no JSON\n").encode())
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
 
 
 # ---- JSON
@@ -131,7 +132,8 @@ UNUSABLE = {
     "a damaged gzip file": ("text.gz", gzip.compress(b"abc" * 999)[:20] + b"x" * 50, ("is damaged",)),
     "half an xz file": ("text.xz", lzma.compress(os.urandom(9999))[:2000], ("is damaged",)),
     "not JSON": ("dump.jsonl", b'{"text": "one"}\n\n{"text": "two}\n',
-                 ("line 3 cannot be read as JSON: Unterminated string starting at: column 10 ", "--skip-bad")),
+                 ("line 3 cannot be read as JSON: Unterminated string starting at: column 10 ",
+                  "mend it, or leave such records out with --skip-bad")),
     "half an array": ("dump.json", b'[{"text": "one"}, {"text": "tw', ("record 2 cannot be read as JSON",)),
     "a number": ("dump.jsonl", b"7\n", ("line 1 is 7, expected a JSON object",)),
     "nested JSON": ("dump.jsonl", b'{"a":' * 100_000, ("line 1 cannot be read as JSON",)),

@@ -13,7 +13,7 @@ from dev.recorder import TINY, Call, record_step, tiny_step
 from generate_gpt2 import Decoder
 from gpt2 import Config
 from model_files import save_model
-from tokenizer import gpt2_encoding
+from tokenizer import GPT2Tokenizer
 
 SMALL = Config(max_seq_len=40, vocab_size=50257, padded_vocab_size=50304, num_layers=3, num_heads=2, channels=8)
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -151,8 +151,8 @@ def test_prompt(run_main, model_folder, tmp_path):
     assert finished.status == 0 and finished.err == "", finished.err
     assert picture.read_bytes().startswith(PNG)
 
-    encoding = gpt2_encoding()
-    tokens = encoding.encode_ordinary(prompt)
+    encoding = GPT2Tokenizer()
+    tokens = encoding.encode(prompt)
     names = [repr(encoding.decode_single_token_bytes(token).decode("utf-8", errors="replace")) for token in tokens]
     model = train_gpt2.GPT2(SMALL, 1, len(tokens), threads=1)
     model.set_params(random_params(SMALL))
