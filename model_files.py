@@ -43,6 +43,7 @@ PICKLE = ("a Python pickle, which can run any program when it is opened, so it i
           "Python that has PyTorch, turns it into a folder that can be read")
 OTHER_FRAMEWORK = ("weights of TensorFlow or Flax; load them with from_pretrained of transformers 4 (from_tf=True or "
                    "from_flax=True), and save that with save_pretrained")
+TOKENIZER_KEY = "gpt2_tokenizer"    # of the fingerprint of the tokenizer, there
 SIZES_KEY = "gpt2_sizes"        # of a part of config.json, in the metadata of some of our safetensors files, see save_model
 # How files begin that are no safetensors files -> what they are
 OPENINGS = {
@@ -93,7 +94,14 @@ def load_model_tokenizer(name: str | Path, rows: int = 2**31 - 1) -> Tokenizer:
         return GPT2Tokenizer() if rows >= VOCABULARY else NO_TOKENIZER
     folder = path if path.is_dir() else path.parent
     settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    return load_tokenizer(folder, {name: settings.get(name) for name in SPECIAL_IDS}, rows)
+    tokenizer = load_tokenizer(folder, {name: settings.get(name) for name in SPECIAL_IDS}, rows)
+    weights = path if path.is_file() else folder / "model.safetensors"
+    metadata = read_safetensors(weights)[1] if weights.is_file() else None
+    expected = metadata.get(TOKENIZER_KEY) if isinstance(metadata, dict) else None
+    if expected and tokenizer.fingerprint and expected != str(tokenizer.fingerprint):
+        raise UserError(f"the tokenizer in {folder} is not that of its {weights.name}, perhaps because a process was killed "
+                        "while it saved a model; --resume that run, or put the model's own tokenizer there")
+    return tokenizer
 
 
 def is_llmc(path):
@@ -315,12 +323,13 @@ def save_model(folder: str | Path, config: Config, params: Tensors, tokenizer: T
 
     All files are complete before the first one is renamed, and model.safetensors is renamed last. Exception: over a model of
     another shape it is renamed first and carries its sizes in its header, which load_model prefers to config.json. So a process
-    that is killed between two renames leaves the old or the new model. If GPT-2's vocabulary cannot be downloaded, the model
-    is saved without a tokenizer and a line says so. Raises UserError if a file cannot be written.
+    that is killed between two renames leaves the old or the new model; should a tokenizer of the other one stand beside it,
+    the header tells. If GPT-2's vocabulary cannot be downloaded, the model is saved without a tokenizer and a line says so.
+    Raises UserError if a file cannot be written.
     """
     folder = Path(folder)
     replaces_other = holds_other_model(folder / "config.json", config)
-    contents = {"model.safetensors": safetensors_pieces(config, params, with_sizes=replaces_other),
+    contents = {"model.safetensors": safetensors_pieces(config, params, tokenizer, with_sizes=replaces_other),
                 "config.json": [json_bytes(hugging_face_settings(config, tokenizer.special_ids))],
                 **{name: [content] for name, content in tokenizer_files(folder, tokenizer).items()}}
     with contextlib.ExitStack() as unfinished:  # renames the files in reverse order
@@ -354,9 +363,13 @@ def tokenizer_files(folder, tokenizer):
         return {}
 
 
-def safetensors_pieces(config, params, with_sizes=False):
+def safetensors_pieces(config, params, tokenizer, with_sizes=False):
     """Yield the contents of a model.safetensors: the header, possibly with the model's sizes, then tensor by tensor."""
-    metadata = {"format": "pt"} | ({SIZES_KEY: json.dumps(settings_from_config(config))} if with_sizes else {})
+    metadata = {"format": "pt"}
+    if tokenizer.fingerprint:
+        metadata[TOKENIZER_KEY] = str(tokenizer.fingerprint)
+    if with_sizes:
+        metadata[SIZES_KEY] = json.dumps(settings_from_config(config))
     header, position = {"__metadata__": metadata}, 0
     for name, shape, *_ in stored_tensors(config):
         end = position + 4 * prod(shape)
