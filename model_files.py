@@ -329,9 +329,12 @@ def save_model(folder: str | Path, config: Config, params: Tensors, tokenizer: T
     """
     folder = Path(folder)
     replaces_other = holds_other_model(folder / "config.json", config)
+    files = tokenizer_files(folder, tokenizer)
+    # Another tokenizer's files must go. They stay if this one's cannot be had, or nobody's model is there yet.
+    replaces_tokenizer = replaces_other or files or not tokenizer.fingerprint and (folder / "model.safetensors").exists()
     contents = {"model.safetensors": safetensors_pieces(config, params, tokenizer, with_sizes=replaces_other),
                 "config.json": [json_bytes(hugging_face_settings(config, tokenizer.special_ids))],
-                **{name: [content] for name, content in tokenizer_files(folder, tokenizer).items()}}
+                **{name: [content] for name, content in files.items()}}
     with contextlib.ExitStack() as unfinished:  # renames the files in reverse order
         for name in reversed(contents) if replaces_other else contents:
             file = unfinished.enter_context(atomic_file(folder / name))
@@ -339,7 +342,7 @@ def save_model(folder: str | Path, config: Config, params: Tensors, tokenizer: T
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())     # a full disk fails here, before any file is renamed
-    for name in TOKENIZER_FILES:    # of another tokenizer
+    for name in TOKENIZER_FILES if replaces_tokenizer else ():
         if name not in contents:
             (folder / name).unlink(missing_ok=True)
 

@@ -25,11 +25,12 @@ import pytest
 
 import hugging_face
 import model_files
+import tokenizer
 from cli import UserError
 from conftest import REFERENCE_SCRIPT
 from gpt2 import Config, Tensors, model_config, parameter_shapes
-from model_files import load_model, save_llmc, save_model
-from tokenizer import VOCABULARY_SHA256, fetch_vocabulary, gpt2_encoding
+from model_files import load_model, load_model_tokenizer, save_llmc, save_model
+from tokenizer import NO_TOKENIZER, VOCABULARY_SHA256, GPT2Tokenizer, train_tokenizer
 from train_gpt2 import GPT2
 
 ROOT = Path(model_files.__file__).parent
@@ -176,13 +177,10 @@ def test_only_the_parameters_of_a_longer_buffer_are_saved(tmp_path):
     assert_same(load_model(tmp_path / "model.bin"), SMALL, params)
 
 
-def test_model_with_gpt2s_vocabulary_is_saved_with_its_tokenizer(tmp_path):
-    try:
-        fetch_vocabulary()
-    except UserError as error:
-        pytest.skip(str(error))
+def test_model_with_gpt2s_vocabulary_is_saved_with_its_tokenizer(tmp_path, encoding):
     config = Config(3, 50257, 50304, 1, 1, 1)
-    save_model(tmp_path, config, random_params(config))
+    (tmp_path / "tokenizer.json").write_text("{}")      # another tokenizer's, which would be read instead
+    save_model(tmp_path, config, random_params(config), encoding)
     assert files_in(tmp_path) == ["config.json", "merges.txt", "model.safetensors", "tokenizer_config.json", "vocab.json"]
     for name, original in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == VOCABULARY_SHA256[original]
@@ -192,23 +190,40 @@ def test_model_with_gpt2s_vocabulary_is_saved_with_its_tokenizer(tmp_path):
 def test_model_is_saved_even_if_the_vocabulary_is_unavailable(tmp_path, monkeypatch, capsys):
     def unreachable():
         raise UserError("GPT-2's vocabulary is missing")
-    monkeypatch.setattr(model_files, "fetch_vocabulary", unreachable)
+    monkeypatch.setattr(tokenizer, "fetch_vocabulary", unreachable)
     config = Config(3, 50257, 50304, 1, 1, 1)
     params = random_params(config)
-    save_model(tmp_path, config, params)
+    save_model(tmp_path, config, params, GPT2Tokenizer())
     assert_same(load_model(tmp_path), config, params)
     assert capsys.readouterr().out == f"{tmp_path} gets no tokenizer: GPT-2's vocabulary is missing\n"
 
 
 def test_tokenizer_of_another_model_goes_and_ones_own_stays(tmp_path, monkeypatch):
-    """Beside a model with another vocabulary, GPT-2's tokenizer would be wrong. Without a network, it is still right."""
+    """Beside a model with another vocabulary, a tokenizer would be wrong. Without a network, GPT-2's is still right."""
+    def unreachable():
+        raise UserError("GPT-2's vocabulary is missing")
+    monkeypatch.setattr(tokenizer, "fetch_vocabulary", unreachable)
     for name in model_files.TOKENIZER_FILES:
         (tmp_path / name).write_text("{}")
     save_model(tmp_path, SMALL, random_params(SMALL))
     assert set(model_files.TOKENIZER_FILES) < set(files_in(tmp_path))       # in a folder without a model they may be its own
-    wide = replace(SMALL, vocab_size=59)
-    save_model(tmp_path, wide, random_params(wide))
-    assert files_in(tmp_path) == ["config.json", "model.safetensors"]
+    save_model(tmp_path, SMALL, random_params(SMALL), GPT2Tokenizer())
+    assert set(model_files.TOKENIZER_FILES) < set(files_in(tmp_path))
+    for config in replace(SMALL, vocab_size=59), SMALL:
+        save_model(tmp_path, config, random_params(config))
+        assert files_in(tmp_path) == ["config.json", "model.safetensors"]
+        (tmp_path / "tokenizer.json").write_text("{}")
+
+
+def test_tokenizer_of_another_model_beside_the_weights(tmp_path):
+    """As a killed process may leave it: the header of the weights tells."""
+    one, two = (train_tokenizer([text * 99], 300) for text in ("the cat and the dog ", "wind and sea "))
+    config = replace(SMALL, vocab_size=300)
+    save_model(tmp_path, config, random_params(config), one)
+    assert load_model_tokenizer(tmp_path, 300).fingerprint == one.fingerprint
+    (tmp_path / "tokenizer.json").write_bytes(two.files["tokenizer.json"])
+    with pytest.raises(UserError, match=r"the tokenizer in .* is not that of its model.safetensors.*--resume"):
+        load_model_tokenizer(tmp_path, 300)
 
 
 def test_a_kill_between_two_renames_leaves_a_model(tmp_path, monkeypatch):
@@ -518,14 +533,14 @@ def test_models_saved_by_transformers(transformers, tmp_path, shape):
 
 
 @pytest.mark.parametrize("config", [Config(9, 131, 256, 2, 3, 24), Config(64, 50257, 50304, 2, 2, 8)], ids=str)
-def test_transformers_loads_what_is_saved_here(transformers, tmp_path, config):
+def test_transformers_loads_what_is_saved_here(transformers, tmp_path, encoding, config):
     params = random_params(config)
-    save_model(tmp_path, config, params)
+    save_model(tmp_path, config, params, encoding if config.vocab_size == encoding.vocab_size else NO_TOKENIZER)
     transformers(tmp_path, "--saved")
     expected = np.load(tmp_path / "expected.npz")
     assert logits_error(config, params, expected) <= BOUND
     if "text" in expected:
-        assert expected["text"].tolist() == gpt2_encoding().encode(TEXT, allowed_special="all")
+        assert expected["text"].tolist() == encoding.encode(TEXT)
     assert ("text" in expected) == (tmp_path / "vocab.json").exists()
 
 
@@ -903,7 +918,7 @@ def test_no_hub(hub):
 # ----------------------------------------------------------------------------------------------------------------------
 # Atomic writes
 
-def test_failed_write_keeps_the_old_model(tmp_path):
+def test_failed_write_keeps_the_old_model(tmp_path, encoding):
     """If only one file were replaced, the weights might not fit config.json."""
     params = write_folder(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -912,7 +927,7 @@ def test_failed_write_keeps_the_old_model(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             times = full_disk(patch, obstacle)
             with pytest.raises(UserError, match=rf"cannot write .*{obstacle}: No space left on device"):
-                save_model(tmp_path, config, random_params(config))
+                save_model(tmp_path, config, random_params(config), encoding)
             assert times == [obstacle]
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert_same(load_model(tmp_path), SMALL, params)
@@ -931,7 +946,6 @@ def full_disk(patch, name):
         with real(path) as file:
             yield types.SimpleNamespace(write=write) if path.name == name else file
     patch.setattr(model_files, "atomic_file", atomic_file)
-    patch.setattr(model_files, "fetch_vocabulary", lambda: None)
     return times
 
 
