@@ -33,6 +33,7 @@ from dataloader import write_tokens
 from gpt2 import Config
 from hellaswag import Example, write_examples
 from model_files import safetensors_pieces, save_llmc, save_model
+from tokenizer import NO_TOKENIZER
 
 NUM_FILES = int(os.environ.get("DAMAGED_FILES", 165))
 SECONDS = 5             # for one file; most take a hundredth of a second
@@ -204,8 +205,8 @@ KINDS = {
     "safetensors alone": model_kind("alone.safetensors", change_header),
     "llm.c float32": model_kind("float32.bin", change_integer("<i4", 0, 9)),
     "llm.c bfloat16": model_kind("bfloat16.bin", change_integer("<i4", 0, 9)),
-    "tokens": Kind("model", ["train_0.bin"], [change_integer("<i4", 0, 4), change_integer("<u2", 512, 9999)],
-                   [(*NEW, "d4"), (*NEW, "d4", "--input-val-bin", "train_0.bin"), (*SCORE, "model")]),
+    "tokens": Kind("model", ["train_0.bin", "val.bin"], [change_integer("<i4", 0, 4), change_integer("<u2", 512, 9999)],
+                   [(*NEW, "d4"), (*NEW, "model"), (*SCORE, "model")]),
     "hellaswag": Kind("hellaswag", ["hellaswag.bin"], [change_integer("<i4", 0, 5), change_integer("<u2", 512, 9999)],
                       [(*NEW, "d4", "--hellaswag", "hellaswag.bin", "--hellaswag-every", 1)]),
     "state": Kind("run", [f"{CHECKPOINT}/training.json"], [change_json],
@@ -227,7 +228,8 @@ def valid_files(tmp_path_factory):
     save_model(folder / "model", CONFIG, params)
     save_llmc(folder / "float32.bin", CONFIG, params, version=3)
     save_llmc(folder / "bfloat16.bin", CONFIG, params, version=5)
-    (folder / "alone.safetensors").write_bytes(b"".join(map(bytes, safetensors_pieces(ALONE, random_params(ALONE)))))
+    alone = safetensors_pieces(ALONE, random_params(ALONE), NO_TOKENIZER)
+    (folder / "alone.safetensors").write_bytes(b"".join(map(bytes, alone)))
     shutil.copytree(folder / "model", folder / "shards")
     (folder / "shards/model.safetensors").rename(folder / "shards/a.safetensors")
     (folder / "shards/model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "a.safetensors"}}')

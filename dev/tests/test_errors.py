@@ -33,7 +33,7 @@ PROGRAM = Path(train_gpt2.__file__).resolve()
 B, T = 1, 16
 SMALL = ("--model", "d2", "--batch-size", B, "--sequence-length", T, "--num-iterations", 3, "--sample-every", 0)
 DIVERGE = ("--learning-rate", 1e30, "--warmup-iters", 0)
-LOG_COLUMNS = "step,train_loss,val_loss,hellaswag,grad_norm,learning_rate,milliseconds,tokens_per_second"
+LOG_COLUMNS = "step,train_loss,val_loss,bits_per_byte,hellaswag,grad_norm,learning_rate,milliseconds,tokens_per_second"
 SECONDS = 300  # timeout of a process, which may have to compile the kernels
 
 

@@ -218,7 +218,7 @@ def test_tokenizer_of_another_model_goes_and_ones_own_stays(tmp_path, monkeypatc
 def test_tokenizer_of_another_model_beside_the_weights(tmp_path):
     """As a killed process may leave it: the header of the weights tells."""
     one, two = (train_tokenizer([text * 99], 300) for text in ("the cat and the dog ", "wind and sea "))
-    config = replace(SMALL, vocab_size=300)
+    config = replace(SMALL, vocab_size=300, padded_vocab_size=384)
     save_model(tmp_path, config, random_params(config), one)
     assert load_model_tokenizer(tmp_path, 300).fingerprint == one.fingerprint
     (tmp_path / "tokenizer.json").write_bytes(two.files["tokenizer.json"])

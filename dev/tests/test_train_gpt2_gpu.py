@@ -28,7 +28,8 @@ def run(run_main):
 
 @pytest.fixture
 def tokens(tmp_path):
-    write_tokens(tmp_path / "tokens.bin", np.random.default_rng(0).integers(50, size=2000))
+    """Of GPT-2's vocabulary, because of the first."""
+    write_tokens(tmp_path / "tokens.bin", [50256, *np.random.default_rng(0).integers(50, size=1999)])
     return tmp_path / "tokens.bin"
 
 
