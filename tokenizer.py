@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError
+from cli import UserError, note
 from files import DATA_DIR, atomic_file, download_wheel, open_file, parse_json, sha256
 from gpt2 import VOCABULARY
 
@@ -331,6 +331,8 @@ def tokenizer_from_files(files: dict[str, bytes], special_ids: dict, folder: Pat
         elif sentencepiece:
             return SentencePieceTokenizer(files[sentencepiece], ids, files, folder / sentencepiece)
         elif rows >= VOCABULARY:
+            if rows > VOCABULARY:
+                note(f"{folder} has no tokenizer; GPT-2's is assumed")
             return GPT2Tokenizer(with_defaults(ids, {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}))
         else:
             return Tokenizer(ids)

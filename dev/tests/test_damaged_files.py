@@ -18,6 +18,7 @@ import time
 import traceback
 import tracemalloc
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ from dataloader import write_tokens
 from gpt2 import Config
 from hellaswag import Example, write_examples
 from model_files import safetensors_pieces, save_llmc, save_model
-from tokenizer import NO_TOKENIZER
+from tokenizer import NO_TOKENIZER, train_tokenizer
 
 NUM_FILES = int(os.environ.get("DAMAGED_FILES", 165))
 SECONDS = 5             # for one file; most take a hundredth of a second
@@ -207,6 +208,8 @@ KINDS = {
     "llm.c bfloat16": model_kind("bfloat16.bin", change_integer("<i4", 0, 9)),
     "tokens": Kind("model", ["train_0.bin", "val.bin"], [change_integer("<i4", 0, 4), change_integer("<u2", 512, 9999)],
                    [(*NEW, "d4"), (*NEW, "model"), (*SCORE, "model")]),
+    "tokenizer": Kind("own", ["own/tokenizer.json", "own/tokenizer.json", "own/tokenizer_config.json"], [change_json],
+                      [(generate_gpt2, "--threads", 1, "--prompt", "the cat", "--max-new-tokens", 2, "--model", "own")]),
     "hellaswag": Kind("hellaswag", ["hellaswag.bin"], [change_integer("<i4", 0, 5), change_integer("<u2", 512, 9999)],
                       [(*NEW, "d4", "--hellaswag", "hellaswag.bin", "--hellaswag-every", 1)]),
     "state": Kind("run", [f"{CHECKPOINT}/training.json"], [change_json],
@@ -228,6 +231,9 @@ def valid_files(tmp_path_factory):
     save_model(folder / "model", CONFIG, params)
     save_llmc(folder / "float32.bin", CONFIG, params, version=3)
     save_llmc(folder / "bfloat16.bin", CONFIG, params, version=5)
+    own = train_tokenizer(["the cat and the dog " * 50], 300)
+    config = replace(CONFIG, vocab_size=own.vocab_size, padded_vocab_size=384)
+    save_model(folder / "own", config, random_params(config), own)
     alone = safetensors_pieces(ALONE, random_params(ALONE), NO_TOKENIZER)
     (folder / "alone.safetensors").write_bytes(b"".join(map(bytes, alone)))
     shutil.copytree(folder / "model", folder / "shards")

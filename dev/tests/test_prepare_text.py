@@ -2,8 +2,10 @@
 import io
 import itertools
 import json
+import math
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -16,10 +18,12 @@ import pytest
 
 import prepare_text
 import tokenizer
-from dataloader import DataLoader
+import train_gpt2
+from dataloader import DataLoader, write_token_stream
+from model_files import load_model_tokenizer
 from prepare_text import batches, divide, encode
 from text_files import SEPARATOR, TextReader
-from tokenizer import GPT2Tokenizer
+from tokenizer import GPT2_FINGERPRINT, GPT2Tokenizer
 from training import vocabulary_of
 
 PROGRAM = Path(prepare_text.__file__)
@@ -157,6 +161,45 @@ def test_trained_tokenizer_is_stored_with_the_tokens(run, tmp_path, monkeypatch)
     assert read_all(tmp_path / "two").tolist() == tokens.tolist()
     assert run(tmp_path / "text.txt", "--output", tmp_path / "out").status == 0
     assert not (tmp_path / "out_tokenizer").exists()
+
+
+def test_a_tokenizer_goes_with_its_model(run_main, tmp_path):
+    """Training on its tokens saves it, fine-tuning keeps it, and a model with another one refuses the tokens."""
+    (tmp_path / "text.txt").write_bytes(contents := some_text(40_000))
+    steps = ("--num-iterations", 2, "--sample-every", 2, "--val-loss-every", 2, "--sequence-length", 16, "--threads", 1)
+    data = "--input-bin", tmp_path / "own_train_*.bin", "--input-val-bin", tmp_path / "own_val.bin"
+    assert run_main(prepare_text, tmp_path / "text.txt", "--output", tmp_path / "own", "--train-tokenizer", 300).status == 0
+    finished = run_main(train_gpt2, "--model", "d2", *data, *steps, "--output-dir", tmp_path / "new")
+    assert finished.status == 0 and finished.err == ""
+    loss, bits = re.search(r"val loss +([\d.]+) \| ([\d.]+) bits per byte", finished.out).groups()
+    tokens = read_tokens(tmp_path / "own_val.bin")
+    num_bytes = len(load_model_tokenizer(tmp_path / "own_tokenizer").decode(tokens[1:].tolist()).encode())
+    assert float(bits) == pytest.approx(float(loss) / math.log(2) * len(tokens) / num_bytes, rel=1e-3)
+    finished = run_main(train_gpt2, "--model", tmp_path / "new", *data, *steps, "--output-dir", tmp_path / "tuned")
+    assert finished.status == 0
+    own = load_model_tokenizer(tmp_path / "own_tokenizer")
+    for folder in tmp_path / "new", tmp_path / "tuned", tmp_path / "tuned" / "best":
+        saved, settings = load_model_tokenizer(folder), json.loads((folder / "config.json").read_text())
+        assert (saved.fingerprint, saved.special_ids) == (own.fingerprint, own.special_ids)
+        assert settings["eos_token_id"] == settings["bos_token_id"] == settings["vocab_size"] - 1 == own.end_of_text
+        assert saved.decode(saved.encode(contents.decode()[:99])) == contents.decode()[:99]
+    write_token_stream(tmp_path / "gpt2.bin", [range(200)], 50257, GPT2_FINGERPRINT)
+    finished = run_main(train_gpt2, "--model", tmp_path / "new", "--input-bin", tmp_path / "gpt2.bin", *steps,
+                        "--output-dir", tmp_path / "refused")
+    assert_one_line(finished, 1, "gpt2.bin holds the tokens of another tokenizer than that of", "--model", program=train_gpt2)
+    finished = run_main(train_gpt2, "--model", "d2", *data[:3], tmp_path / "gpt2.bin", *steps, "--output-dir", tmp_path / "no")
+    assert_one_line(finished, 1, "gpt2.bin holds the tokens of another tokenizer", program=train_gpt2)
+
+
+def test_ids_of_ones_own(run_main, tmp_path):
+    """They have no tokenizer: the model has as many rows as there are ids, and is saved without one."""
+    write_token_stream(tmp_path / "ids.bin", [np.arange(200) % 65])
+    finished = run_main(train_gpt2, "--model", "d2", "--input-bin", tmp_path / "ids.bin", "--num-iterations", 1,
+                        "--sequence-length", 16, "--threads", 1, "--output-dir", tmp_path / "out")
+    assert finished.status == 0 and "the model knows 65 tokens, but no text" in finished.out
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (settings["vocab_size"], settings["eos_token_id"]) == (65, None)
+    assert not (tmp_path / "out" / "vocab.json").exists() and not (tmp_path / "out" / "tokenizer.json").exists()
 
 
 # ---- writing
@@ -350,9 +393,9 @@ def test_error_begins_on_a_line_of_its_own(run, tmp_path, monkeypatch):
 
 # ---- user errors: one line, no traceback, nothing written
 
-def assert_one_line(finished, status, *parts):
+def assert_one_line(finished, status, *parts, program=prepare_text):
     assert finished.status == status, finished
-    assert finished.err.startswith("prepare_text.py: error: ")
+    assert finished.err.startswith(f"{program.__name__}.py: error: ")
     assert finished.err.find("\n") == len(finished.err) - 1, finished.err
     for part in parts:
         assert str(part) in finished.err, (finished.err, part)
