@@ -11,7 +11,6 @@ import numpy as np
 
 from cli import UserError
 from gpt2 import CHANNELS_PER_HEAD, CONTEXT, VOCABULARY, Config, ceil_div, parameter_shapes
-from tokenizer import END_OF_TEXT
 
 # Our tensors -> Hugging Face's, which are one per layer. In a file, a prefix such as "transformer." stands before the names.
 HUGGING_FACE_NAMES = {
@@ -148,7 +147,7 @@ def settings_from_config(config):
 
 def hugging_face_settings(config):
     """Return the contents of config.json."""
-    end_of_text = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None      # if it is absent, transformers assumes GPT-2's
+    end_of_text = VOCABULARY - 1 if config.vocab_size >= VOCABULARY else None   # if it is absent, transformers assumes GPT-2's
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
