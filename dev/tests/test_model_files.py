@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tracemalloc
 import types
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -390,7 +391,9 @@ def test_other_precisions(tmp_path, dtype):
     tensors = {name: tensor.astype(dtype) for name, tensor in without().items()}
     tensors["h.0.mlp.c_fc.weight"][2, 3] = np.inf if dtype == np.float16 else 1e300
     write_folder(tmp_path, tensors={name: (f"F{8 * tensor.itemsize}", tensor) for name, tensor in tensors.items()})
-    _, params = load_model(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, params = load_model(tmp_path)
     loaded = hugging_face_tensors(params, SMALL)
     with np.errstate(over="ignore"):
         assert all(np.array_equal(loaded[name], tensor.astype(np.float32)) for name, tensor in tensors.items())
