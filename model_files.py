@@ -70,6 +70,7 @@ def load_model(name: str | Path) -> tuple[Config, Tensors]:
             another safetensors file if it is the only one
         a .safetensors file; if there is no config.json beside it, we assume 64 channels per head
         an llm.c checkpoint, version 3 (float32; memory-mapped) or 5 (bfloat16)
+        a GGUF file, see read_gguf
         a model on the Hugging Face hub, such as gpt2; a file or folder of that name takes precedence
 
     A note, one line on standard error, tells what was left out or assumed, if anything.
@@ -80,6 +81,9 @@ def load_model(name: str | Path) -> tuple[Config, Tensors]:
         return load_hugging_face(path, weight_files(path), path / "config.json")
     if is_llmc(path):
         return load_llmc(path)
+    if is_gguf(path):
+        from gguf_files import read_gguf    # imported here: it imports this module
+        return read_gguf(path)
     config_path = path.with_name("config.json")
     return load_hugging_face(path, [path], config_path if config_path.is_file() else None)
 
@@ -92,6 +96,9 @@ def load_model_tokenizer(name: str | Path, rows: int = 2**31 - 1) -> Tokenizer:
     path = find_model(name)
     if path.is_file() and is_llmc(path):
         return GPT2Tokenizer() if rows >= VOCABULARY else NO_TOKENIZER
+    if path.is_file() and is_gguf(path):
+        from gguf_files import read_gguf_tokenizer
+        return read_gguf_tokenizer(path)
     folder = path if path.is_dir() else path.parent
     settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     tokenizer = load_tokenizer(folder, {name: settings.get(name) for name in SPECIAL_IDS}, rows)
@@ -104,6 +111,10 @@ def load_model_tokenizer(name: str | Path, rows: int = 2**31 - 1) -> Tokenizer:
     return tokenizer
 
 
+def is_gguf(path):
+    return read_opening(path).startswith(b"GGUF")
+
+
 def is_llmc(path):
     return read_opening(path).startswith(LLMC_MAGIC.to_bytes(4, "little"))
 
@@ -113,9 +124,9 @@ def find_model(name):
     if os.path.exists(name):
         return Path(name)
     name = str(name)
-    if not re.fullmatch(HUB_NAME, name, re.ASCII) or name.endswith((".bin", ".safetensors")):
-        raise UserError(f"there is no file or folder {name!r}; name a Hugging Face folder, a .safetensors file, an llm.c .bin "
-                        "checkpoint or a model on the Hugging Face hub, such as gpt2")
+    if not re.fullmatch(HUB_NAME, name, re.ASCII) or name.endswith((".bin", ".gguf", ".safetensors")):
+        raise UserError(f"there is no file or folder {name!r}; name a Hugging Face folder, a .safetensors or .gguf file, an "
+                        "llm.c .bin checkpoint or a model on the Hugging Face hub, such as gpt2")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
