@@ -6,9 +6,9 @@
 """
 from pathlib import Path
 
-from cli import OneLineParser, run_program
+from cli import OneLineParser, note, run_program
 from files import locked_folder
-from gguf_files import FILE_TYPES, note, write_gguf
+from gguf_files import FILE_TYPES, write_gguf
 from model_files import find_model, load_model, load_model_tokenizer, save_llmc, save_model
 
 LLMC_VERSIONS = {"f32": 3, "bf16": 5}

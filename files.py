@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from platformdirs import user_cache_path
 
 from cli import UserError
 
@@ -80,6 +79,7 @@ def cache_folder() -> Path:
 
     If nothing can be written there, it is a temporary folder, deleted at exit, which child processes share.
     """
+    from platformdirs import user_cache_path    # here, not above: dev/from_pytorch.py runs without it
     try:
         folder = Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("gpt2-by-hand", appauthor=False))
         folder.mkdir(parents=True, exist_ok=True)

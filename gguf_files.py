@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -21,17 +20,18 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, TokenType
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
-from cli import UserError, progress_bar
+from cli import UserError, note, progress_bar
 from files import REPAIR_HINT, atomic_file, open_file, short_repr
 from gpt2 import Config, Tensors, ceil_div, chunks, parameter_shapes
+from hugging_face import join_names, make_config
 from machine import check_memory, main_memory
-from model_files import STRIP_NUMBERS, join_names, make_config
 from tokenizer import Tokenizer, tokenizer_from_files
 
 MAGIC = b"GGUF"
 VERSIONS = 2, 3
 ARCHITECTURE = "gpt2"
 EPSILON = 1e-5              # of GPT-2's layernorm
+STRIP_NUMBERS = 2**18       # read at a time
 MAX_HEADER_BYTES = 2**25    # what is in front of the data; GPT-2's has 1.7 MB, almost all of it tokens and merges
 FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
@@ -81,10 +81,6 @@ SCALARS = {
     GGUFValueType.FLOAT64: "<f8",
     GGUFValueType.BOOL: "?",
 }
-
-
-def note(text):
-    print(text, file=sys.stderr, flush=True)
 
 
 def stored_tensors(config):

@@ -25,12 +25,12 @@ try:
 except ImportError as error:
     raise SystemExit(f"from_pytorch.py: error: {error}; run it with a Python that has PyTorch and safetensors") from error
 
+from files import short_repr
 from hugging_face import (CONFIG_HINT, TRANSPOSED, WRAPPERS, check_sizes, config_from_settings, gpt2_tensors,
-                          hugging_face_settings, join_names, make_config, missing_biases, short_repr, stored_tensors)
+                          hugging_face_settings, join_names, make_config, missing_biases, stored_tensors)
+from tokenizer import END_OF_TEXT, TOKENIZER_FILES
 
 STATE_KEYS = "model", "state_dict", "model_state_dict", "module"    # where training programs keep the tensors
-COPIED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
-          "special_tokens_map.json", "spiece.model", "generation_config.json")
 
 
 def checkpoint_files(path: Path) -> list[Path]:
@@ -87,7 +87,9 @@ def find_settings(path: Path, model_args: dict | None) -> dict:
         names = "block_size", "vocab_size", "n_layer", "n_head", "n_embd"
         print("assumed: nanoGPT's activation is GELU itself, as since 2023; if the model is older, write "
               '"activation_function": "gelu_new" into config.json')
-        return hugging_face_settings(make_config(f"model_args in {path}", {name: model_args.get(name) for name in names}, True))
+        config = make_config(f"model_args in {path}", {name: model_args.get(name) for name in names}, exact_gelu=True)
+        end_of_text = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None
+        return hugging_face_settings(config, {"bos_token_id": end_of_text, "eos_token_id": end_of_text})
     try:
         settings = json.loads(config_path.read_bytes())
         if isinstance(settings, dict):
@@ -148,7 +150,7 @@ def main():
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     beside = files[0].parent
-    for name in COPIED:
+    for name in TOKENIZER_FILES:
         if (beside / name).is_file() and beside.resolve() != options.folder.resolve():
             shutil.copyfile(beside / name, options.folder / name)
     save_file(tensors, target, metadata={"format": "pt"})
