@@ -112,6 +112,9 @@ class TokenFile:
                                 f"{REPAIR_HINT}")
             if tokens.max() > self.largest:
                 self.largest, self.largest_at = int(tokens.max()), part.start + int(tokens.argmax())
+        if 0 < self.vocab_size <= self.largest:
+            raise UserError(f"{path} holds token {self.largest:,} at position {self.largest_at:,}, expected tokens below the "
+                            f"vocabulary of its header, {self.vocab_size:,}; {REPAIR_HINT}")
         self.checksum = zlib.crc32(self.read_ends())
 
     def check_vocabulary(self, vocab_size: int, fingerprint: int, model: str) -> None:

@@ -143,15 +143,15 @@ def test_a_token_before_every_text(tmp_path, params, tokenizer):
     assert read_gguf_tokenizer(tmp_path / "model.gguf").prefix == [END]
 
 
-def test_a_model_without_end_of_text(tmp_path, params, tokenizer, capsys):
-    note = "the model has no end-of-text token; llama.cpp takes token 11 for it\n"
+def test_a_model_without_end_of_text(tmp_path, params, tokenizer, caplog):
     for ids, expected in (({}, {}), ({"eos_token_id": [END, 3]}, {"bos_token_id": END, "eos_token_id": END})):
         other = own_tokenizer(tokenizer.files["tokenizer.json"])
         other.special_ids = ids
         write_gguf(tmp_path / "model.gguf", CONFIG, params, other)
         found = {name: field.contents() for name, field in GGUFReader(tmp_path / "model.gguf").fields.items()}
         assert {name: found[key] for name, key in gguf_files.SPECIAL_KEYS.items() if key in found} == expected
-        assert capsys.readouterr().err == ("" if ids else note)
+        assert ("the model has no end-of-text token; llama.cpp takes token 11 for it" in caplog.text) == (not ids)
+        caplog.clear()
 
 
 def changed(tokenizer, **parts):
@@ -188,10 +188,10 @@ def test_a_tokenizer_that_is_too_large(tmp_path, tokenizer):
         write_gguf(tmp_path / "model.gguf", config, random_params(config), tokenizer)
 
 
-def test_a_space_before_texts_is_noted(tmp_path, params, tokenizer, capsys):
+def test_a_space_before_texts_is_noted(tmp_path, params, tokenizer, caplog):
     other = changed(tokenizer, pre_tokenizer=BYTES | {"add_prefix_space": True})
     write_gguf(tmp_path / "model.gguf", CONFIG, params, other)
-    assert "puts a space before a text; llama.cpp does not" in capsys.readouterr().err
+    assert "puts a space before a text; llama.cpp does not" in caplog.text
 
 
 @pytest.mark.parametrize("type", FILE_TYPES)
@@ -277,7 +277,7 @@ OTHER = np.float32(np.random.default_rng(1).standard_normal((7, 256)))
     (("F32", "F32"), None), (("F16", "F32"), "as F16 and F32; the latter is used"), (("F32", "BF16"), "as BF16 and F32"),
     (("Q4_0", "Q8_0"), "as Q4_0 and Q8_0"), (("Q8_0", "Q8_0"), None), (("Q8_0", "Q4_0"), "as Q4_0 and Q8_0"),
     (("Q4_1", "Q5_0"), "as Q4_1 and Q5_0")])
-def test_a_second_copy_of_the_embedding(tmp_path, capsys, kinds, noted):
+def test_a_second_copy_of_the_embedding(tmp_path, caplog, kinds, noted):
     embedding, classifier = (GGMLQuantizationType[name] for name in kinds)
     copies = [gguf.quants.quantize(EMBEDDING, kind) for kind in (embedding, classifier)]
     names = "token_embd.weight", "output.weight"
@@ -285,8 +285,7 @@ def test_a_second_copy_of_the_embedding(tmp_path, capsys, kinds, noted):
     _, params = read_gguf(tmp_path / "model.gguf")
     errors = [relative_error(dequantize(copy, kind), EMBEDDING) for copy, kind in zip(copies, (embedding, classifier))]
     assert relative_error(params.wte[:7], EMBEDDING) == min(errors)
-    message = capsys.readouterr().err
-    assert noted in message if noted else message == ""
+    assert noted in caplog.text if noted else caplog.text == ""
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0"])
@@ -336,16 +335,17 @@ TOKENS = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokeni
           "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.eos_token_id": 5}
 
 
-def test_other_tokenizers(tmp_path, capsys):
+def test_other_tokenizers(tmp_path, caplog):
     path = tmp_path / "model.gguf"
     for pre in ("gpt-2", "default", None):     # older files have none
         write_other(path, TOKENS | {"tokenizer.ggml.pre": pre})
-        assert read_gguf_tokenizer(path).encode("abcf") == [6, 2, 5] and capsys.readouterr().err == ""
+        assert read_gguf_tokenizer(path).encode("abcf") == [6, 2, 5] and caplog.text == ""
     for change in ({"tokenizer.ggml.pre": "starcoder"}, {"tokenizer.ggml.model": "llama"}, {"tokenizer.ggml.model": None}):
         write_other(path, TOKENS | change | {"tokenizer.ggml.bos_token_id": 7})
         found = read_gguf_tokenizer(path)
         assert type(found) is Tokenizer and found.end_of_text == 5 and found.special_ids["bos_token_id"] is None
-        assert "has the tokenizer (" in capsys.readouterr().err
+        assert "has the tokenizer (" in caplog.text
+        caplog.clear()
     for key, value in (("tokens", list("abcdef")), ("tokens", list("abcdeff")), ("merges", None), ("merges", [1]),
                        ("token_type", [1, 2]), ("tokens", "x")):
         write_other(path, TOKENS | {f"tokenizer.ggml.{key}": value})
@@ -381,12 +381,14 @@ def test_convert_refuses(tmp_path, monkeypatch, run_main, output, flags, message
     assert finished.status == 2 and message in finished.err and list(tmp_path.iterdir()) == []
 
 
-def test_exact_gelu_is_noted(tmp_path, run_main, monkeypatch, params, tokenizer):
+def test_exact_gelu_is_noted(tmp_path, run_main, monkeypatch, caplog, params, tokenizer):
     monkeypatch.setattr(convert_model, "find_model", lambda name: name)
     monkeypatch.setattr(convert_model, "load_model", lambda name: (replace(CONFIG, exact_gelu=True), params))
     monkeypatch.setattr(convert_model, "load_model_tokenizer", lambda name, rows: tokenizer)
-    assert "llm.c compute the tanh form" in run_main(convert_model, "x", tmp_path / "model.gguf").err
-    assert run_main(convert_model, "x", tmp_path / "model").err == ""
+    run_main(convert_model, "x", tmp_path / "model")
+    assert caplog.text == ""
+    run_main(convert_model, "x", tmp_path / "model.gguf")
+    assert "llm.c compute the tanh form" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------------------------

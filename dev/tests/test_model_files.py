@@ -473,7 +473,7 @@ def test_classifiers(tmp_path, caplog):
 
 
 def test_files_of_other_kinds(tmp_path):
-    for opening, says in {"GGUF\x03": "expected a safetensors file", "\x89HDF\r\n": "is weights of TensorFlow",
+    for opening, says in {"\x89HDF\r\n": "is weights of TensorFlow",
                           "<!DOCTYPE html>": "is a web page", "llama": "begins with b'llama"}.items():
         (tmp_path / "file").write_bytes(opening.encode("latin-1") + bytes(100))
         assert_says(error_of(tmp_path / "file"), tmp_path / "file", says)
