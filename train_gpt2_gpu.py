@@ -232,11 +232,13 @@ class GPT2:
 
 
 class Prefetch:
-    """The batches of a DataLoader on a device. While the model computes with one, the next is copied."""
+    """The batches of a DataLoader on a device. While the model computes with one, the next is copied.
+
+    All that is not defined here is the DataLoader's.
+    """
 
     def __init__(self, loader: DataLoader, device: Device):
         self.loader = loader
-        self.num_tokens, self.first_tokens, self.checksum = loader.num_tokens, loader.first_tokens, loader.checksum
         self.upload = device.uploader((2, loader.batch_size, loader.sequence_length), np.int32)
         self.reset()
 
@@ -265,18 +267,23 @@ class Prefetch:
         self.fetch()
         return inputs, targets
 
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
 
 class OnDevice:
-    """The batches of a ValidationLoader on a device."""
+    """The batches of a ValidationLoader on a device. All that is not defined here is the ValidationLoader's."""
 
     def __init__(self, loader: ValidationLoader, device: Device):
         self.loader, self.device = loader, device
-        self.num_tokens, self.first_tokens, self.checksum = loader.num_tokens, loader.first_tokens, loader.checksum
 
     def batches(self) -> Iterator[tuple[DeviceArray, DeviceArray]]:
         """Yield inputs and targets, int32 arrays (B, T) on the device."""
         for batch in self.loader.batches():
             yield tuple(map(self.device.to_device, batch))
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
 
 
 def main():

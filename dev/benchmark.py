@@ -89,7 +89,7 @@ class Shape(NamedTuple):
 
 class RandomBatches:
     """Replaces a DataLoader: random tokens, the same for every program."""
-    num_tokens = batches = inf
+    num_tokens = inf
     state = None
 
     def __init__(self, shape, vocab_size):
@@ -239,7 +239,7 @@ def our_training(model, batches, task):
     def train(steps):
         log = StepTimes()
         train_gpt2.train(model, options._replace(num_iterations=steps), batches, val_loader=None, examples=[],
-                         print_samples=False, log=log, progress=Progress(), stop=StopRequest(), saver=None)
+                         tokenizer=None, log=log, progress=Progress(), stop=StopRequest(), saver=None)
         return log.seconds, log.loss
 
     return train

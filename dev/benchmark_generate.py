@@ -2,8 +2,8 @@
 
     python dev/benchmark_generate.py --python PATH --llama-python PATH      d12, GPT-2 124M
 
-The first Python has transformers (pip install torch transformers), the second llama.cpp (pip install llama-cpp-python gguf,
-which compiles it for this machine). Missing programs are left out.
+The first Python has transformers (pip install torch transformers), the second llama.cpp (pip install llama-cpp-python, which
+compiles it for this machine). Missing programs are left out.
 
 What is timed
     Decoding: the greedy choice of 128 tokens, one after another, after a prompt of 16. For each token that is its forward pass
@@ -14,8 +14,8 @@ What is timed
 
 How
     As in benchmark.py: each program in its own process, in turn, for several rounds, with the same number of threads. All have
-    the same random weights: transformers loads the folder that model_files.save_model writes, llama.cpp a GGUF file made from
-    it and its own q8_0 quantization of that file. Their logits are compared with ours, so that no program is fast at computing
+    the same random weights: transformers loads the folder that model_files.save_model writes, llama.cpp the files in f32 and
+    q8_0 that gguf_files.write_gguf writes. Their logits are compared with ours, so that no program is fast at computing
     something else. llama.cpp is called through its C interface, with default settings for context and KV cache; flash
     attention is tried in the first round and kept if it is faster.
 
@@ -59,93 +59,25 @@ LOGITS_BOUND = {OURS: 2e-3, OURS_INT8: 5e-2}
 
 MODEL, GGUF = "model", "model-{}.gguf"      # in a temporary folder
 
-# Our names of tensors -> those of llama.cpp's architecture gpt2. token_embd is the classifier, too, unless a file has another.
-GGUF_NAMES = {
-    "wte": "token_embd.weight",
-    "wpe": "position_embd.weight",
-    "ln1w": "blk.{layer}.attn_norm.weight",
-    "ln1b": "blk.{layer}.attn_norm.bias",
-    "qkvw": "blk.{layer}.attn_qkv.weight",
-    "qkvb": "blk.{layer}.attn_qkv.bias",
-    "attprojw": "blk.{layer}.attn_output.weight",
-    "attprojb": "blk.{layer}.attn_output.bias",
-    "ln2w": "blk.{layer}.ffn_norm.weight",
-    "ln2b": "blk.{layer}.ffn_norm.bias",
-    "fcw": "blk.{layer}.ffn_up.weight",
-    "fcb": "blk.{layer}.ffn_up.bias",
-    "fcprojw": "blk.{layer}.ffn_down.weight",
-    "fcprojb": "blk.{layer}.ffn_down.bias",
-    "lnfw": "output_norm.weight",
-    "lnfb": "output_norm.bias",
-}
-
 
 def write_model(task):
-    """Write a folder that transformers loads: a new GPT-2 plus noise, so that no bias is 0 and no layernorm weight is 1."""
+    """Write a new GPT-2 plus noise, so that no bias is 0 and no layernorm weight is 1: a folder, and two GGUF files."""
     import numpy as np
 
+    from gguf_files import write_gguf
     from gpt2 import Tensors, initialize, model_config, parameter_shapes
     from model_files import save_model
-    from tokenizer import fetch_vocabulary
+    from tokenizer import GPT2Tokenizer
 
-    fetch_vocabulary()
+    tokenizer = GPT2Tokenizer()
     config = model_config(task["model"])
     params = Tensors(parameter_shapes(config))
     initialize(params, config, benchmark.SEED)
     params.flat += np.float32(0.02) * np.random.default_rng(benchmark.SEED).standard_normal(params.size, dtype=np.float32)
-    save_model(Path(task["folder"], MODEL), config, params)
+    save_model(Path(task["folder"], MODEL), config, params, tokenizer)
+    for kind in "f32", "q8_0":
+        write_gguf(Path(task["folder"], GGUF.format(kind)), config, params, tokenizer, kind)
     return {}
-
-
-def write_ggufs(task):
-    """Write that model as llama.cpp's files, in float32 and in q8_0."""
-    import ctypes
-
-    import llama_cpp
-
-    from model_files import load_model
-
-    model, float32, q8_0 = (Path(task["folder"], name) for name in (MODEL, GGUF.format("f32"), GGUF.format("q8_0")))
-    write_gguf(float32, *load_model(model), model)
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, task["threads"]
-    if llama_cpp.llama_model_quantize(bytes(float32), bytes(q8_0), ctypes.byref(settings)) != 0:
-        raise UserError("llama.cpp could not quantize the model")
-    return {}
-
-
-def write_gguf(path, config, params, vocabulary):
-    """Write a model as a GGUF file of float32, with the tokenizer of a Hugging Face folder."""
-    import gguf
-    import numpy as np
-
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_seq_len)
-    writer.add_embedding_length(config.channels)
-    writer.add_feed_forward_length(4 * config.channels)
-    writer.add_head_count(config.num_heads)
-    writer.add_layer_norm_eps(1e-5)
-    ids = json.loads((vocabulary / "vocab.json").read_text(encoding="utf-8"))
-    tokens = sorted(ids, key=ids.get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if token == "<|endoftext|>" else gguf.TokenType.NORMAL for token in tokens])
-    _, *merges = (vocabulary / "merges.txt").read_text(encoding="utf-8").splitlines()
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(ids["<|endoftext|>"])
-    writer.add_eos_token_id(ids["<|endoftext|>"])
-    for ours, name in GGUF_NAMES.items():
-        tensor = getattr(params, ours)
-        tensors = tensor if "{layer}" in name else [tensor[:config.vocab_size]]
-        for layer, tensor in enumerate(tensors):
-            writer.add_tensor(name.format(layer=layer), np.ascontiguousarray(tensor))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,9 +194,9 @@ FLASH_OR_NOT = ({"attention": "flash"}, {"attention": "plain"})
 PROGRAMS = {
     OURS: Program(Ours),
     "transformers": Program(Transformers, "torch, transformers"),
-    "llama.cpp f32": Program(partial(LlamaCpp, weights="f32"), "llama_cpp, gguf", FLASH_OR_NOT),
+    "llama.cpp f32": Program(partial(LlamaCpp, weights="f32"), "llama_cpp", FLASH_OR_NOT),
     OURS_INT8: Program(partial(Ours, int8=True)),
-    "llama.cpp q8_0": Program(partial(LlamaCpp, weights="q8_0"), "llama_cpp, gguf", FLASH_OR_NOT),
+    "llama.cpp q8_0": Program(partial(LlamaCpp, weights="q8_0"), "llama_cpp", FLASH_OR_NOT),
 }
 
 
@@ -295,7 +227,7 @@ def measure_speed(task):
     return time_generation(model) | dict(versions=model.versions())
 
 
-TASKS = {"model": write_model, "gguf": write_ggufs, "speed": measure_speed}
+TASKS = {"model": write_model, "speed": measure_speed}
 
 
 def write_first_token(task):
@@ -443,14 +375,12 @@ def main():
             return write_first_token(json.loads(task))
     options = parse_options()
     peers = {"torch, transformers": Peers(options.python, "--python", "torch transformers"),
-             "llama_cpp, gguf": Peers(options.llama_python, "--llama-python", "llama-cpp-python gguf")}
+             "llama_cpp": Peers(options.llama_python, "--llama-python", "llama-cpp-python")}
     programs = benchmark.programs_that_run(PROGRAMS, peers)
     with tempfile.TemporaryDirectory() as folder:
         task = dict(model=options.model, folder=folder, threads=options.threads)
         benchmark.progress("writing the model")
         run_task(sys.executable, task | dict(title="the model", work="model"), HERE)
-        if any(program.needs == "llama_cpp, gguf" for program in programs.values()):
-            run_task(options.llama_python, task | dict(title="llama.cpp's files", work="gguf"), HERE)
         results = measure_all(programs, peers, options, folder)
     summary = summarize(results)
     benchmark.progress("")
