@@ -153,7 +153,7 @@ def test_prompt(run_main, model_folder, tmp_path):
 
     encoding = GPT2Tokenizer()
     tokens = encoding.encode(prompt)
-    names = [repr(encoding.decode_single_token_bytes(token).decode("utf-8", errors="replace")) for token in tokens]
+    names = [repr(encoding.decode([token])) for token in tokens]
     model = train_gpt2.GPT2(SMALL, 1, len(tokens), threads=1)
     model.set_params(random_params(SMALL))
     model.forward(np.array([tokens], dtype=np.int32))
