@@ -388,7 +388,8 @@ def test_other_precisions(tmp_path, dtype):
 FOLDERS = {
     "variant": (["model.fp16.safetensors"], None),
     "any name": (["gpt2.safetensors", "adapter_model.safetensors"], None),
-    "sharded variant": (["model.fp16-00001-of-00001.safetensors", "model.safetensors.index.fp16.json"], None),
+    "sharded variant": (["model.fp16-00001-of-00001.safetensors", "model.safetensors.index.fp16.json", "optimizer.safetensors"],
+                        None),
     "two variants": (["model.bf16.safetensors", "model.fp16.safetensors"],
                      ("model.bf16.safetensors, model.fp16.safetensors", "name the file")),
     "adapter": (["adapter_model.safetensors"], ("adapter_model.safetensors is an adapter's weights", "merge_and_unload")),
@@ -717,6 +718,7 @@ SAFETENSORS = {
     "entry not an object": (safetensors(without(), lambda header: header.update(x=3)),
                             ("header", "3 for x", "expected a dtype")),
     "entry incomplete": (safetensors(without(), lambda header: header["wte.weight"].pop("shape")), ("wte.weight", "a shape")),
+    "shape of fractions": (edited("ln_f.bias", shape=[8.0]), ("ln_f.bias", "a shape")),
     "offsets reversed": (edited("wte.weight", data_offsets=[160, 0]), ("wte.weight", "data_offsets")),
     "offsets of 4,300 digits": (edited("ln_f.bias", data_offsets=[0, 10**4299]), ("ln_f.bias", "data_offsets")),
     "offsets beyond the file": (edited("ln_f.bias", data_offsets=[len(WHOLE) - 8 - HEADER_BYTES - 32, 2**62]),
