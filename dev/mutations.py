@@ -951,6 +951,8 @@ MUTATIONS = [Mutation(*row) for row in [
      ' if not path.match("adapter_model.*"))', ")", checkpoints("what_is_in_a_folder")),
     ("model files: folders inside not found", "model_files.py",
      "    if inner:\n", "    if False:\n", checkpoints("what_is_in_a_folder")),
+    ("model files: damage called another model", "hugging_face.py",
+     "            hint = REPAIR_HINT\n", "            hint = OTHER_HINT\n", checkpoints("biases_that_no_layer_has")),
     ("model files: n_ctx not written", "hugging_face.py",
      '        "n_ctx": config.max_seq_len,        # llama.cpp\'s converter needs it\n', "", checkpoints("follows_the_format")),
     ("model files: float64 read as float32", "hugging_face.py",
