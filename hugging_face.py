@@ -244,17 +244,25 @@ def check_tensors(source, config, tensors, missing_biases):
     shapes = {name: shape for name, shape, ours, _ in stored_tensors(config) if ours not in missing_biases}
     missing = [name for name in shapes if name not in tensors]
     unknown = [name for name in tensors if name not in shapes]
-    wrong = [f"{name} is {short_repr(tensors[name].dtype)} {short_repr(tensors[name].shape)}, expected {' or '.join(DTYPES)} "
-             f"{shape}" for name, shape in shapes.items()
+    wrong = [name for name, shape in shapes.items()
              if name in tensors and (tensors[name].shape != shape or tensors[name].dtype not in DTYPES)]
-    faults = wrong[:MAX_NAMES]
+    faults = [f"{name} is {short_repr(tensors[name].dtype)} {short_repr(tensors[name].shape)}, expected {' or '.join(DTYPES)} "
+              f"{shapes[name]}" for name in wrong[:MAX_NAMES]]
     if unknown:
         faults.insert(0, f"holds {join_names(unknown)}, which GPT-2 does not have")
     if missing:
         faults.insert(0, f"lacks {join_names(missing)}")
     if faults:
+        if missing and not (unknown or wrong):
+            hint = REPAIR_HINT
+        elif any(tensors[name].dtype not in DTYPES for name in wrong):
+            hint = "choose a model that is not quantized, or save it in one of these types"
+        elif not unknown and all(tensors[name].shape == shapes[name][::-1] for name in wrong):
+            hint = "it is transposed, as in nanoGPT; turn nanoGPT's own checkpoint into a folder with dev/from_pytorch.py"
+        else:
+            hint = OTHER_HINT
         raise UserError(f"{source} is not the GPT-2 of its config.json or of its shapes: {'; '.join(faults)}"
-                        f"{' ...' if len(wrong) > MAX_NAMES else ''}; {OTHER_HINT if unknown or wrong else REPAIR_HINT}")
+                        f"{' ...' if len(wrong) > MAX_NAMES else ''}; {hint}")
     for name, shape in shapes.items():
         expected = np.dtype(DTYPES[tensors[name].dtype]).itemsize * prod(shape)
         if tensors[name].size != expected:
@@ -266,12 +274,12 @@ def check_classifiers(source, wte, classifiers):
     """Raise UserError unless the classifiers are wte once more, and their biases are zero."""
     for name, tensor in classifiers.items():
         if name.endswith("bias"):
-            tied, found = not any(part.any() for part in tensor.parts()), "is not zero"
+            tied, found = not any(part.any() for part in tensor.parts()), "is not zero, expected no bias"
         else:
-            tied, found = tensor is wte or tensor.equals(wte), "differs from wte.weight"
+            tied, found = tensor is wte or tensor.equals(wte), "differs from wte.weight, expected one matrix for both"
         if not tied:
-            raise UserError(f"{source} holds {short_repr(name)}, which {found}, expected one matrix for both; choose a model "
-                            "whose classifier is tied to its embedding, as GPT-2's is")
+            raise UserError(f"{source} holds {short_repr(name)}, which {found}; choose a model whose classifier is tied to "
+                            "its embedding, as GPT-2's is")
 
 
 def scale_queries(config, params, scaled, by_layer):

@@ -403,7 +403,8 @@ def test_other_precisions(tmp_path, dtype):
 FOLDERS = {
     "variant": (["model.fp16.safetensors"], None),
     "any name": (["gpt2.safetensors", "adapter_model.safetensors"], None),
-    "sharded variant": (["model.fp16-00001-of-00001.safetensors", "model.safetensors.index.fp16.json"], None),
+    "sharded variant": (["model.fp16-00001-of-00001.safetensors", "model.safetensors.index.fp16.json", "optimizer.safetensors"],
+                        None),
     "two variants": (["model.bf16.safetensors", "model.fp16.safetensors"],
                      ("model.bf16.safetensors, model.fp16.safetensors", "name the file")),
     "adapter": (["adapter_model.safetensors"], ("adapter_model.safetensors is an adapter's weights", "merge_and_unload")),
@@ -545,6 +546,43 @@ def test_transformers_loads_what_is_saved_here(transformers, tmp_path, encoding,
     if "text" in expected:
         assert expected["text"].tolist() == encoding.encode(TEXT)
     assert ("text" in expected) == (tmp_path / "vocab.json").exists()
+
+
+MAKE_CHECKPOINT = """
+import sys, torch
+from safetensors.torch import load_file
+folder, kind = sys.argv[1:]
+tensors = load_file(folder + "/model.safetensors")
+if kind == "nanoGPT":
+    linear = "c_attn.weight", "c_proj.weight", "c_fc.weight"
+    tensors = {"_orig_mod." + name: tensor.T if name.endswith(linear) else tensor for name, tensor in tensors.items()
+               if not name.endswith("bias")}
+    sizes = dict(n_layer=2, n_head=2, n_embd=8, block_size=3, vocab_size=5, bias=False, dropout=0.0)
+    torch.save({"model": tensors, "model_args": sizes, "iter_num": 1}, folder + "/ckpt.pt")
+else:
+    for i in range(2):
+        torch.save(dict(list(tensors.items())[i::2]), f"{folder}/pytorch_model-0000{i + 1}-of-00002.bin")
+"""
+
+
+@pytest.mark.parametrize("kind, name", [("nanoGPT", "ckpt.pt"), ("shards", "")])
+def test_from_pytorch_with_the_python_of_transformers(transformers, tmp_path, kind, name):
+    python = os.environ.get("TRANSFORMERS_PYTHON", sys.executable)
+    params = random_params(SMALL)
+    if kind == "nanoGPT":
+        for ours, _ in params.items():
+            if hugging_face.HUGGING_FACE_NAMES[ours].endswith("bias"):
+                getattr(params, ours)[...] = 0
+    save_model(tmp_path / "saved", SMALL, params)
+    (tmp_path / "saved" / "tokenizer.json").write_text("{}")
+    subprocess.run([python, "-c", MAKE_CHECKPOINT, tmp_path / "saved", kind], check=True)
+    program = [python, ROOT / "dev" / "from_pytorch.py", tmp_path / "saved" / name]
+    finished = subprocess.run([*program, tmp_path / "model"], capture_output=True, text=True, check=True)
+    assert_same(load_model(tmp_path / "model"), replace(SMALL, exact_gelu=kind == "nanoGPT"), params)
+    assert ("assumed: nanoGPT's activation is GELU itself" in finished.stdout) == (kind == "nanoGPT")
+    assert files_in(tmp_path / "model") == ["config.json", "model.safetensors", "tokenizer.json"]
+    again = subprocess.run([*program, tmp_path / "model"], capture_output=True, text=True)
+    assert again.returncode == 1 and re.fullmatch("from_pytorch.py: error: .*exists; choose another FOLDER\n", again.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -732,6 +770,7 @@ SAFETENSORS = {
     "entry not an object": (safetensors(without(), lambda header: header.update(x=3)),
                             ("header", "3 for x", "expected a dtype")),
     "entry incomplete": (safetensors(without(), lambda header: header["wte.weight"].pop("shape")), ("wte.weight", "a shape")),
+    "shape of fractions": (edited("ln_f.bias", shape=[8.0]), ("ln_f.bias", "a shape")),
     "offsets reversed": (edited("wte.weight", data_offsets=[160, 0]), ("wte.weight", "data_offsets")),
     "offsets of 4,300 digits": (edited("ln_f.bias", data_offsets=[0, 10**4299]), ("ln_f.bias", "data_offsets")),
     "offsets beyond the file": (edited("ln_f.bias", data_offsets=[len(WHOLE) - 8 - HEADER_BYTES - 32, 2**62]),
@@ -748,9 +787,9 @@ SAFETENSORS = {
     "unknown": (safetensors(with_tensors(h__0__attn__q_norm=numbers(8))),
                 ("holds h.0.attn.q_norm, which GPT-2 does not have",)),
     "not transposed": (safetensors(with_tensors(h__0__mlp__c_fc__weight=numbers(32, 8))),
-                       ("h.0.mlp.c_fc.weight", "(32, 8)", "(8, 32)")),
+                       ("h.0.mlp.c_fc.weight", "(32, 8)", "(8, 32)", "transposed", "from_pytorch.py")),
     "wrong dtype": (safetensors(with_tensors(ln_f__bias=("I8", np.ones(8, np.int8)))),
-                    ("ln_f.bias is I8", "F32 or F16 or BF16 or F64", "choose")),
+                    ("ln_f.bias is I8", "F32 or F16 or BF16 or F64", "not quantized")),
     "twice": (safetensors(without() | {"_orig_mod.wte.weight": numbers(5, 8)}), ("wte.weight", "a second time")),
     "two models": (safetensors(without() | {"ref.transformer.wte.weight": numbers(5, 8)}),
                    ("holds 2 models", "'', ref.transformer.")),
