@@ -68,19 +68,20 @@ def make_parser(description: str, own_flags: dict) -> OneLineParser:
     parser = OneLineParser(description=description)
     add, switch = parser.add_flag, parser.add_argument
     positive, count = bounded(int, 1), bounded(int, 0)
-    add("--model", default="d4", type=model_name,
+    add("--model", default="d2", type=model_name,
         help=f"{', '.join(NEW_MODELS)}: a new model of that depth (d12 is GPT-2 124M); or a pretrained model to fine-tune: a "
              "Hugging Face folder, its name on the hub, a .safetensors, .gguf or llm.c .bin file")
     add("--input-bin", help="training tokens: a file, or a glob in quotes (default: Tiny Shakespeare, prepared on first use)")
     add("--input-val-bin", help="validation tokens (default: Tiny Shakespeare's if --input-bin is not given, else none)")
     add("--output-dir", default="out", type=folder_name, help="folder for log.csv, loss.png and the trained model; overwritten")
-    add("--batch-size", default=4, type=positive, help="sequences per micro-batch per process, B")
+    add("--batch-size", default=8, type=positive, help="sequences per micro-batch per process, B")
     add("--sequence-length", default=64, type=positive,
         help=f"tokens per sequence, T: a new model's context; at most a pretrained one's ({CONTEXT} for GPT-2)")
     add("--total-batch-size", type=positive, help="tokens per optimizer step, via gradient accumulation; a multiple of B*T "
         "times the number of processes (default: that product)")
-    add("--num-iterations", default=1000, type=positive, help="optimizer steps")
-    add("--learning-rate", default=1e-3, type=bounded(float, 0), help="peak learning rate")
+    add("--num-iterations", default=1250, type=positive, help="optimizer steps")
+    add("--learning-rate", type=bounded(float, 0), help="peak learning rate (default: 0.002 for d2, less for wider models, and "
+        "0.0001 for pretrained ones)")
     add("--warmup-iters", default=50, type=count, help="steps of linear warmup to the peak learning rate")
     add("--learning-rate-decay-frac", default=0.1, type=bounded(float, 0, 1),
         help="final learning rate, as a fraction of the peak")
@@ -88,8 +89,8 @@ def make_parser(description: str, own_flags: dict) -> OneLineParser:
         help="learning-rate schedule after warmup; wsd (warmup, stable, decay) decays in the last fifth only")
     add("--weight-decay", default=0.1, type=bounded(float, 0), help="AdamW's weight decay, on matrices and embeddings only")
     add("--grad-clip", default=1.0, type=bounded(float, 0), help="clip gradients to this global norm; 0: off")
-    add("--val-loss-every", default=500, type=count, help="steps between validations, with one at the end; 0: never")
-    add("--val-max-steps", default=128, type=positive, help="batches per validation")
+    add("--val-loss-every", default=100, type=count, help="steps between validations, with one at the end; 0: never")
+    add("--val-max-steps", default=20, type=positive, help="batches per validation")
     add("--hellaswag", metavar="FILE", help="examples from dev/prepare_hellaswag.py, to score the model on (default: none)")
     add("--hellaswag-every", default=0, type=count, help="steps between HellaSwag scores; 0: at the end only")
     add("--checkpoint-every", default=500, type=count,
@@ -152,6 +153,8 @@ def parse_options(description: str, arguments: list | None = None, world: World 
     if total % tokens != 0:
         parser.error(f"--total-batch-size is {total}, expected a multiple of --batch-size x --sequence-length"
                      f"{f' x {world.size} processes' if world.size > 1 else ''} = {tokens}")
+    if settings["learning_rate"] is None:
+        settings["learning_rate"] = default_learning_rate(settings["model"])
     for name in ("input_bin", "input_val_bin"):
         if settings[name] == "":
             parser.error(f"{flag_name(name)} is empty, expected a file or a glob")
@@ -164,6 +167,11 @@ def parse_options(description: str, arguments: list | None = None, world: World 
     if not checkpoint:
         check_unfinished(options.output_dir, new_parser)
     return options
+
+
+def default_learning_rate(model: str) -> float:
+    """The peak for --model. It falls with the square root of a new model's width; a pretrained one must not forget."""
+    return 2e-3 * math.sqrt(128 / model_config(model).channels) if model in NEW_MODELS else 1e-4
 
 
 def flag_name(setting: str) -> str:

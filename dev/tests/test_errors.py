@@ -218,7 +218,7 @@ def test_help_states_the_real_defaults(run, monkeypatch):
     parsed = training.parse_options("", [], threads={})._asdict()
     flags = {name: value for name, value in parsed.items() if name not in ("accumulation_steps", "checkpoint", "flags")}
     assert {flag.replace("-", "_") for flag in texts} == set(flags)
-    in_words = ("input-bin", "input-val-bin", "hellaswag", "total-batch-size", "threads")
+    in_words = ("input-bin", "input-val-bin", "hellaswag", "total-batch-size", "threads", "learning-rate")
     for flag, text in texts.items():
         stated = re.findall(r"\(default: ([^)]*)\)", text)
         value = flags[flag.replace("-", "_")]
