@@ -110,7 +110,7 @@ def write_gguf(path: str | Path, config: Config, params: Tensors, tokenizer: Tok
     type: a key of FILE_TYPES, of the matrices. In q8_0 and q4_0, those whose rows are no multiple of 32 become f16. Biases,
         layernorm weights and position embeddings stay f32, as llama.cpp expects.
 
-    Raises UserError if llama.cpp has no such tokenizer, if a number is too large for the type, or if writing fails.
+    Raises UserError if llama.cpp has no such tokenizer, if the type cannot hold a number, or if writing fails.
     """
     tokens, types, merges = vocabulary(tokenizer, config.vocab_size)
     kinds = {name: kind_of(ours, shape, GGMLQuantizationType[type.upper()]) for name, shape, ours, _ in stored_tensors(config)}
@@ -152,15 +152,14 @@ def kind_of(ours, shape, kind):
 
 
 def converted(name, view, kind):
-    """A tensor as numbers of a kind. Raises UserError if one is too large for it."""
+    """A tensor as numbers of a kind. Raises UserError if the kind cannot hold one."""
     if kind == GGMLQuantizationType.F32:
         return view
     try:
         with np.errstate(over="raise", invalid="raise"):
             return quantize(view, kind)
     except FloatingPointError as error:
-        raise UserError(f"{name} has numbers up to {np.abs(view).max():.3g}, too large for {kind.name.lower()}; "
-                        "choose --type f32 or bf16") from error
+        raise UserError(f"{name} has numbers that {kind.name.lower()} cannot hold; choose --type f32 or bf16") from error
 
 
 def vocabulary(tokenizer, rows):
