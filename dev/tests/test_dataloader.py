@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+import dataloader
 from cli import UserError
 from dataloader import DataLoader, ValidationLoader, refuse_leak, write_token_stream, write_tokens
 
@@ -185,8 +186,9 @@ def test_characters_of_nanogpt(tmp_path):
     assert DataLoader(tmp_path / "train.bin", 2, 3).first_tokens(9999).tolist() == tokens.tolist()
 
 
-def test_vocabulary_in_the_header(tmp_path):
+def test_vocabulary_in_the_header(tmp_path, monkeypatch):
     """A vocabulary above 65,536 takes llm.c's uint32 files; a model with another tokenizer refuses the tokens."""
+    monkeypatch.setattr(dataloader, "TOKENS_AT_ONCE", 1)
     for vocab_size, magic in ((65_536, 20240520), (65_537, 20240801)):
         path = tmp_path / f"{vocab_size}.bin"
         write_token_stream(path, [[0, vocab_size - 1, 7]], vocab_size, fingerprint=5)
@@ -258,6 +260,8 @@ BAD_FILES = {
     "too long": (header(num_tokens=7) + bytes(16), "has 1,040 bytes, expected 1,038 for the 7 tokens"),
     "negative count": (header(num_tokens=-1), "has 1,024 bytes, expected 1,022 for the -1 tokens"),
     "no tokens": (header(num_tokens=0), "holds no tokens"),
+    "tokens beyond its vocabulary": (struct.pack("<256i", 20240520, 1, 7, 5, *[0] * 252) + bytes(12) + b"\5\0",
+                                     "holds token 5 at position 6, expected tokens below the vocabulary of its header, 5"),
     "shorter than a step": (header(num_tokens=6) + bytes(12), "holds 6 tokens, expected at least 7 for one step"),
 }
 

@@ -16,10 +16,10 @@ import generate_gpt2
 from cli import UserError, run_program
 from conftest import Finished
 from dataloader import write_tokens
-from generate_gpt2 import MEMORY_BOUND_ROWS, Decoder, TextStream, generate, mean_loss, quantize
+from generate_gpt2 import MEMORY_BOUND_ROWS, Decoder, TextStream, encode, generate, mean_loss, quantize
 from gpt2 import Config, Tensors, initialize, parameter_shapes
 from model_files import load_model, save_model
-from tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
+from tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_from_files, train_tokenizer
 from train_gpt2 import GPT2
 
 THREADS = 2
@@ -292,6 +292,20 @@ def test_only_what_may_begin_a_stop_waits(encoding):
     pieces = [stream.add(encoding.encoding.encode_single_token(token)) for token in (" a", "\n", "b", "\n", "\n")]
     assert pieces == [" a", "", "\nb", "", ""]
     assert stream.stopped and stream.add(encoding.encoding.encode_single_token(" c")) == "" and stream.finish() == ""
+
+
+def test_spaces_between_words():
+    """Where tokens hold none, a word's space depends on the token before it, which may be the prompt's."""
+    words = tokenizer_from_files({"vocab.txt": b"[UNK]\nhello\n##llo\nhe\nworld"}, {}, Path("here"), 10)
+    prompt, new = [1, 3], [2, 4, 1]
+    stream = TextStream(words, [], prompt)
+    assert [*map(stream.add, new), stream.finish()] == ["llo", " world", " hello", ""]
+
+
+def test_text_for_which_a_model_has_no_row(encoding):
+    assert encode(encoding, "!", CONFIGS["odd"]) == [0]
+    with pytest.raises(UserError, match=r"holds ' world', token 995 of the tokenizer, but the model knows only 50 tokens"):
+        encode(encoding, "! world", CONFIGS["odd"])
 
 
 # The program

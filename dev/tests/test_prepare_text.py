@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 
 import prepare_text
+import text_files
 import tokenizer
 import train_gpt2
+from cli import UserError
 from dataloader import DataLoader, write_token_stream
 from model_files import load_model_tokenizer
 from prepare_text import batches, divide, encode
 from text_files import SEPARATOR, TextReader
-from tokenizer import GPT2_FINGERPRINT, GPT2Tokenizer
+from tokenizer import GPT2_FINGERPRINT, GPT2Tokenizer, save_tokenizer, train_tokenizer
 from training import vocabulary_of
 
 PROGRAM = Path(prepare_text.__file__)
@@ -80,6 +82,7 @@ def some_text(length, seed=0):
 def test_tokens_of_a_file(encoding, tmp_path, monkeypatch, threads):
     text = some_text(30_000).decode()
     (tmp_path / "text.txt").write_text(text, encoding="utf-8", newline="\n")
+    monkeypatch.setattr(text_files, "BLOCK_SIZE", 100)
     monkeypatch.setattr(tokenizer, "BLOCK_SIZE", 256)
     monkeypatch.setattr(prepare_text, "BATCH_SIZE", 256)
     texts = TextReader().read([(str(tmp_path / "text.txt"), False)])
@@ -153,7 +156,9 @@ def test_trained_tokenizer_is_stored_with_the_tokens(run, tmp_path, monkeypatch)
     (tmp_path / "text.txt").write_bytes(contents := some_text(40_000))
     finished = run(tmp_path / "text.txt", "--output", tmp_path / "out", "--train-tokenizer", 300)
     assert "trained a tokenizer of 300 tokens" in finished.out
-    size, known = vocabulary_of(DataLoader(tmp_path / "out_train_000000.bin", 4, 64))
+    loader = DataLoader(tmp_path / "out_train_000000.bin", 4, 64)
+    size, known = vocabulary_of(loader)
+    assert (loader.vocab_size, loader.tokenizer_fingerprint) == (300, known.fingerprint)
     tokens = read_all(tmp_path / "out")
     assert size == known.vocab_size == 300 and tokens[0] == known.end_of_text == 299
     assert known.decode(tokens[1:].tolist()) == contents.decode()
@@ -200,6 +205,23 @@ def test_ids_of_ones_own(run_main, tmp_path):
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (settings["vocab_size"], settings["eos_token_id"]) == (65, None)
     assert not (tmp_path / "out" / "vocab.json").exists() and not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_vocabulary_of_the_data(tmp_path):
+    """GPT-2's, also of files that do not say so; that of the header, though its last tokens may not occur; or the largest ids."""
+    own, other = (train_tokenizer([text * 99], 300) for text in ("the cat and the dog ", "wind and sea "))
+
+    def vocabulary(largest, *header):
+        write_token_stream(tmp_path / "a_train.bin", [[0, largest]], *header)
+        return vocabulary_of(DataLoader(tmp_path / "a_train.bin", 1, 1))
+
+    for largest, header, size in ((50256, (), 50257), (40_000, (), 50257), (7, (50257, GPT2_FINGERPRINT), 50257), (64, (), 65),
+                                  (50257, (), 50258), (7, (300, own.fingerprint), 300)):
+        assert vocabulary(largest, *header)[0] == size
+    save_tokenizer(tmp_path / "a_tokenizer", own)
+    assert vocabulary(7, 300, own.fingerprint)[1].fingerprint == own.fingerprint
+    with pytest.raises(UserError, match="a_tokenizer is another tokenizer than that of .*a_train.bin"):
+        vocabulary(7, 300, other.fingerprint)
 
 
 # ---- writing

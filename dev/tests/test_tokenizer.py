@@ -8,8 +8,8 @@ import pytest
 import files
 import tokenizer
 from cli import UserError
-from tokenizer import (GPT2_FINGERPRINT, GPT2Tokenizer, LibraryTokenizer, as_bytes, fingerprint_of, load_tokenizer,
-                       save_tokenizer, tokenizer_folder, train_tokenizer)
+from tokenizer import (GPT2_FINGERPRINT, GPT2Tokenizer, LibraryTokenizer, as_bytes, fingerprint_of, is_gpt2,
+                       load_tokenizer, own_tokenizer, save_tokenizer, tokenizer_folder, train_tokenizer)
 
 HARD_TEXTS = ["", " ", "\n\n\n", "tabs\tand\r\nline ends  \n\n ", "two  spaces   before    words", "naïve café, ﬁve №",
               "漢字かな 한국어 עברית العربية", "🙂👩‍👩‍👧‍👦🏳️‍🌈",
@@ -140,6 +140,8 @@ def test_gpt2s_own_is_recognized_by_its_contents(gpt2_files, tmp_path):
     padded = load_tokenizer(written(tmp_path / "padded", gpt2_files | {"added_tokens.json": {"[PAD]": 50257}}), {}, 50258)
     assert padded.encode("[PAD]Hello there") == [50257, 15496, 612] and padded.vocab_size == 50258
     assert padded.fingerprint == GPT2_FINGERPRINT       # its tokens are GPT-2's
+    settings = json.dumps({"added_tokens_decoder": {"50257": {"content": "[PAD]"}}}).encode()
+    assert is_gpt2(gpt2_files) and not is_gpt2(gpt2_files | {"tokenizer_config.json": settings})
 
 
 def test_fingerprint_of_gpt2(gpt2_files):
@@ -154,6 +156,8 @@ def test_model_without_a_tokenizer(tmp_path):
     """GPT-2's if the model has as many rows; rows beyond it have no text. Its end of text is the model's."""
     assert isinstance(load_tokenizer(tmp_path, {}, 50304), GPT2Tokenizer)
     assert load_tokenizer(tmp_path, {"eos_token_id": 0}, 60000).end_of_text == 0
+    several = load_tokenizer(tmp_path, {"eos_token_id": [3, 5]}, 65)
+    assert several.end_tokens == [3, 5] and several.end_of_text == 3 and several.begin == [3]
     small = load_tokenizer(tmp_path, {"eos_token_id": 50256}, 65)
     assert small.end_of_text is None and small.vocab_size == 0
     with pytest.raises(UserError, match="has no tokenizer"):
@@ -175,13 +179,13 @@ FOLDERS = {      # files, a text, its tokens and their text, as transformers giv
     "characters": ({"tokenizer.json": CHARACTER_VOCABULARY}, "ab\nb", [0, 1, 2, 1], "ab\nb", []),
     "a token before every text": (
         {"vocab.json": {"a": 0, "b": 1, "ab": 2, "<s>": 3}, "merges.txt": b"#version: 0.2\na b\n",
-         "tokenizer_config.json": {"add_bos_token": True, "bos_token": {"content": "<s>"}, "eos_token": "<s>"}},
+         "tokenizer_config.json": {"add_bos_token": True, "bos_token": {"content": "<s>"}}},
         "abb<s>", [2, 1, 3], "abb<s>", [3]),
     "tokens by their ids": (
-        {"vocab.json": {"a": 0, "b": 1}, "merges.txt": b"", "special_tokens_map.json": {"eos_token": "</s>"},
-         "tokenizer_config.json": {"added_tokens_decoder": {"2": {"content": "</s>"},
-                                                            "3": {"content": "<x>", "lstrip": True}}}},
-        "a </s> <x>b", [0, 2, 3, 1], "a</s><x>b", [2]),
+        {"vocab.json": {"a": 0, "b": 1, "Ġ": 2}, "merges.txt": b"", "special_tokens_map.json": {"eos_token": "</s>"},
+         "tokenizer_config.json": {"added_tokens_decoder": {"4": {"content": "<x>", "lstrip": True},
+                                                            "3": {"content": "</s>"}}}},
+        "a </s> <x>b", [0, 2, 3, 4, 1], "a </s><x>b", [3]),
     "generation_config.json": (
         {"vocab.json": {"a": 0, "b": 1}, "merges.txt": b"", "generation_config.json": {"bos_token_id": 1}},
         "ab", [0, 1], "ab", [1]),
@@ -190,8 +194,10 @@ FOLDERS = {      # files, a text, its tokens and their text, as transformers giv
 
 @pytest.mark.parametrize("contents, text, tokens, decoded, begin", FOLDERS.values(), ids=FOLDERS)
 def test_tokenizer_in_a_folder(tmp_path, contents, text, tokens, decoded, begin):
-    known = load_tokenizer(written(tmp_path, contents), {}, 10)
+    ids = {} if "generation_config.json" in contents else {"pad_token_id": 1}
+    known = load_tokenizer(written(tmp_path, contents), ids, 10)
     assert known.encode(text) == tokens and known.decode(tokens) == decoded and known.begin == begin
+    assert known.special_ids | ids == known.special_ids and known.prefix == (begin if "add_bos_token" in str(contents) else [])
     save_tokenizer(tmp_path / "again", known)
     again = load_tokenizer(tmp_path / "again", {}, 10)
     assert again.encode(text) == tokens and (again.fingerprint, again.special_ids) == (known.fingerprint, known.special_ids)
@@ -214,6 +220,29 @@ def test_damaged_tokenizer(tmp_path, contents):
     with pytest.raises(UserError, match=str(tmp_path)) as caught:
         load_tokenizer(written(tmp_path, contents), {}, 10)
     assert "\n" not in str(caught.value)
+
+
+def test_tokenizer_whose_tokens_cross_words():
+    """Its texts are cut nowhere."""
+    words = {"one two": 0, " three": 1, "one two three": 2}
+    known = own_tokenizer(json.dumps(CHARACTER_VOCABULARY | {
+        "pre_tokenizer": None, "model": {"type": "WordLevel", "vocab": words, "unk_token": " three"}}).encode())
+    assert known.last_cut("one two three") == 0 and known.encode("one two three") == [2]
+
+
+def test_tokens_around_a_text():
+    """A token before it belongs there; one before and one behind are made for classifying texts."""
+    from tokenizers import Tokenizer, processors
+    library = Tokenizer.from_str(json.dumps(CHARACTER_VOCABULARY))
+    for template, prefix in ("b $A", [1]), ("b $A b", []), ("$A b", []):
+        library.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("b", 1)])
+        assert own_tokenizer(library.to_str().encode()).prefix == prefix
+
+
+def test_tokenizer_file_of_any_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "MAX_FILE_BYTES", 9)
+    with pytest.raises(UserError, match=r"merges.txt has more than 9 bytes"):
+        load_tokenizer(written(tmp_path, {"merges.txt": b"#version: 0.2"}), {}, 10)
 
 
 # ---- training a tokenizer
