@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import UserError, note
-from files import (HEADER_BYTES, MAX_JSON_BYTES, REPAIR_HINT, atomic_file, make_header, open_file, parse_json, read_header,
-                   read_json, short_repr)
+from files import (HEADER_BYTES, MAX_JSON_BYTES, REPAIR_HINT, atomic_file, kind_of, make_header, open_file, parse_json,
+                   read_header, read_json, short_repr)
 from gpt2 import CHANNELS_PER_HEAD, VOCABULARY, Config, Tensors, chunks, parameter_shapes
 from hugging_face import (ADAPTER, CONFIG_HINT, DTYPES, GPT2_SCALES, HUGGING_FACE_NAMES, TRANSPOSED, WRAPPERS,
                           check_classifiers, check_sizes, check_tensors, config_from_settings, config_from_shapes, gpt2_tensors,
@@ -274,8 +274,9 @@ def read_safetensors(path):
         for beginning, kind in OPENINGS.items():
             if opening.startswith(beginning):
                 raise UserError(f"{path} is {kind}")
-        raise UserError(f"{path} begins with {opening[:9]!r}, expected a safetensors file or an llm.c checkpoint; name a "
-                        "model's file, or download this one again")
+        found = f"is {kind_of(opening)}" if kind_of(opening) else f"begins with {opening[:9]!r}"
+        raise UserError(f"{path} {found}, expected a safetensors file or an llm.c checkpoint; name a model's file, or download "
+                        "this one again")
     size = path.stat().st_size
     start = 8 + int.from_bytes(opening[:8], "little")  # the data begins here
     if start > min(size, 8 + MAX_JSON_BYTES):
