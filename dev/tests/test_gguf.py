@@ -331,6 +331,15 @@ def test_refused(tmp_path, changes, message):
         read_gguf(tmp_path / "model.gguf")
 
 
+def test_cut_short(tmp_path):
+    write_other(tmp_path / "model.gguf")
+    contents = (tmp_path / "model.gguf").read_bytes()
+    for size in (len(contents) - 4, len(contents) // 2, 2000, 500, 30, 4):      # in the data, then in the header
+        (tmp_path / "model.gguf").write_bytes(contents[:size])
+        with pytest.raises(UserError, match="bytes of data, expected at least" if size > 1000 else "piece of .* expected at most"):
+            read_gguf(tmp_path / "model.gguf")
+
+
 TOKENS = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": list("abcdef") + ["ab"],
           "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.eos_token_id": 5}
 
