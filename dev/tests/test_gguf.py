@@ -336,7 +336,8 @@ def test_cut_short(tmp_path):
     contents = (tmp_path / "model.gguf").read_bytes()
     for size in (len(contents) - 4, len(contents) // 2, 2000, 500, 30, 4):      # in the data, then in the header
         (tmp_path / "model.gguf").write_bytes(contents[:size])
-        with pytest.raises(UserError, match="bytes of data, expected at least" if size > 1000 else "piece of .* expected at most"):
+        found = "bytes of data, expected at least" if size > 1000 else "piece of .* expected at most"
+        with pytest.raises(UserError, match=found):
             read_gguf(tmp_path / "model.gguf")
 
 
