@@ -208,7 +208,7 @@ def test_ids_of_ones_own(run_main, tmp_path):
 
 
 def test_vocabulary_of_the_data(tmp_path):
-    """GPT-2's, also of files that do not say so; that of the header, though its last tokens may not occur; or the largest ids."""
+    """GPT-2's, also of files that do not say so; the header's, though its last tokens may not occur; or the largest ids."""
     own, other = (train_tokenizer([text * 99], 300) for text in ("the cat and the dog ", "wind and sea "))
 
     def vocabulary(largest, *header):
