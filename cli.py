@@ -65,14 +65,9 @@ def bounded(kind: type, low: float, high: float | None = None) -> Callable[[str]
     return parse
 
 
-def is_utf8(text: str) -> bool:
-    """Whether an argument or a line of input is UTF-8: for other bytes, Python puts half a surrogate pair into the text."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
 def utf8(text: str) -> str:
-    """An argparse type: a text."""
-    if not is_utf8(text):
+    """An argparse type: a text. For bytes that are not UTF-8, Python puts half a surrogate pair into an argument or a line."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
         raise argparse.ArgumentTypeError(f"found {reprlib.repr(text)}, expected UTF-8; convert it to UTF-8")
     return text
 

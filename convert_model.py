@@ -6,10 +6,11 @@
 """
 from pathlib import Path
 
-from cli import OneLineParser, note, run_program
+from cli import OneLineParser, UserError, note, run_program
 from files import locked_folder
 from gguf_files import FILE_TYPES, write_gguf
 from model_files import find_model, load_model, load_model_tokenizer, save_llmc, save_model
+from tokenizer import GPT2_FINGERPRINT
 
 LLMC_VERSIONS = {"f32": 3, "bf16": 5}
 OUT_OF_MEMORY_HINT = "choose a smaller model"
@@ -35,14 +36,17 @@ def main():
     config, params = load_model(path)
     if config.exact_gelu and suffix in (".gguf", ".bin"):
         note("the model's activation is GELU itself; llama.cpp and llm.c compute the tanh form, so results differ a little")
-    written = output
+    written, tokenizer = output, load_model_tokenizer(path, config.vocab_size)
     if suffix == ".bin":
+        if tokenizer.fingerprint not in (0, GPT2_FINGERPRINT):
+            raise UserError(f"{output}: llm.c's files have no tokenizer, and the model's is not GPT-2's; write a folder or a "
+                            ".gguf file")
         save_llmc(output, config, params, LLMC_VERSIONS[options.type])
     elif suffix == ".gguf":
-        write_gguf(output, config, params, load_model_tokenizer(path, config.vocab_size), options.type)
+        write_gguf(output, config, params, tokenizer, options.type)
     else:
         with locked_folder("OUTPUT", output):
-            save_model(output, config, params, load_model_tokenizer(path, config.vocab_size))
+            save_model(output, config, params, tokenizer)
         written = output / "model.safetensors"
     print(f"wrote {written}: {config.num_layers} layers, {params.size / 1e6:,.1f} M parameters, "
           f"{written.stat().st_size / 1e6:,.1f} MB")

@@ -124,7 +124,7 @@ class TokenFile:
         """
         if self.tokenizer_fingerprint and fingerprint and self.tokenizer_fingerprint != fingerprint:
             raise UserError(f"{self.path} holds the tokens of another tokenizer than that of {model}; prepare the text again "
-                            f"with prepare_text.py --model {model}")
+                            "with prepare_text.py and its --model or --tokenizer")
         if self.largest >= vocab_size:
             raise UserError(f"{self.path} holds token {self.largest:,} at position {self.largest_at:,}, expected tokens below "
                             f"the model's vocabulary of {vocab_size:,}; prepare it with the model's tokenizer")
@@ -145,8 +145,7 @@ class TokenFile:
     def read_ends(self) -> bytes:
         """The number of tokens, then the first and the last of them: they tell one text from another."""
         n, size = min(self.num_tokens, ENDS_TOKENS), self.num_tokens
-        return size.to_bytes(8, "little") + b"".join(part.astype("<u4").tobytes()
-                                                     for part in (self.read(0, n), self.read(size - n, size)))
+        return size.to_bytes(8, "little") + self.read(0, n).tobytes() + self.read(size - n, size).tobytes()
 
     def close(self) -> None:
         """Close the file until the next `read`."""

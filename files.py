@@ -333,6 +333,7 @@ BEGINNINGS = {
     "an HDF5 file": b"\x89HDF",
     "a Git LFS pointer, not the file itself (git lfs pull fetches it)": b"version https://git-lfs",
     "a PDF document": b"%PDF",
+    "text in UTF-16": (b"\xff\xfe", b"\xfe\xff"),
     "a picture": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8"),
 }
 
@@ -388,14 +389,9 @@ def kind_of(opening: bytes) -> str | None:
     for kind, beginnings in BEGINNINGS.items():
         if opening.startswith(beginnings):
             return kind
-    if opening[8:9] == b"{":
+    if opening[6:9] == b"\0\0{":       # after the length of its header
         return "a safetensors file"
-    try:
-        opening.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if error.start < len(opening) - 3:      # else a character is cut off
-            return None
-    return None if b"\0" in opening else "text"
+    return None if re.search(rb"[\0-\x08\x0e-\x1a]", opening) else "text"
 
 
 def sha256(contents: bytes) -> str:

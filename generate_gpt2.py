@@ -8,13 +8,14 @@ import io
 import math
 import sys
 import time
+from argparse import ArgumentTypeError
 from collections import namedtuple
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from cli import OneLineParser, UserError, bounded, is_utf8, run_program, utf8      # first: from here on, Ctrl-C is one line
+from cli import OneLineParser, UserError, bounded, run_program, utf8      # first: from here on, Ctrl-C is one line
 
 import numpy as np
 
@@ -243,7 +244,7 @@ class TextStream:
         """The text that can be printed after this token."""
         self.tokens.append(token)
         text = self.tokenizer.decode(self.tokens)
-        complete = text.removesuffix(REPLACEMENT)       # it may be the beginning of a character
+        complete = text.rstrip(REPLACEMENT)     # they may be the beginning of a character
         new, self.printed = complete[self.printed:], max(self.printed, len(complete))
         if complete == text:
             self.begin([token])
@@ -412,8 +413,9 @@ def score(decoder: Decoder, tokenizer: Tokenizer, path: str, model_name: str) ->
         tokens = token_file.read(0, token_file.num_tokens)
     else:
         tokens = encode(tokenizer, as_text(path, contents), config)
-        if tokens[:1] != tokenizer.begin:
-            tokens = tokenizer.begin + tokens
+        begin = tokenizer.begin
+        if tokens[:len(begin)] != begin:
+            tokens = begin + tokens
     if len(tokens) < 2:
         raise UserError(f"{path} holds {len(tokens)} token{'s' * (len(tokens) != 1)}, expected at least 2: the first is not "
                         "scored")
@@ -460,17 +462,20 @@ def converse(decoder: Decoder, tokenizer: Tokenizer, options, prompt: str, gener
             line = clean(input("> " if sys.stdin.isatty() else "")) if line is None else line
         except EOFError:
             break
-        if is_utf8(line):
+        try:
+            utf8(line)
             text += encode(tokenizer, "\n" + line if text and text[-1] not in ends else line, decoder.config)
+        except (UserError, ArgumentTypeError) as error:
+            note(f"this line is left out: {error}")
+        else:
             text = text or list(tokenizer.begin)
             in_turns = text[-1:] == ends[:1]
-            with contextlib.suppress(KeyboardInterrupt):
-                write_texts(decoder, tokenizer, [text], generators, options, speed)
+            if text:
+                with contextlib.suppress(KeyboardInterrupt):
+                    write_texts(decoder, tokenizer, [text], generators, options, speed)
             print()
-            if text[-1] in ends and not in_turns:
+            if text and text[-1] in ends and not in_turns:
                 text.pop()
-        else:
-            note("this line is not UTF-8, so it was not read")
         line = None
 
 

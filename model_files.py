@@ -258,7 +258,7 @@ def other_weights(folder):
     for pattern, kind in OTHER_WEIGHTS.items():
         for path in sorted(folder.glob(pattern)):
             return f"its {path.name} is {kind}"
-    return "name a folder that has one"
+    return "name a folder that has one; PyTorch's own files must be turned into one first, by dev/from_pytorch.py"
 
 
 def read_opening(path):

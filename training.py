@@ -275,10 +275,10 @@ def vocabulary_of(loader: DataLoader) -> tuple[int, Tokenizer]:
     large for that: a text of GPT-2's tokens hardly ever has none in the last third.
     """
     fingerprint, largest, path = loader.tokenizer_fingerprint, loader.largest, Path(loader.shards[0].path)
-    if fingerprint == GPT2_FINGERPRINT or not fingerprint and 2 * VOCABULARY // 3 < largest < VOCABULARY:
+    size, folder = max(loader.vocab_size, largest + 1), tokenizer_folder(path)
+    if not folder.is_dir() and fingerprint == GPT2_FINGERPRINT or (
+            not fingerprint and 2 * VOCABULARY // 3 < largest < VOCABULARY):
         return VOCABULARY, GPT2Tokenizer()
-    size = max(loader.vocab_size, largest + 1)
-    folder = tokenizer_folder(path)
     if not fingerprint or not folder.is_dir():
         print(f"{path} does not name a tokenizer, and its tokens are not GPT-2's: the model knows {size:,} tokens, but no text"
               if not fingerprint else f"{folder} is missing, the tokenizer of {path}: the model will have none")
@@ -696,7 +696,7 @@ def read_log(path, done):
 
 def parse_row(line):
     """A row of the log, given its columns as text. Raises ValueError for anything but the finite numbers of a step."""
-    if line.keys() != set(CSV_COLUMNS) or not (line["step"] or "").isdecimal():
+    if line.keys() | {"bits_per_byte"} != set(CSV_COLUMNS) or not (line["step"] or "").isdecimal():
         raise ValueError(f"found {line}, expected a step and other numbers")
     row = {name: float(value) for name, value in line.items() if value}
     if not all(map(math.isfinite, row.values())):

@@ -369,14 +369,17 @@ def test_other_tokenizers(tmp_path, caplog):
 def test_convert(tmp_path, run_main, params, tokenizer):
     folder = tmp_path / "model"
     save_model(folder, CONFIG, params, tokenizer)
-    for source, name, type in (("model", "model.gguf", "f32"), ("model.gguf", "back", "f32"), ("back", "model.bin", "f32"),
-                               ("back", "half.bin", "bf16"), ("back", "eight.GGUF", "q8_0")):
+    save_model(tmp_path / "without", CONFIG, params)
+    for source, name, type in (("model", "model.gguf", "f32"), ("model.gguf", "back", "f32"), ("without", "model.bin", "f32"),
+                               ("without", "half.bin", "bf16"), ("back", "eight.GGUF", "q8_0")):
         finished = run_main(convert_model, tmp_path / source, tmp_path / name, "--type", type)
         assert (finished.status, finished.err) == (0, "")
         config, found = load_model(tmp_path / name)
         assert config == CONFIG and relative_error(found.flat, params.flat) <= (0 if type == "f32" else 6e-3)
     assert finished.out == f"wrote {tmp_path / 'eight.GGUF'}: 2 layers, 0.1 M parameters, 0.1 MB\n"
     assert load_model_tokenizer(tmp_path / "back").encode(TEXT) == tokenizer.encode(TEXT)
+    finished = run_main(convert_model, folder, tmp_path / "own.bin")
+    assert finished.status == 1 and "llm.c's files have no tokenizer, and the model's is not GPT-2's" in finished.err
 
 
 @pytest.mark.parametrize("output, flags, message", [

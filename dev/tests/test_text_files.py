@@ -89,6 +89,7 @@ JSON_FILES = {      # name, contents
     "gzip by its contents": ("a.jsonl", gzip.compress(json_lines(RECORDS))),
     "bzip2": ("a.json.BZ2", bz2.compress(json.dumps(RECORDS).encode())),
     "xz": ("a.ndjson.xz", lzma.compress(json_lines(RECORDS))),
+    "an object a line in an array": ("a.json", b"[\n" + b",\n".join(json_lines([r]).strip() for r in RECORDS) + b"\n]\n"),
 }
 
 
@@ -102,6 +103,21 @@ def test_json(tmp_path, monkeypatch, name, contents, block):
 def test_text_of_a_json_record(tmp_path):
     contents = b'{"body": "a\\r\\nb\\u0000 \\ud83d half \\ud83d\\ude42"}'
     assert read(tmp_path / "a.jsonl", contents, text_field="body")[0] == ["a\nb\0 \ufffd half 🙂"]
+
+
+def test_a_bad_first_line_can_be_skipped(tmp_path):
+    for bad in b'{"text": "cut', b'["id", "text"]', b"nonsense":
+        documents, reader = read(tmp_path / "a.jsonl", bad + b"\n" + json_lines(RECORDS), skip_bad=True)
+        assert documents == DOCUMENTS and len(reader.left_out["record"]) == 1
+
+
+def test_zstandard(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    contents = zstandard.compress(json_lines(RECORDS))
+    assert read(tmp_path / "a.jsonl.zst", contents + zstandard.compress(b'{"text": "more"}'))[0] == [*DOCUMENTS, "more"]
+    for damaged in contents[:-20], contents[:30] + b"x" + contents[31:]:
+        with pytest.raises(UserError, match="a.jsonl.zst is damaged"):
+            read(tmp_path / "a.jsonl.zst", damaged)
 
 
 def test_bad_records_can_be_skipped(tmp_path):

@@ -194,13 +194,36 @@ FOLDERS = {      # files, a text, its tokens and their text, as transformers giv
 
 @pytest.mark.parametrize("contents, text, tokens, decoded, begin", FOLDERS.values(), ids=FOLDERS)
 def test_tokenizer_in_a_folder(tmp_path, contents, text, tokens, decoded, begin):
-    ids = {} if "generation_config.json" in contents else {"pad_token_id": 1}
+    ids = {"pad_token_id": 1}
     known = load_tokenizer(written(tmp_path, contents), ids, 10)
     assert known.encode(text) == tokens and known.decode(tokens) == decoded and known.begin == begin
     assert known.special_ids | ids == known.special_ids and known.prefix == (begin if "add_bos_token" in str(contents) else [])
     save_tokenizer(tmp_path / "again", known)
     again = load_tokenizer(tmp_path / "again", {}, 10)
     assert again.encode(text) == tokens and (again.fingerprint, again.special_ids) == (known.fingerprint, known.special_ids)
+
+
+def test_special_tokens_beyond_the_rows_of_a_model(tmp_path):
+    """As of a pad token whose row was never added: the model cannot read them."""
+    contents = {"vocab.json": {"a": 0, "b": 1}, "merges.txt": b"", "added_tokens.json": {"<s>": 2},
+                "tokenizer_config.json": {"bos_token": "<s>", "eos_token": "<s>", "pad_token": "<s>", "add_bos_token": True}}
+    known = load_tokenizer(written(tmp_path, contents), {}, 2)
+    assert known.prefix == known.begin == known.end_tokens == [] and known.encode("ab") == [0, 1]
+    assert load_tokenizer(tmp_path, {}, 3).begin == [2]
+
+
+def test_text_that_a_tokenizer_does_not_know(tmp_path):
+    model = CHARACTER_VOCABULARY["model"] | {"unk_token": "?"}
+    known = load_tokenizer(written(tmp_path, {"tokenizer.json": CHARACTER_VOCABULARY | {"model": model}}), {}, 3)
+    assert known.encode("ab") == [0, 1]
+    with pytest.raises(UserError, match="cannot encode the text"):
+        known.encode("abC")
+
+
+def test_every_line_of_a_vocab_txt_is_a_token(tmp_path):
+    """Some tokens are what Python, too, takes for the end of a line."""
+    written(tmp_path, {"vocab.txt": "\r\n".join([*WORDPIECE, "\u2028", "x"]).encode()})
+    assert load_tokenizer(tmp_path, {}, 20).encode("x") == [len(WORDPIECE) + 1]
 
 
 DAMAGED_FOLDERS = {
