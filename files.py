@@ -356,7 +356,7 @@ def read_header(file: BinaryIO, path: Path, kind: str, magic: int, versions: dic
     header = file.read(HEADER_BYTES)
     size = file.seek(0, os.SEEK_END)
     if len(header) < HEADER_BYTES:
-        found = "is text of" if size > 0 and kind_of(header) == "text" else "has"
+        found = "is text of" if kind_of(header) == "text" else "has"
         raise UserError(f"{path} {found} {size:,} bytes, expected a header of {HEADER_BYTES:,}, as {kind} has it; "
                         f"{repair_hint}")
     found, version, *fields = struct.unpack(f"<{HEADER_INTS}i", header)
@@ -391,7 +391,7 @@ def kind_of(opening: bytes) -> str | None:
             return kind
     if opening[6:9] == b"\0\0{":       # after the length of its header
         return "a safetensors file"
-    return None if re.search(rb"[\0-\x08\x0e-\x1a]", opening) else "text"
+    return None if not opening or re.search(rb"[\0-\x08\x0e-\x1a]", opening) else "text"
 
 
 def sha256(contents: bytes) -> str:

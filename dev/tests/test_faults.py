@@ -398,8 +398,8 @@ def test_limits_of_a_container(monkeypatch, tmp_path, run_main, own, contents):
     made_up_cgroups(monkeypatch, tmp_path, own, contents)
     assert machine.main_memory() == (450_000_000, 700_000_000) and machine.usable_cores() == 1
     write_tokens(tmp_path / "tokens.bin", [1] * 5_000)
-    finished = run_main(train_gpt2, "--model", "d12", "--sequence-length", 1024, "--input-bin", tmp_path / "tokens.bin",
-                        "--output-dir", tmp_path / "out")
+    finished = run_main(train_gpt2, "--model", "d12", "--sequence-length", 1024, "--batch-size", 4,
+                        "--input-bin", tmp_path / "tokens.bin", "--output-dir", tmp_path / "out")
     assert finished.status == 1 and re.search(r"needs \d\.\d GB, and this machine has 0\.5 of its 0\.7 GB free", finished.err)
     assert not (tmp_path / "out").exists()
 

@@ -852,7 +852,7 @@ LLMC = {
     "truncated": (llmc()[:-1], (f"has {len(llmc()) - 1:,} bytes", f"expected {len(llmc()):,}", "parameters of its header")),
     "bfloat16's size": (llmc(5), (f"has {len(llmc()):,} bytes", "expected")),
     "old version": (llmc(1), ("version 1", "expected version 3 (float32) or 5 (bfloat16)")),
-    "other magic": (llmc(magic=20240520), ("begins with", "expected a safetensors file or an llm.c checkpoint")),
+    "other magic": (llmc(magic=20240520), ("is an llm.c token file", "expected a safetensors file or an llm.c checkpoint")),
     "vocabulary larger than padded": (llmc(V=129), ("padded_vocab_size", "128", "expected 256")),
     "not padded": (llmc(Vp=5), ("padded_vocab_size", "5", "expected 128")),
     "no layers": (llmc(L=0), ("num_layers", "0", "from 1")),

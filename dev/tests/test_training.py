@@ -144,7 +144,7 @@ def test_gradients_that_are_not_finite_change_nothing(norm):
 
 def test_every_update_has_the_rate_and_the_norm_of_its_step(loader, monkeypatch):
     model, log, updates = small_model(4), Log(), []
-    settings = options("--num-iterations", "2", "--grad-clip", "0.5")
+    settings = options("--num-iterations", "2", "--grad-clip", "0.5", "--learning-rate", "1e-3")
     monkeypatch.setattr(model, "update", lambda *arguments: updates.append(arguments))
     train(model, settings, loader(4), None, log)
     assert updates == [(step, step / 50 * 1e-3, 0.1, log.norms[step - 1], 0.5) for step in (1, 2)]    # in warmup
