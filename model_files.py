@@ -90,19 +90,23 @@ def load_model(name: str | Path) -> tuple[Config, Tensors]:
     return load_hugging_face(path, [path], config_path if config_path.is_file() else None)
 
 
-def load_model_tokenizer(name: str | Path, rows: int = 2**31 - 1) -> Tokenizer:
+def load_model_tokenizer(name: str | Path, rows: int | None = None) -> Tokenizer:
     """The tokenizer of a model, see load_model, whose vocabulary has so many rows; or that of a folder of tokenizer files.
+
+    rows: None: as many as its config.json says, if there is one
 
     Raises UserError if it is damaged, or needs a package that is not installed.
     """
     path = find_model(name)
     if path.is_file() and is_llmc(path):
-        return GPT2Tokenizer() if rows >= VOCABULARY else NO_TOKENIZER
+        return GPT2Tokenizer() if rows is None or rows >= VOCABULARY else NO_TOKENIZER
     if path.is_file() and is_gguf(path):
         from gguf_files import read_gguf_tokenizer
         return read_gguf_tokenizer(path)
     folder = path if path.is_dir() else path.parent
     settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if rows is None:
+        rows = settings.get("vocab_size") if type(settings.get("vocab_size")) is int else 2**31 - 1
     tokenizer = load_tokenizer(folder, {name: settings.get(name) for name in SPECIAL_IDS}, rows)
     weights = path if path.is_file() else folder / "model.safetensors"
     metadata = read_safetensors(weights)[1] if weights.is_file() else None

@@ -216,6 +216,13 @@ def test_tokenizer_of_another_model_goes_and_ones_own_stays(tmp_path, monkeypatc
         (tmp_path / "tokenizer.json").write_text("{}")
 
 
+def test_special_tokens_that_a_config_only_assumes(tmp_path):
+    """transformers writes GPT-2's end of text into the config.json of any vocabulary."""
+    (tmp_path / "config.json").write_text('{"vocab_size": 7, "eos_token_id": 50256}')
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[SEP]\na")
+    assert load_model_tokenizer(tmp_path).end_tokens == [] and load_model_tokenizer(tmp_path).end_of_text == 1
+
+
 def test_tokenizer_of_another_model_beside_the_weights(tmp_path):
     """As a killed process may leave it: the header of the weights tells."""
     one, two = (train_tokenizer([text * 99], 300) for text in ("the cat and the dog ", "wind and sea "))
