@@ -292,7 +292,10 @@ def main():
         raise UserError(f"there is no folder {options.model}; run python train_gpt2.py to train a model, or name a trained one "
                         "with --model")
     config, params = load_model(options.model)
-    encode(GPT2Tokenizer(), PROMPT, config)     # fails before anything is drawn
+    length = len(encode(GPT2Tokenizer(), PROMPT, config))
+    if length > config.max_seq_len:
+        raise UserError(f"the prompt of the figure is {length} tokens long, expected at most {config.max_seq_len}, the model's "
+                        "context; name another --model")
     compile_kernels()
     for name in DRAWINGS:
         draw(name, (config, params), PAGES)

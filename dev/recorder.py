@@ -18,7 +18,7 @@ import train_gpt2
 from gpt2 import RECOMPUTED, Config, Tensors
 from train_gpt2 import GPT2
 
-LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP = 1e-3, 0.1, 1.0     # train_gpt2.py's defaults
+LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP = 2e-3, 0.1, 1.0     # train_gpt2.py's defaults
 TIMED_STEPS = 3
 TINY = Config(max_seq_len=8, vocab_size=50, padded_vocab_size=128, num_layers=3, num_heads=2, channels=8)
 
