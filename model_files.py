@@ -91,9 +91,9 @@ def load_model(name: str | Path) -> tuple[Config, Tensors]:
 
 
 def load_model_tokenizer(name: str | Path, rows: int | None = None) -> Tokenizer:
-    """The tokenizer of a model, see load_model, whose vocabulary has so many rows; or that of a folder of tokenizer files.
+    """The tokenizer of a model, see load_model, or of a folder of tokenizer files.
 
-    rows: None: as many as its config.json says, if there is one
+    rows: of the model's vocabulary; None: as its config.json says, if there is one
 
     Raises UserError if it is damaged, or needs a package that is not installed.
     """
