@@ -5,6 +5,7 @@ the tokenizer, then zeros) followed by the tokens as little-endian uint16 or, fo
 files have zeros in place of vocabulary and fingerprint. A large text is split over several such files, the shards.
 """
 import glob
+import math
 import os
 import re
 import shutil
@@ -141,6 +142,11 @@ class TokenFile:
         if len(contents) < size * (stop - start):
             raise UserError(f"{self.path} was cut short while it was in use; {REPAIR_HINT}")
         return np.frombuffer(contents, self.dtype)
+
+    def read_batch(self, start: int, B: int, T: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets from `start` on, new int32 arrays (B, T). Each target is the token after its input."""
+        tokens = self.read(start, start + B * T + 1).astype(np.int32)
+        return tokens[:-1].reshape(B, T), tokens[1:].copy().reshape(B, T)
 
     def read_ends(self) -> bytes:
         """The number of tokens, then the first and the last of them: they tell one text from another."""
@@ -331,13 +337,8 @@ class DataLoader(Shards):
             shard.close()
             epoch, done = (epoch, done + 1) if done + 1 < len(self.shards) else (epoch + 1, 0)
             shard, position = self.shards[self.shard_order(epoch)[done]], 0
-        B, T = self.batch_size, self.sequence_length
-        start = position + self.offset
-        tokens = shard.read(start, start + B * T + 1)
-        inputs = tokens[:-1].astype(np.int32).reshape(B, T)
-        targets = tokens[1:].astype(np.int32).reshape(B, T)
         self.state = epoch, done, position + self.step_tokens
-        return inputs, targets
+        return shard.read_batch(position + self.offset, self.batch_size, self.sequence_length)
 
 
 class ValidationLoader(Shards):
@@ -362,17 +363,16 @@ class ValidationLoader(Shards):
             while position < last:
                 rows = min(self.batch_size, (last - position) // T)
                 shape = (rows, T) if rows else (1, last - position)
-                tokens = shard.read(position, position + shape[0] * shape[1] + 1).astype(np.int32)
-                yield tokens[:-1].reshape(shape), tokens[1:].reshape(shape)
-                position += shape[0] * shape[1]
+                yield shard.read_batch(position, *shape)
+                position += math.prod(shape)
             if shard is not self.shards[0]:
                 shard.close()
 
 
 def refuse_leak(train: Shards, validation: Shards) -> None:
     """Raise UserError if a validation file, or a copy of one, is among the training files."""
+    checksums = {shard.checksum for shard in validation.shards}
     for shard in train.shards:
-        for other in validation.shards:
-            if shard.checksum == other.checksum or os.path.samefile(shard.path, other.path):
-                raise UserError(f"--input-bin takes in {shard.path}, which is validation data (--input-val-bin), expected "
-                                "other tokens; write a glob that leaves it out, such as \"NAME_train_*.bin\"", status=2)
+        if shard.checksum in checksums:
+            raise UserError(f"--input-bin takes in {shard.path}, which is validation data (--input-val-bin), expected other "
+                            "tokens; write a glob that leaves it out, such as \"NAME_train_*.bin\"", status=2)

@@ -84,7 +84,7 @@ def load_model(name: str | Path) -> tuple[Config, Tensors]:
     if is_llmc(path):
         return load_llmc(path)
     if is_gguf(path):
-        from gguf_files import read_gguf    # imported here: it imports this module
+        from gguf_files import read_gguf    # here, not above: only these files need the package gguf
         return read_gguf(path)
     config_path = path.with_name("config.json")
     return load_hugging_face(path, [path], config_path if config_path.is_file() else None)

@@ -103,7 +103,7 @@ class TextReader:
     def __init__(self, text_field: str | None = None, skip_bad: bool = False, progress=lambda count: None):
         self.text_field, self.skip_bad, self.progress = text_field, skip_bad, progress
         self.num_bytes = self.documents = 0
-        self.left_out: dict[str, list] = {"file": [], "record": []}     # the reasons, each of which names its place
+        self.left_out: dict[str, list] = {"file": [], "record": []}     # why; each reason names its place
 
     def read(self, files: list[tuple[str, bool]]) -> Iterator[str]:
         """Yield SEPARATOR before every document of the files, and each document in blocks of a few hundred thousand characters.
@@ -196,7 +196,7 @@ class TextReader:
         first_line, *more = list(filter(bytes.strip, opening.split(b"\n"))) or [b""]
         if opening.startswith(b"["):
             is_lines = bool(more) and is_json(first_line)
-        else:       # one line, or several, of which one at least is JSON on its own; the last may be cut off
+        else:       # a single line, or one among several is JSON on its own; the last may be cut off
             is_lines = not more or any(map(is_json, [first_line, *more[:-1]]))
         records = 0
         for record in self.read_lines(name, file) if is_lines else self.read_values(name, file):
@@ -277,10 +277,9 @@ class CountedFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        chunk = self.file.read1(len(buffer)) if hasattr(self.file, "read1") else self.file.read(len(buffer))
-        buffer[:len(chunk)] = chunk
-        self.progress(len(chunk))
-        return len(chunk)
+        count = self.file.readinto1(buffer)
+        self.progress(count)
+        return count
 
 
 def blocks_of(file):

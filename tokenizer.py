@@ -92,11 +92,11 @@ class Tokenizer:
 
     def encode_piece(self, text: str) -> list[int]:
         """The tokens of what `pieces` yields."""
-        raise UserError("the model has no tokenizer, so it cannot read text; put its tokenizer.json into its folder")
+        return self.encode_pieces([text])[0]
 
     def encode_pieces(self, texts: list[str]) -> list[list[int]]:
         """encode_piece of several texts. Called in threads."""
-        return [self.encode_piece(text) for text in texts]
+        raise UserError("the model has no tokenizer, so it cannot read text; put its tokenizer.json into its folder")
 
     def decode(self, tokens: list[int]) -> str:
         """The text of some tokens. What is not UTF-8 becomes U+FFFD, and what has no text is left out."""
@@ -175,9 +175,6 @@ class GPT2Tokenizer(Tokenizer):
         ranks = {as_bytes(token): id for token, id in json.loads(self.files["vocab.json"]).items() if token != SEPARATOR}
         return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={SEPARATOR: END_OF_TEXT})
 
-    def encode_piece(self, text):
-        return self.encode_pieces([text])[0]
-
     def encode_pieces(self, texts):
         # tiktoken releases the GIL, so threads are as fast as processes and need a tenth of the memory. Each thread has its own
         # copy of the Encoding, because threads that share one wait for each other at its regular expression.
@@ -237,7 +234,7 @@ class LibraryTokenizer(Tokenizer):
         # Some put a token before a text, which belongs there. Those that also put one after it, such as [CLS] ... [SEP], are
         # made for classifying texts, not for continuing them.
         self.is_cut_safely = False
-        with contextlib.suppress(UserError, Exception):     # it may not know these letters
+        with contextlib.suppress(Exception):     # it may not know these letters
             template = library.encode("a")
             before = template.ids[:template.special_tokens_mask.index(0)]
             self.prefix = [] if template.special_tokens_mask[-1] or max(before, default=0) >= rows else before
@@ -249,10 +246,8 @@ class LibraryTokenizer(Tokenizer):
 
     @property
     def end_of_text(self):
-        return self.library.token_to_id("[SEP]") if super().end_of_text is None else super().end_of_text    # BERT's
-
-    def encode_piece(self, text):
-        return self.encode_pieces([text])[0]
+        end = super().end_of_text
+        return self.library.token_to_id("[SEP]") if end is None else end    # BERT's
 
     def encode_pieces(self, texts):
         try:
@@ -283,8 +278,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = len(self.processor)
         self.fingerprint = fingerprint_of({self.processor.id_to_piece(i): i for i in range(self.vocab_size)}, [])
 
-    def encode_piece(self, text):
-        return self.processor.encode(text)
+    def encode_pieces(self, texts):
+        return self.processor.encode(texts)
 
     def decode(self, tokens):
         return self.processor.decode([token for token in tokens if 0 <= token < self.vocab_size])
