@@ -227,10 +227,6 @@ class LibraryTokenizer(Tokenizer):
         library.no_truncation()
         self.library, self.files, self.source = library, files, source
         self.vocab_size = max(library.get_vocab().values(), default=-1) + 1
-        model = json.loads(library.to_str())["model"]
-        added = library.get_added_tokens_decoder().keys()
-        self.fingerprint = fingerprint_of({token: id for token, id in library.get_vocab(with_added_tokens=False).items()
-                                           if id not in added}, model.get("merges") or [])
         # Some put a token before a text, which belongs there. Those that also put one after it, such as [CLS] ... [SEP], are
         # made for classifying texts, not for continuing them.
         self.is_cut_safely = False
@@ -240,6 +236,12 @@ class LibraryTokenizer(Tokenizer):
             self.prefix = [] if template.special_tokens_mask[-1] or max(before, default=0) >= rows else before
             first, second = "one two", " three"
             self.is_cut_safely = self.encode_piece(first) + self.encode_piece(second) == self.encode_piece(first + second)
+
+    @functools.cached_property
+    def fingerprint(self):
+        added = self.library.get_added_tokens_decoder().keys()
+        vocabulary = {token: id for token, id in self.library.get_vocab(with_added_tokens=False).items() if id not in added}
+        return fingerprint_of(vocabulary, json.loads(self.library.to_str())["model"].get("merges") or [])
 
     def to_library(self):
         return self.library
