@@ -34,8 +34,6 @@ def main():
 
     path = find_model(options.model)
     config, params = load_model(path)
-    if config.exact_gelu and suffix in (".gguf", ".bin"):
-        note("the model's activation is GELU itself; llama.cpp and llm.c compute the tanh form, so results differ a little")
     written, tokenizer = output, load_model_tokenizer(path, config.vocab_size)
     if suffix == ".bin":
         if tokenizer.fingerprint not in (0, GPT2_FINGERPRINT):
@@ -43,6 +41,8 @@ def main():
                             ".gguf file")
         save_llmc(output, config, params, LLMC_VERSIONS[options.type])
     elif suffix == ".gguf":
+        if config.exact_gelu:
+            note("the model's activation is GELU itself; llama.cpp and llm.c compute the tanh form, so results differ a little")
         write_gguf(output, config, params, tokenizer, options.type)
     else:
         with locked_folder("OUTPUT", output):

@@ -276,17 +276,20 @@ def vocabulary_of(loader: DataLoader) -> tuple[int, Tokenizer]:
     """
     fingerprint, largest, path = loader.tokenizer_fingerprint, loader.largest, Path(loader.shards[0].path)
     size, folder = max(loader.vocab_size, largest + 1), tokenizer_folder(path)
-    if not folder.is_dir() and fingerprint == GPT2_FINGERPRINT or (
-            not fingerprint and 2 * VOCABULARY // 3 < largest < VOCABULARY):
-        return VOCABULARY, GPT2Tokenizer()
-    if not fingerprint or not folder.is_dir():
-        print(f"{path} does not name a tokenizer, and its tokens are not GPT-2's: the model knows {size:,} tokens, but no text"
-              if not fingerprint else f"{folder} is missing, the tokenizer of {path}: the model will have none")
+    if not fingerprint:
+        if 2 * VOCABULARY // 3 < largest < VOCABULARY:
+            return VOCABULARY, GPT2Tokenizer()
+        print(f"{path} does not name a tokenizer, and its tokens are not GPT-2's: the model knows {size:,} tokens, but no text")
         return size, NO_TOKENIZER
-    tokenizer = load_tokenizer(folder, {}, size)
-    if tokenizer.fingerprint != fingerprint:
-        raise UserError(f"{folder} is another tokenizer than that of {path}; prepare the text again with prepare_text.py")
-    return size, tokenizer
+    if folder.is_dir():
+        tokenizer = load_tokenizer(folder, {}, size)
+        if tokenizer.fingerprint != fingerprint:
+            raise UserError(f"{folder} is another tokenizer than that of {path}; prepare the text again with prepare_text.py")
+        return size, tokenizer
+    if fingerprint == GPT2_FINGERPRINT:
+        return VOCABULARY, GPT2Tokenizer()
+    print(f"{folder} is missing, the tokenizer of {path}: the model will have none")
+    return size, NO_TOKENIZER
 
 
 def data_loaders(options, world: World = SINGLE_PROCESS) -> tuple[DataLoader, ValidationLoader | None]:
