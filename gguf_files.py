@@ -25,7 +25,7 @@ from files import REPAIR_HINT, atomic_file, open_file, short_repr
 from gpt2 import Config, Tensors, ceil_div, chunks, parameter_shapes
 from hugging_face import join_names, make_config
 from machine import check_memory, main_memory
-from tokenizer import Tokenizer, tokenizer_from_files
+from tokenizer import Tokenizer, merge_lines, tokenizer_from_files
 
 MAGIC = b"GGUF"
 VERSIONS = 2, 3
@@ -128,7 +128,7 @@ def write_gguf(path: str | Path, config: Config, params: Tensors, tokenizer: Tok
         writer.add_token_list(tokens)
         writer.add_token_types(types)
         writer.add_token_merges(merges)
-        for name, token in special_tokens(tokenizer, tokens).items():
+        for name, token in special_tokens(tokenizer).items():
             writer.add_uint32(SPECIAL_KEYS[name], token)
         writer.add_add_bos_token(bool(tokenizer.prefix))
         for name, view in stored_views(config, params):
@@ -195,10 +195,10 @@ def vocabulary(tokenizer, rows):
         tokens[id], types[id] = token, TokenType.NORMAL
     for id, token in library.get_added_tokens_decoder().items():
         types[id] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
-    return tokens, types, [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return tokens, types, merge_lines(model["merges"])
 
 
-def special_tokens(tokenizer, tokens):
+def special_tokens(tokenizer):
     """SPECIAL_KEYS -> token. One that the model lacks is left out, except that its texts begin as they end."""
     first = {name: id[0] if isinstance(id, list) else id for name, id in tokenizer.special_ids.items()}
     known = {name: first.get(name) for name in SPECIAL_KEYS}

@@ -292,9 +292,13 @@ def fingerprint_of(vocabulary: dict[str, int], merges: list) -> int:
 
     Special tokens do not count: a model that was given a padding token still reads the same text.
     """
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     tokens = sorted(vocabulary.items(), key=lambda item: (item[1], item[0]))
-    return zlib.crc32(json.dumps([tokens, merges]).encode()) % (2**31 - 1) + 1
+    return zlib.crc32(json.dumps([tokens, merge_lines(merges)]).encode()) % (2**31 - 1) + 1
+
+
+def merge_lines(merges: list) -> list[str]:
+    """Merges as the lines of a merges.txt. A tokenizer.json has lines or pairs."""
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

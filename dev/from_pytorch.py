@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"from_pytorch.py: error: {error}; run it with a Python that has PyTorch and safetensors") from error
 
-from files import short_repr
+from files import read_json, short_repr
 from hugging_face import (CONFIG_HINT, TRANSPOSED, WRAPPERS, check_sizes, config_from_settings, gpt2_tensors,
                           hugging_face_settings, join_names, make_config, missing_biases, stored_tensors)
 from tokenizer import END_OF_TEXT, TOKENIZER_FILES
@@ -91,13 +91,11 @@ def find_settings(path: Path, model_args: dict | None) -> dict:
         end_of_text = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None
         return hugging_face_settings(config, {"bos_token_id": end_of_text, "eos_token_id": end_of_text})
     try:
-        settings = json.loads(config_path.read_bytes())
-        if isinstance(settings, dict):
-            return settings | {"model_type": settings.get("model_type") or "gpt2"}
-    except (OSError, ValueError, RecursionError):
-        pass
-    raise UserError(f"{path} has no model_args, as nanoGPT's checkpoints have them, and there is no {config_path}, or it is no "
-                    f"JSON object; {CONFIG_HINT}")
+        settings = read_json(config_path)
+    except UserError as error:
+        raise UserError(f"{path} has no model_args, as nanoGPT's checkpoints have them, and there is no {config_path}, or it "
+                        f"is no JSON object; {CONFIG_HINT}") from error
+    return settings | {"model_type": settings.get("model_type") or "gpt2"}
 
 
 def hugging_face_tensors(path: Path, settings: dict, stored: dict) -> dict:
