@@ -1,7 +1,7 @@
 """Generate text with GPT-2 on the CPU: `python generate_gpt2.py --model MODEL --prompt TEXT`. --help lists all options.
 
-Read it from the top: int8 weights; the decoder, whose flat forward pass is train_gpt2.py's with a KV cache; the sampling loop;
-from tokens to text; and the command line. Results go to standard output; notes and speed go to standard error.
+Read it from the top: compact weights; the decoder, whose flat forward pass is train_gpt2.py's with a KV cache; the sampling
+loop; from tokens to text; and the command line. Results go to standard output; notes and speed go to standard error.
 """
 import contextlib
 import io
@@ -10,10 +10,9 @@ import sys
 import time
 from argparse import ArgumentTypeError
 from collections import namedtuple
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
+from math import prod
 from types import SimpleNamespace
-from typing import NamedTuple
 
 from cli import OneLineParser, UserError, bounded, run_program, utf8      # first: from here on, Ctrl-C is one line
 
@@ -22,9 +21,9 @@ import numpy as np
 import kernels_cpu as kernels
 from dataloader import TokenFile, is_token_file
 from files import cache_lifetime, open_file
-from gpt2 import Config, Tensors, ceil_div, chunks, parameter_shapes
+from gpt2 import Config, Tensors, chunks, parameter_shapes
 from machine import check_memory, main_memory
-from matmul_cpu import QUANT_GROUP, in_large_pages
+from matmul_cpu import HAS_BFLOAT16, QUANT_GROUP, WEIGHT_DTYPES, in_large_pages
 from model_files import find_model, load_model, load_model_tokenizer
 from sampling import sample
 from text_files import as_text, clean
@@ -37,50 +36,62 @@ DAMAGED_WEIGHTS_HINT = "the model's weights are damaged, or it diverged in train
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Weights in float32 or int8
+# Compact weights: bfloat16, or integers of 8 or 4 bits (GGUF's Q8_0 and Q4_0). matmul_cpu.WEIGHT_DTYPES has the array types.
 
-class Int8Weight(NamedTuple):
-    """A weight (OC, C) as int8 numbers (OC, C) with float32 scales (OC, groups), see kernels_cpu.quantize."""
-    numbers: np.ndarray
-    scales: np.ndarray
-
-
-def quantize(config: Config, params: Tensors) -> SimpleNamespace:
-    """A copy of the parameters with wte and the weights of all linear layers as Int8Weight.
-
-    These take a quarter of the memory, plus a sixteenth of that for the scales.
-    """
-    weights = {name: getattr(params, name) for name in LINEAR_WEIGHTS} | {"wte": params.wte[None, :config.vocab_size]}
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    groups = {name: (L, OC, ceil_div(C, QUANT_GROUP)) for name, (L, OC, C) in shapes.items()}
-    numbers, scales = Tensors(shapes, partial(in_large_pages, dtype=np.int8)), Tensors(groups, in_large_pages)
-    rounded = {name: [Int8Weight(*parts) for parts in zip(getattr(numbers, name), getattr(scales, name))] for name in weights}
-    for name, tensor in weights.items():
-        for weight, matrix in zip(rounded[name], tensor):
-            kernels.quantize(*weight, matrix)
-    others = {name: tensor.copy() for name, tensor in params.items() if name not in weights}
-    return SimpleNamespace(**others | rounded | {"wte": rounded["wte"][0]})
-
-
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 LINEAR_WEIGHTS = ("qkvw", "attprojw", "fcw", "fcprojw")
+
+
+def round_weights(config: Config, params: Tensors | SimpleNamespace, kind: str) -> SimpleNamespace:
+    """A copy of the parameters with wte and the weights of all linear layers rounded to a key of BITS, if they are float32.
+
+    8 and 4 bits need rows of a multiple of QUANT_GROUP numbers: other weights stay as they are.
+    """
+    rounded = {}
+    for name in LINEAR_WEIGHTS:
+        rounded[name] = [rounded_weight(weight, kind) for weight in getattr(params, name)]
+    others = {name: np.copy(getattr(params, name)) for name in parameter_shapes(config) if name not in (*rounded, "wte")}
+    return SimpleNamespace(**others, **rounded, wte=rounded_weight(params.wte[:config.vocab_size], kind))
+
+
+def rounded_weight(weight, kind):
+    """A float32 weight (OC, C) rounded to `kind`, an array that its kernels read."""
+    OC, C = weight.shape
+    if weight.dtype != np.float32 or BITS[kind] < 16 and C % QUANT_GROUP:
+        return np.copy(weight) if weight.dtype == np.float32 else weight
+    out = in_large_pages((OC, row_length(C, kind)), WEIGHT_DTYPES[kind])
+    if kind == "bfloat16":
+        kernels.round_to_bfloat16(out, weight)
+    else:
+        kernels.quantize(out, weight, BITS[kind])
+    return out
+
+
+def weight_kinds(params: Tensors | SimpleNamespace) -> set:
+    """The kinds, keys of BITS, of the weights of all linear layers and of wte."""
+    weights = [params.wte, *(weight for name in LINEAR_WEIGHTS for weight in getattr(params, name))]
+    return {kind for kind, dtype in WEIGHT_DTYPES.items() if any(weight.dtype == dtype for weight in weights)}
+
+
+def row_length(C, kind):
+    """Elements of an array that hold a row of C numbers."""
+    return C if BITS[kind] >= 16 else C // QUANT_GROUP * (2 + QUANT_GROUP * BITS[kind] // 8)
 
 
 def encoder_forward(out, tokens, wte, wpe):
     """out (N, C) = wte[token] + wpe[position] for tokens (B, T), N = B*T."""
-    if isinstance(wte, Int8Weight):
-        kernels.encoder_int8_forward(out, tokens, *wte, wpe)
-    else:
-        kernels.encoder_forward(out, tokens, wte, wpe)
+    kernel = kernels.encoder_forward if wte.dtype == np.float32 else kernels.encoder_compact_forward
+    kernel(out, tokens, wte, wpe)
 
 
 def linear_forward(out, inp, weight, bias, workspace):
     """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), with the fastest kernel for N and the type of the weight."""
-    if isinstance(weight, Int8Weight):
-        product = kernels.matvec_int8_forward if len(inp) <= MEMORY_BOUND_ROWS else kernels.matmul_int8_forward
-        product(out, inp, *weight, bias, workspace)
+    if len(inp) <= MEMORY_BOUND_ROWS:
+        kernels.matvec_forward(out, inp, weight, bias, workspace)
+    elif weight.dtype == np.float32:
+        kernels.matmul_forward(out, inp, weight, bias, workspace)
     else:
-        product = kernels.matvec_forward if len(inp) <= MEMORY_BOUND_ROWS else kernels.matmul_forward
-        product(out, inp, weight, bias, workspace)
+        kernels.matmul_compact_forward(out, inp, weight, bias, workspace)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,14 +100,16 @@ def linear_forward(out, inp, weight, bias, workspace):
 class Decoder:
     """GPT-2 with a KV cache, for a batch of B texts.
 
-    params: gpt2.Tensors, or what `quantize` returns
+    params: gpt2.Tensors, or what `round_weights` returns
+    dtype: of the factors in the matrix products of a prompt, float32 or bfloat16
     keys, values: the cache, (L, B, NH, maxT, HS) each
     start: index in the texts of the first token in the cache
     length: number of tokens of each text in the cache, at most config.max_seq_len
     """
 
-    def __init__(self, config: Config, params: Tensors | SimpleNamespace, num_texts: int, threads: int):
-        self.config, self.params, self.workspace = config, params, kernels.make_workspace(threads)
+    def __init__(self, config: Config, params: Tensors | SimpleNamespace, num_texts: int, threads: int,
+                 dtype: str = "float32"):
+        self.config, self.params, self.workspace = config, params, kernels.make_workspace(threads, dtype)
         cache = (config.num_layers, num_texts, config.num_heads, config.max_seq_len, config.channels // config.num_heads)
         self.keys, self.values = np.zeros(cache, dtype=np.float32), np.zeros(cache, dtype=np.float32)
         self.start = self.length = 0
@@ -129,7 +142,7 @@ class Decoder:
         for l in range(self.config.num_layers):
             layernorm_forward(acts.ln, acts.mean, acts.rstd, residual, params.ln1w[l], params.ln1b[l])           # (N, C)
             linear_forward(acts.qkv, acts.ln, params.qkvw[l], params.qkvb[l], workspace)                         # (N, 3C)
-            attention_forward(acts.att, self.keys[l, :B], self.values[l, :B], acts.qkv, position)                # (N, C)
+            attention_forward(acts.att, self.keys[l, :B], self.values[l, :B], acts.qkv, position, workspace)     # (N, C)
             linear_forward(acts.proj, acts.att, params.attprojw[l], params.attprojb[l], workspace)               # (N, C)
             residual_forward(residual, residual, acts.proj)                                                      # (N, C)
             layernorm_forward(acts.ln, acts.mean, acts.rstd, residual, params.ln2w[l], params.ln2b[l])           # (N, C)
@@ -144,9 +157,7 @@ class Decoder:
     def logits(self, rows: np.ndarray) -> np.ndarray:
         """The logits (n, V) of the next tokens, from rows (n, C) of what `forward` returned."""
         logits = np.empty((len(rows), self.config.vocab_size), dtype=np.float32)
-        wte = self.params.wte
-        weight = wte if isinstance(wte, Int8Weight) else wte[:self.config.vocab_size]
-        linear_forward(logits, rows, weight, kernels.NO_BIAS, self.workspace)
+        linear_forward(logits, rows, self.params.wte[:self.config.vocab_size], kernels.NO_BIAS, self.workspace)
         return logits
 
     def losses(self, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -376,21 +387,43 @@ def parse_options(description: str, arguments: list | None = None, **own_flags):
     return namedtuple("Options", vars(options))(**vars(options))
 
 
-def compile_kernels(exact_gelu: bool = False) -> None:
-    """Compile the kernels into Numba's cache, unless those that a model with this activation needs are there."""
-    if not kernels.all_compiled(exact_gelu, decoding=True):
+def compile_kernels(exact_gelu: bool, kinds: set, dtype: str) -> None:
+    """Compile the kernels into Numba's cache, unless those that a model with this activation needs are there.
+
+    kinds: of its weights, keys of BITS
+    dtype: of the factors in matrix products, see Decoder
+    """
+    words = kernels.WORDS[dtype]
+
+    def is_compiled(kind):
+        dtypes = {"workspace": words, "weight": WEIGHT_DTYPES[kind], "wte": WEIGHT_DTYPES[kind]}
+        products = kernels.DECODING_FLOAT32 if kind == "float32" else kernels.DECODING_COMPACT
+        return kernels.all_compiled(products, exact_gelu, **dtypes)
+
+    if not (kernels.all_compiled(kernels.DECODING, exact_gelu, workspace=words) and all(map(is_compiled, kinds))):
         note(f"compiling the kernels, {cache_lifetime()}: about 10 seconds")
-        kernels.compile_in_processes("generate_gpt2", exact_gelu)
+        kernels.compile_in_processes("generate_gpt2", sorted(kinds), exact_gelu, dtype)
 
 
-def run_every_kernel(int8: bool, exact_gelu: bool = False) -> None:
-    """Read and score a text with the smallest model, so that Numba compiles every kernel it needs."""
-    config = Config(max_seq_len=2 * MEMORY_BOUND_ROWS, vocab_size=2, padded_vocab_size=2, num_layers=1, num_heads=1, channels=1,
-                    exact_gelu=exact_gelu)
+def run_every_kernel(prompt_first: bool, kinds: list, exact_gelu: bool, dtype: str) -> None:
+    """Read and score a text with the smallest model, so that Numba compiles every kernel it needs.
+
+    kinds: of its weights, keys of BITS
+    """
+    C, T = QUANT_GROUP, 2 * MEMORY_BOUND_ROWS
+    config = Config(T, vocab_size=2, padded_vocab_size=2, num_layers=1, num_heads=1, channels=C, exact_gelu=exact_gelu)
     params = Tensors(parameter_shapes(config))
-    decoder = Decoder(config, quantize(config, params) if int8 else params, num_texts=1, threads=1)
-    decoder.next_logits([[0]])
-    mean_loss(decoder, [0] * (2 * MEMORY_BOUND_ROWS + 1))
+    for kind in kinds:
+        weights = SimpleNamespace(**dict(params.items()))
+        for name in ("wte", *LINEAR_WEIGHTS):
+            *sizes, C = params.shapes[name]
+            setattr(weights, name, np.zeros((*sizes, row_length(C, kind)), WEIGHT_DTYPES[kind]))
+        decoder = Decoder(config, weights, num_texts=1, threads=1, dtype=dtype)
+        if prompt_first:
+            decoder.losses(decoder.forward(np.zeros((1, T), dtype=np.int32)), np.zeros(T, dtype=np.int32))
+            decoder.length = 0
+        decoder.next_logits([[0]])
+        mean_loss(decoder, [0] * (T + 1))
 
 
 def encode(tokenizer: Tokenizer, text: str, config: Config) -> list[int]:
@@ -500,10 +533,13 @@ def run(decoder: Decoder, tokenizer: Tokenizer, prompt: str, options) -> None:
     note(speed)
 
 
-def load(options) -> tuple[Config, Tensors, Tokenizer]:
-    """The model and its tokenizer. Raises UserError if there is none, unless the model is to score a file."""
+def load(options, as_stored: Iterable = ()) -> tuple[Config, Tensors | SimpleNamespace, Tokenizer]:
+    """The model and its tokenizer. Raises UserError if there is none, unless the model is to score a file.
+
+    as_stored: keys of BITS: weights of these kinds are not converted to float32, see load_model
+    """
     path = find_model(options.model)
-    config, params = load_model(path)
+    config, params = load_model(path, as_stored)
     tokenizer = load_model_tokenizer(path, config.vocab_size)
     if not options.perplexity:
         tokenizer.encode("text")
@@ -519,17 +555,28 @@ def check_cache_memory(config: Config, num_texts: int, more: int, memory: tuple 
 def main():
     options = parse_options(
         "Generate text with GPT-2 on the CPU.",
-        quantize=dict(choices=["int8"], help="store weights in 8 bits: a quarter of the size, and faster"),
+        quantize=dict(choices=["int8", "int4"], help="store weights in 8 or 4 bits, as GGUF's Q8_0 and Q4_0 do: smaller and "
+                      "faster, and less exact; those that a .gguf file holds in as few bits are used as they are"),
+        dtype=dict(choices=kernels.DTYPES, help="of weights that are not quantized, and of the factors in products of long "
+                   "prompts (default: float32; for prompts of quantized models bfloat16, where the processor multiplies it "
+                   "faster)"),
         threads=dict(type=bounded(int, 1), help="CPU threads (default: all usable cores)"))
     threads = kernels.use_threads(options.threads)
     prompt = read_prompt(options)
-    config, params, tokenizer = load(options)
-    compile_kernels(config.exact_gelu)
-    int8_bytes = 2 * params.size if options.quantize else 0
-    check_cache_memory(config, options.num_samples, int8_bytes, main_memory(), "this machine")
-    if options.quantize:
-        params = quantize(config, params)
-    run(Decoder(config, params, options.num_samples, threads), tokenizer, prompt, options)
+    kind = options.quantize or options.dtype or "float32"
+    config, params, tokenizer = load(options, as_stored=[compact for compact in ("bfloat16", "int8", "int4")
+                                                         if BITS[compact] <= BITS[kind]])
+    rounds = kind != "float32" and "float32" in weight_kinds(params)
+    num_params = sum(map(prod, parameter_shapes(config).values()))
+    check_cache_memory(config, options.num_samples, rounds * (BITS[kind] + 1) * num_params // 8, main_memory(), "this machine")
+    if rounds:
+        params = round_weights(config, params, kind)
+    kinds = weight_kinds(params)
+    dtype = options.dtype or ("bfloat16" if kinds != {"float32"} and HAS_BFLOAT16 else "float32")
+    if options.dtype == "bfloat16" and not HAS_BFLOAT16:
+        note(kernels.NO_BFLOAT16)
+    compile_kernels(config.exact_gelu, kinds, dtype)
+    run(Decoder(config, params, options.num_samples, threads, dtype), tokenizer, prompt, options)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import json
 import math
 import os
 from math import prod
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +24,7 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
 from cli import UserError, note, progress_bar
 from files import REPAIR_HINT, atomic_file, open_file, short_repr
-from gpt2 import Config, Tensors, ceil_div, chunks, parameter_shapes
+from gpt2 import MATRICES, Config, Tensors, ceil_div, chunks, parameter_shapes
 from hugging_face import join_names, make_config
 from machine import check_memory, main_memory
 from tokenizer import Tokenizer, merge_lines, tokenizer_from_files
@@ -59,6 +61,11 @@ NAMES = {
     "fcprojb": "blk.{layer}.ffn_down.bias",
     "lnfw": "output_norm.weight",
     "lnfb": "output_norm.bias",
+}
+STORED_KINDS = {    # kinds that kernels_cpu.py multiplies as they are -> kind in a file, dtype of the array
+    "bfloat16": (GGMLQuantizationType.BF16, np.uint16),
+    "int8": (GGMLQuantizationType.Q8_0, np.int8),
+    "int4": (GGMLQuantizationType.Q4_0, np.uint8),
 }
 CLASSIFIER = "output.weight"    # a second copy of wte that some files have
 
@@ -275,8 +282,11 @@ class Header:
         return StoredTensor(kind=self.number("<u4"), shape=tuple(reversed(dims)), offset=self.number("<u8"))
 
 
-def read_gguf(path: str | Path) -> tuple[Config, Tensors]:
+def read_gguf(path: str | Path, as_stored: Iterable = ()) -> tuple[Config, Tensors | SimpleNamespace]:
     """Read a GPT-2 from a GGUF file: its Config and its parameters, converted to float32, wte padded with zeros.
+
+    as_stored: keys of STORED_KINDS: matrices of these kinds are mapped into memory as they lie in the file. If there are any, a
+        SimpleNamespace of arrays is returned, or of a list of them with one for each layer. Its wte has no padding.
 
     Raises UserError if the file is damaged, or holds another model than a GPT-2.
     """
@@ -287,6 +297,9 @@ def read_gguf(path: str | Path) -> tuple[Config, Tensors]:
         check_tensors(path, config, tensors, file.seek(0, os.SEEK_END) - start)
         copies = sorted((tensors[name] for name in (NAMES["wte"], CLASSIFIER) if name in tensors), key=bits)
         tensors[NAMES["wte"]] = copies[-1]
+        kinds = {STORED_KINDS[name][0]: STORED_KINDS[name][1] for name in as_stored}
+        if len(copies) == 1 and any(tensors[name].kind in kinds for name, *_ in stored_tensors(config)):
+            return config, read_as_stored(file, path, start, config, tensors, kinds)
         shapes = parameter_shapes(config)
         check_memory(f"the model in {path}", 4 * sum(map(prod, shapes.values())), main_memory(), "this machine",
                      "choose a smaller model")
@@ -297,6 +310,29 @@ def read_gguf(path: str | Path) -> tuple[Config, Tensors]:
         if len(copies) == 2:
             check_copies(path, params.wte, copies, strips(file, path, start, copies[0]))
     return config, params
+
+
+def read_as_stored(file, path, start, config, tensors, kinds):
+    """The parameters of a model for `read_gguf`. kinds: kind in the file -> dtype of the array."""
+    converted = 4 * sum(prod(tensor.shape) for tensor in tensors.values() if tensor.kind not in kinds)
+    check_memory(f"the model in {path}", converted, main_memory(), "this machine", "choose a smaller model")
+    params = {}
+    for name, shape, ours, _ in stored_tensors(config):
+        tensor = tensors[name]
+        if tensor.kind in kinds and ours in MATRICES and ours != "wpe":
+            dtype = np.dtype(kinds[tensor.kind])
+            sizes = (shape[0], tensor.row_bytes // dtype.itemsize)
+            # Copy-on-write: the file never changes.
+            array = np.asarray(np.memmap(path, dtype, "c", start + tensor.offset, sizes))
+        else:
+            array = np.empty(shape, np.float32)
+            for rows, numbers in strips(file, path, start, tensor):
+                array.reshape(-1, shape[-1])[rows] = numbers
+        if "{layer}" in NAMES[ours]:
+            params.setdefault(ours, []).append(array)
+        else:
+            params[ours] = array
+    return SimpleNamespace(**params)
 
 
 def read_gguf_tokenizer(path: str | Path) -> Tokenizer:

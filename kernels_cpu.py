@@ -12,7 +12,7 @@ Contents
     Residual connection                 residual_forward
     Softmax and cross-entropy           fused_classifier
     Optimizer                           global_norm, adamw_update
-    Decoding                            the kernels for one token at a time, and int8 weights
+    Decoding                            the kernels for one token at a time; weights of 16, 8 or 4 bits
     Compiling                           threads, and Numba's cache
 
 How to read a kernel
@@ -49,12 +49,11 @@ from types import FunctionType
 
 import numpy as np
 from numba import config, njit, prange, set_num_threads
-from numba.core.dispatcher import Dispatcher
 
 from cli import UserError
 from machine import usable_cores
-from matmul_cpu import (BLOCK_COLUMNS, FASTMATH, QUANT_GROUP, SCRATCH, ceil_div, helper, in_large_pages, jit, multiply_few_rows,
-                        sgemm)
+from matmul_cpu import (BLOCK_COLUMNS, FASTMATH, QUANT_GROUP, SCRATCH, WORDS, bfloat16_bits, ceil_div, factors, helper,
+                        in_large_pages, jit, multiply_few_rows, round_group, sgemm, widen)
 
 kernel = jit(parallel=True, fastmath=FASTMATH)
 
@@ -252,9 +251,12 @@ def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
 # ----------------------------------------------------------------------------------------------------------------------
 # Matrix product: the linear layers, and the logits
 
-def make_workspace(threads):
-    """Scratch memory for matrix products, (threads, SCRATCH): a row for each thread."""
-    return in_large_pages((threads, SCRATCH))
+def make_workspace(threads, dtype="float32"):
+    """Scratch memory for matrix products, (threads, SCRATCH): a row for each thread.
+
+    It decides in which dtype, one of DTYPES, the kernels that get it multiply.
+    """
+    return in_large_pages((threads, SCRATCH), WORDS[dtype])
 
 
 @kernel
@@ -263,7 +265,7 @@ def matmul_forward(out, inp, weight, bias, workspace):
 
     Most of the time is spent here and in matmul_backward. Each thread owns a block of output columns, so each row of
     the weight is read once, by one thread. workspace is what `make_workspace` returns: a row of scratch memory for each
-    thread.
+    thread, which decides whether the factors are float32 or bfloat16.
 
     Backward needs inp and weight.
     Cost: 2*N*C*OC FLOPs, 4*(N*C + OC*C + N*OC) bytes: compute-bound. Derived in dev/derivations/matmul.md.
@@ -308,16 +310,16 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, workspace):
 def matvec_forward(out, inp, weight, bias, workspace):
     """matmul_forward for an inp (N, C) of few rows, where all the time goes into reading the weight (OC, C) once.
 
-    Each row of the weight is multiplied with all rows of inp while it is in cache, and nothing is copied. The bits of a row
-    of out do not depend on how many rows there are.
+    The weight may have any format of matmul_cpu.py. Each row of it is multiplied with all rows of inp while it is in cache,
+    and nothing is copied. The bits of a row of out do not depend on how many rows there are.
 
     Cost: 2*N*C*OC FLOPs, 4*(N*C + OC*C + N*OC) bytes: memory-bound. See dev/derivations/matmul.md.
     """
-    no_scales = np.empty((0, 0), dtype=np.float32)
+    rounded = factors(inp, weight)
     threads = len(workspace)
     for thread in prange(threads):
         start, stop = partition(thread, threads, len(weight))
-        multiply_few_rows(out[:, start:stop], inp, weight[start:stop], no_scales, bias[start:stop])
+        multiply_few_rows(out[:, start:stop], inp, rounded, weight[start:stop], bias[start:stop])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -330,13 +332,12 @@ def one_head(rows, b, T, h, HS):
 
 
 @helper
-def attend(out, lse, q, k, v, position):
+def attend(out, lse, q, k, v, position, scratch):
     """One head of attention_forward: out (T, HS) and lse (T) from q (T, HS), k and v (position + T, HS).
 
     The T queries are at positions `position` to position + T - 1.
     """
     T, HS = q.shape
-    scratch = np.empty(SCRATCH, dtype=np.float32)
     buffer = np.empty(min(QUERY_TILE, T) * len(k), dtype=np.float32)
     for start in range(0, T, QUERY_TILE):
         stop = min(start + QUERY_TILE, T)
@@ -351,7 +352,7 @@ def attend(out, lse, q, k, v, position):
 
 
 @kernel
-def attention_forward(out, lse, qkv):
+def attention_forward(out, lse, qkv, workspace):
     """out (N, C): at each position, the softmax-weighted mean of the values up to and including its own.
 
         score[i, j] = q[i] . k[j] / sqrt(HS)   for j <= i
@@ -369,14 +370,16 @@ def attention_forward(out, lse, qkv):
     """
     B, NH, T = lse.shape
     HS = out.shape[1] // NH
-    for head in prange(B * NH):
-        b, h = head // NH, head % NH
-        q, k, v = one_head(qkv, b, T, h, HS), one_head(qkv, b, T, NH + h, HS), one_head(qkv, b, T, 2 * NH + h, HS)
-        attend(one_head(out, b, T, h, HS), lse[b, h], q, k, v, 0)
+    threads = len(workspace)
+    for thread in prange(threads):
+        for head in range(thread, B * NH, threads):
+            b, h = head // NH, head % NH
+            q, k, v = one_head(qkv, b, T, h, HS), one_head(qkv, b, T, NH + h, HS), one_head(qkv, b, T, 2 * NH + h, HS)
+            attend(one_head(out, b, T, h, HS), lse[b, h], q, k, v, 0, workspace[thread])
 
 
 @kernel
-def attention_backward(dqkv, dout, out, lse, qkv):
+def attention_backward(dqkv, dout, out, lse, qkv, workspace):
     """dqkv (N, 3C) from dout (N, C), tile by tile, with p recomputed from lse.
 
     out = p @ v gives                        dv[j] = sum_i p[i, j] * dout[i]      dp[i, j] = dout[i] . v[j]
@@ -396,42 +399,44 @@ def attention_backward(dqkv, dout, out, lse, qkv):
     C = out.shape[1]
     HS = C // NH
     scale = 1.0 / np.sqrt(HS)
-    for head in prange(B * NH):
-        b, h = head // NH, head % NH
-        q, k, v = one_head(qkv, b, T, h, HS), one_head(qkv, b, T, NH + h, HS), one_head(qkv, b, T, 2 * NH + h, HS)
-        o = one_head(out, b, T, h, HS)
-        dq, dk, dv = one_head(dqkv, b, T, h, HS), one_head(dqkv, b, T, NH + h, HS), one_head(dqkv, b, T, 2 * NH + h, HS)
-        do = one_head(dout, b, T, h, HS)
-        scratch = np.empty(SCRATCH, dtype=np.float32)
-        buffer = np.empty(2 * min(QUERY_TILE, T) * T, dtype=np.float32)
-        tiles = ceil_div(T, QUERY_TILE)
-        for tile in range(tiles - 1, -1, -1):
-            start, stop = tile * QUERY_TILE, min((tile + 1) * QUERY_TILE, T)
-            size = (stop - start) * stop
-            p = buffer[:size].reshape(stop - start, stop)
-            dscore = buffer[size:2 * size].reshape(stop - start, stop)
-            sgemm(p, scale, q[start:stop], k[:stop].T, 0.0, scratch)
-            sgemm(dscore, 1.0, do[start:stop], v[:stop].T, 0.0, scratch)
-            for i in range(stop - start):
-                visible = start + i + 1
-                row_lse = lse[b, h, start + i]
-                delta = np.float32(0)
-                for c in range(HS):
-                    delta += do[start + i, c] * o[start + i, c]
-                row, drow = p[i, :visible], dscore[i, :visible]
-                for j in range(visible):
-                    row[j] = exp(row[j] - row_lse)
-                    drow[j] = row[j] * (drow[j] - delta)
-                p[i, visible:] = 0
-                dscore[i, visible:] = 0
-            beta = 0.0 if tile == tiles - 1 else 1.0
-            sgemm(dv[:stop], 1.0, p.T, do[start:stop], beta, scratch)
-            sgemm(dk[:stop], scale, dscore.T, q[start:stop], beta, scratch)
-            sgemm(dq[start:stop], scale, dscore, k[:stop], 0.0, scratch)
+    threads = len(workspace)
+    for thread in prange(threads):
+        scratch = workspace[thread]
+        for head in range(thread, B * NH, threads):
+            b, h = head // NH, head % NH
+            q, k, v = one_head(qkv, b, T, h, HS), one_head(qkv, b, T, NH + h, HS), one_head(qkv, b, T, 2 * NH + h, HS)
+            o = one_head(out, b, T, h, HS)
+            dq, dk, dv = one_head(dqkv, b, T, h, HS), one_head(dqkv, b, T, NH + h, HS), one_head(dqkv, b, T, 2 * NH + h, HS)
+            do = one_head(dout, b, T, h, HS)
+            buffer = np.empty(2 * min(QUERY_TILE, T) * T, dtype=np.float32)
+            tiles = ceil_div(T, QUERY_TILE)
+            for tile in range(tiles - 1, -1, -1):
+                start, stop = tile * QUERY_TILE, min((tile + 1) * QUERY_TILE, T)
+                size = (stop - start) * stop
+                p = buffer[:size].reshape(stop - start, stop)
+                dscore = buffer[size:2 * size].reshape(stop - start, stop)
+                sgemm(p, scale, q[start:stop], k[:stop].T, 0.0, scratch)
+                sgemm(dscore, 1.0, do[start:stop], v[:stop].T, 0.0, scratch)
+                for i in range(stop - start):
+                    visible = start + i + 1
+                    row_lse = lse[b, h, start + i]
+                    delta = np.float32(0)
+                    for c in range(HS):
+                        delta += do[start + i, c] * o[start + i, c]
+                    row, drow = p[i, :visible], dscore[i, :visible]
+                    for j in range(visible):
+                        row[j] = exp(row[j] - row_lse)
+                        drow[j] = row[j] * (drow[j] - delta)
+                    p[i, visible:] = 0
+                    dscore[i, visible:] = 0
+                beta = 0.0 if tile == tiles - 1 else 1.0
+                sgemm(dv[:stop], 1.0, p.T, do[start:stop], beta, scratch)
+                sgemm(dk[:stop], scale, dscore.T, q[start:stop], beta, scratch)
+                sgemm(dq[start:stop], scale, dscore, k[:stop], 0.0, scratch)
 
 
 @kernel
-def attention_cached_forward(out, keys, values, qkv, position):
+def attention_cached_forward(out, keys, values, qkv, position, workspace):
     """attention_forward for T tokens that follow `position` others, with a KV cache.
 
     keys and values (B, NH, maxT, HS) are the cache, filled up to `position`; those of the T tokens in qkv (B*T, 3C) are
@@ -444,27 +449,30 @@ def attention_cached_forward(out, keys, values, qkv, position):
     B, NH, _, HS = keys.shape
     T = out.shape[0] // B
     scale = np.float32(1 / np.sqrt(HS))
-    for head in prange(B * NH):
-        b, h = head // NH, head % NH
-        k, v = keys[b, h, :position + T], values[b, h, :position + T]
-        k[position:] = one_head(qkv, b, T, NH + h, HS)
-        v[position:] = one_head(qkv, b, T, 2 * NH + h, HS)
-        if T > 1:
-            attend(one_head(out, b, T, h, HS), np.empty(T, dtype=np.float32), one_head(qkv, b, T, h, HS), k, v, position)
-        else:
-            p = np.empty(position + 1, dtype=np.float32)
-            query, average = qkv[b, h * HS:(h + 1) * HS], out[b, h * HS:(h + 1) * HS]    # contiguous
-            for j in range(position + 1):
-                key, score = k[j], np.float32(0)
-                for c in range(HS):
-                    score += query[c] * key[c]
-                p[j] = scale * score
-            softmax(p)
-            average[:] = 0
-            for j in range(position + 1):
-                value, weight = v[j], p[j]
-                for c in range(HS):
-                    average[c] += weight * value[c]
+    threads = len(workspace)
+    for thread in prange(threads):
+        for head in range(thread, B * NH, threads):
+            b, h = head // NH, head % NH
+            k, v = keys[b, h, :position + T], values[b, h, :position + T]
+            k[position:] = one_head(qkv, b, T, NH + h, HS)
+            v[position:] = one_head(qkv, b, T, 2 * NH + h, HS)
+            if T > 1:
+                lse = np.empty(T, dtype=np.float32)
+                attend(one_head(out, b, T, h, HS), lse, one_head(qkv, b, T, h, HS), k, v, position, workspace[thread])
+            else:
+                p = np.empty(position + 1, dtype=np.float32)
+                query, average = qkv[b, h * HS:(h + 1) * HS], out[b, h * HS:(h + 1) * HS]    # contiguous
+                for j in range(position + 1):
+                    key, score = k[j], np.float32(0)
+                    for c in range(HS):
+                        score += query[c] * key[c]
+                    p[j] = scale * score
+                softmax(p)
+                average[:] = 0
+                for j in range(position + 1):
+                    value, weight = v[j], p[j]
+                    for c in range(HS):
+                        average[c] += weight * value[c]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -683,81 +691,38 @@ residual_forward_on_one_thread = on_one_thread(residual_forward)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Decoding with int8 weights: decoding is limited by reading the weights
-#
-# QUANT_GROUP consecutive numbers of a row share a scale: weight[o, c] is about numbers[o, c] * scales[o, c // QUANT_GROUP],
-# with numbers from -127 to 127. The last group of a row may be shorter. Activations stay float32.
+# Decoding with weights of 16, 8 or 4 bits: decoding is limited by reading the weights. matmul_cpu.py has the formats.
 
 @kernel
-def quantize(numbers, scales, weight):
-    """numbers (OC, C), int8, and scales (OC, groups) from weight (OC, C). It runs once, when a model is loaded.
-
-    See dev/derivations/matmul.md.
-    """
-    for o in prange(weight.shape[0]):
-        for g in range(scales.shape[1]):
-            group = slice(g * QUANT_GROUP, (g + 1) * QUANT_GROUP)
-            scales[o, g] = quantize_group(numbers[o, group], weight[o, group])
-
-
-@helper
-def quantize_group(numbers, weight):
-    """Quantize up to QUANT_GROUP weights: the largest magnitude becomes 127 or -127. Returns their scale.
-
-    The maximum is taken on the bits: without the sign bit, floats sort like integers with the same bits, and integer
-    comparisons vectorize. Infinity and NaN sort above all numbers; they make the scale NaN, and everything computed from it.
-    """
-    bits = weight.view(np.int32)
-    largest_bits = np.int32(0)
-    for i in range(bits.size):
-        largest_bits = np.int32(max(largest_bits, bits[i] & np.int32(0x7fffffff)))
-    largest = np.int32(largest_bits).view(np.float32)
-    if largest_bits >= np.int32(0x7f800000) or largest < np.float32(1e-36):    # 127 / 1e-36 is still a float
-        numbers[:] = 0
-        return largest * np.float32(0)
-    to_127 = np.float32(127) / largest
-    for i in range(weight.size):
-        numbers[i] = np.int8(np.floor(weight[i] * to_127 + np.float32(0.5)))
-    return largest / np.float32(127)
-
-
-@helper
-def dequantize_row(out, numbers, scales):
-    """out (C) = numbers * scales, one row of a weight."""
-    for g in range(scales.size):
-        part, whole = out[g * QUANT_GROUP:(g + 1) * QUANT_GROUP], numbers[g * QUANT_GROUP:(g + 1) * QUANT_GROUP]
-        for i in range(part.size):
-            part[i] = scales[g] * np.float32(whole[i])
+def quantize(out, weight, bits):
+    """out (OC, bytes) = weight (OC, C) in GGUF's Q8_0 or Q4_0, C a multiple of QUANT_GROUP. See dev/derivations/matmul.md."""
+    for o in prange(len(weight)):
+        block_bytes = 2 + QUANT_GROUP * bits // 8
+        for g in range(weight.shape[1] // QUANT_GROUP):
+            round_group(out[o, g * block_bytes:(g + 1) * block_bytes], weight[o, g * QUANT_GROUP:(g + 1) * QUANT_GROUP], bits)
 
 
 @kernel
-def encoder_int8_forward(out, tokens, numbers, scales, wpe):
-    """encoder_forward with a wte in int8, numbers (Vp, C) and scales (Vp, groups). See dev/derivations/encoder.md."""
+def round_to_bfloat16(out, weight):
+    """out (OC, C), uint16 = weight (OC, C) in bfloat16. See dev/derivations/mixed_precision.md."""
+    for o in prange(len(weight)):
+        for c in range(weight.shape[1]):
+            out[o, c] = bfloat16_bits(weight[o, c])
+
+
+@kernel
+def encoder_compact_forward(out, tokens, wte, wpe):
+    """encoder_forward with a wte of any format. See dev/derivations/encoder.md."""
     B, T = tokens.shape
     for n in prange(B * T):
         b, t = n // T, n % T
-        dequantize_row(out[n], numbers[tokens[b, t]], scales[tokens[b, t]])
+        widen(out[n], wte[tokens[b, t]])
         add_to(out[n], wpe[t])
 
 
 @kernel
-def matvec_int8_forward(out, inp, numbers, scales, bias, workspace):
-    """matvec_forward with a weight in int8, numbers (OC, C) and scales (OC, groups).
-
-    Cost: 2*N*C*OC FLOPs, 17/16*OC*C + 4*(N*C + N*OC) bytes: memory-bound. See dev/derivations/matmul.md.
-    """
-    threads = len(workspace)
-    for thread in prange(threads):
-        start, stop = partition(thread, threads, len(numbers))
-        multiply_few_rows(out[:, start:stop], inp, numbers[start:stop], scales[start:stop], bias[start:stop])
-
-
-@kernel
-def matmul_int8_forward(out, inp, numbers, scales, bias, workspace):
-    """matmul_forward with a weight in int8, numbers (OC, C) and scales (OC, groups).
-
-    Each thread dequantizes some rows at a time. See dev/derivations/matmul.md.
-    """
+def matmul_compact_forward(out, inp, weight, bias, workspace):
+    """matmul_forward with a weight of any format. Each thread widens some rows at a time. See dev/derivations/matmul.md."""
     N, OC = out.shape
     C = inp.shape[1]
     threads = len(workspace)
@@ -766,24 +731,28 @@ def matmul_int8_forward(out, inp, numbers, scales, bias, workspace):
         buffer = np.empty((min(BLOCK_COLUMNS, stop - start), C), dtype=np.float32)
         for first in range(start, stop, BLOCK_COLUMNS):
             last = min(first + BLOCK_COLUMNS, stop)
-            weight = buffer[:last - first]
+            wide = buffer[:last - first]
             for o in range(first, last):
-                dequantize_row(weight[o - first], numbers[o], scales[o])
+                widen(wide[o - first], weight[o])
             if bias.size > 0:
                 for n in range(N):
                     out[n, first:last] = bias[first:last]
-            sgemm(out[:, first:last], 1.0, inp, weight.T, 1.0 if bias.size > 0 else 0.0, workspace[thread])
+            sgemm(out[:, first:last], 1.0, inp, wide.T, 1.0 if bias.size > 0 else 0.0, workspace[thread])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Compiling
 
-# The kernels that only decoding needs, those it shares with training, and those of either activation.
-DECODING = (quantize, encoder_int8_forward, matvec_forward, matvec_int8_forward, matmul_int8_forward, attention_cached_forward,
-            layernorm_forward_on_one_thread, gelu_forward_on_one_thread, gelu_exact_forward_on_one_thread,
-            residual_forward_on_one_thread)
-SHARED = (encoder_forward, layernorm_forward, matmul_forward, gelu_forward, gelu_exact_forward, residual_forward,
-          fused_classifier)
+DTYPES = tuple(WORDS)       # of matrix products
+NO_BFLOAT16 = "this processor does not multiply bfloat16: --dtype bfloat16 saves memory for weights, if any, but no time"
+TRAINING = (encoder_forward, encoder_backward, layernorm_forward, layernorm_backward, matmul_forward, matmul_backward,
+            attention_forward, attention_backward, gelu_forward, gelu_backward, gelu_exact_forward, gelu_exact_backward,
+            residual_forward, fused_classifier, global_norm, adamw_update)
+DECODING = (layernorm_forward, layernorm_forward_on_one_thread, attention_cached_forward, gelu_forward,
+            gelu_forward_on_one_thread, gelu_exact_forward, gelu_exact_forward_on_one_thread, residual_forward,
+            residual_forward_on_one_thread, fused_classifier)
+DECODING_FLOAT32 = (encoder_forward, matvec_forward, matmul_forward)                        # besides, for weights in float32
+DECODING_COMPACT = (encoder_compact_forward, matvec_forward, matmul_compact_forward)        # and in other formats
 TANH_GELU = (gelu_forward, gelu_backward, gelu_forward_on_one_thread)
 EXACT_GELU = (gelu_exact_forward, gelu_exact_backward, gelu_exact_forward_on_one_thread)
 
@@ -801,20 +770,19 @@ def use_threads(threads, processes=1):
     return threads
 
 
-def all_compiled(exact_gelu, decoding=False):
-    """Whether Numba's cache holds every kernel of training, or of decoding, as it is written now and for this processor.
+def all_compiled(kernels, exact_gelu, **dtypes):
+    """Whether Numba's cache holds these kernels as they are written now and for this processor.
 
     Those of the activation that the model does not have are not needed.
+    dtypes: parameter -> dtype of its arrays, for those that can have several
     """
     unused = TANH_GELU if exact_gelu else EXACT_GELU
-    kernels = DECODING + SHARED if decoding else [
-        value for value in globals().values()
-        if isinstance(value, Dispatcher) and value.targetoptions.get("parallel") and value not in DECODING]
-    return all(kernel._cache.is_intact(kernel.targetctx.codegen().magic_tuple()) for kernel in kernels if kernel not in unused)
+    return all(kernel._cache.is_intact(kernel.targetctx.codegen().magic_tuple(), dtypes)
+               for kernel in kernels if kernel not in unused)
 
 
-def compile_in_processes(program, exact_gelu):
-    """Fill Numba's cache by calling a program's run_every_kernel(False, exact_gelu) and (True, exact_gelu) in two processes.
+def compile_in_processes(program, *arguments):
+    """Fill Numba's cache by calling a program's run_every_kernel(False, *arguments) and (True, *arguments) in two processes.
 
     A parallel kernel that was just compiled may add in another order than the same kernel loaded from the cache. No run
     computes with kernels that it compiled itself, so the first run gives the same bits as every later one. The two processes
@@ -822,7 +790,7 @@ def compile_in_processes(program, exact_gelu):
     hidden, but recur in this run.
     """
     run = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {program}; {program}.run_every_kernel"
-    compilers = [subprocess.Popen([sys.executable, "-c", f"{run}({argument}, {exact_gelu})"], stderr=subprocess.DEVNULL)
-                 for argument in (False, True)]
+    compilers = [subprocess.Popen([sys.executable, "-c", f"{run}{(first, *arguments)!r}"], stderr=subprocess.DEVNULL)
+                 for first in (False, True)]
     for compiler in compilers:
         compiler.wait()

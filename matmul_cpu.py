@@ -4,9 +4,12 @@ kernels_cpu.py calls `sgemm` and `multiply_few_rows`. Everything runs on one thr
 of the result. dev/derivations/matmul.md has the arithmetic; this file is about keeping the processor busy with it.
 """
 import contextlib
+import ctypes
 import hashlib
 import os
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 # Busy-wait iterations of idle OpenMP threads. GNU's default, milliseconds long, makes a step four times slower as soon as
 # another program wants the same cores. This value costs nothing where none does.
@@ -17,8 +20,10 @@ import numpy as np
 from llvmlite import ir
 from numba import config, njit, types
 from numba.core.caching import FunctionCache
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
+from numba.np.numpy_support import from_dtype
 
+from cli import UserError
 from files import cache_folder, delete_unused
 
 
@@ -41,6 +46,50 @@ def use_kernel_cache():
 
 
 use_kernel_cache()
+
+# Which instructions to use. The environment variable GPT2_CPU names a lesser processor than this one: then its instructions are
+# used, here and by Numba, so that one machine can test several paths.
+LACKING = {"amx": (), "avx512_bf16": ("amx",), "avx512": ("amx", "avx512bf16"), "avx2": ("amx", "avx512")}
+AMX_TILES = 18      # number of the state component that Linux lends on request
+
+
+def processor_features():
+    """LLVM's names of this processor's features that are used."""
+    features = llvm.get_host_cpu_features()
+    level = os.environ.get("GPT2_CPU", "amx")
+    if level not in LACKING:
+        raise UserError(f"the environment variable GPT2_CPU is {level!r}, expected one of {', '.join(LACKING)}", status=2)
+    lacking = LACKING[level]
+    if features.get("amx-bf16") and not (level == "amx" and linux_lends_tiles()):
+        lacking += "amx",
+    for name in features:
+        features[name] = features[name] and not name.startswith(lacking)
+    config.CPU_FEATURES = features.flatten()    # Numba's, also part of the key of its cache
+    return {name for name, present in features.items() if present}
+
+
+def linux_lends_tiles():
+    """Ask Linux for AMX's tile registers. Threads that start later have them, too."""
+    if sys.platform != "linux":
+        return False
+    arch_prctl, request_permission = 158, 0x1023
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, AMX_TILES) == 0
+
+
+FEATURES = processor_features()
+HAS_AMX = {"amx-tile", "amx-bf16"} <= FEATURES
+HAS_BFLOAT16 = {"avx512f", "avx512bf16"} <= FEATURES
+
+
+def instructions(dtype):
+    """Which instructions multiply numbers of this dtype, float32 or bfloat16."""
+    if dtype == "bfloat16" and HAS_BFLOAT16:
+        return "AMX" if HAS_AMX else "AVX512-BF16"
+    simd = next((name for feature, name in SIMD.items() if feature in FEATURES), "the processor's")
+    return f"{simd} in float32" if dtype == "bfloat16" else simd
+
+
+SIMD = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sse2": "SSE2", "neon": "NEON"}
 
 # Sums may be reordered and products fused into sums: without that a sum does not vectorize. Unlike `fastmath=True`, this set
 # does not assume that there are no NaNs: a NaN must come out wherever it went in.
@@ -69,13 +118,18 @@ class KernelCache(FunctionCache):
         with contextlib.suppress(OSError):
             super().save_overload(signature, compiled)
 
-    def is_intact(self, target):
+    def is_intact(self, target, dtypes):
         """Whether a function for this target, a codegen's magic_tuple, is there and can be read.
+
+        dtypes: parameter -> dtype of its arrays, for those that can have several
 
         Numba has no public way to ask. An index reads as empty if another version of Numba wrote it.
         """
+        parameters = self._py_func.__code__.co_varnames
         try:
-            files = [name for (_, found, *_), name in self._cache_file._load_index().items() if found == target]
+            files = [name for (signature, found, *_), name in self._cache_file._load_index().items()
+                     if found == target and all(kind.dtype == from_dtype(np.dtype(dtypes[parameter]))
+                                                for parameter, kind in zip(parameters, signature) if parameter in dtypes)]
             return bool(files) and all(map(self._cache_file._load_data, files))
         except Exception:
             return False
@@ -92,34 +146,52 @@ def jit(**options):
 
 helper = jit(fastmath=FASTMATH)
 
-QUANT_GROUP = 64        # numbers of an int8 weight that share a scale
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The matrix product on one thread
 #
-# A number that was loaded should be multiplied many times while it is in a register. So c is computed in tiles of TILE_ROWS
-# rows of TILE_VECTORS vectors, which stay in registers while they are summed: each step loads one row of b, and multiplies it
-# by one number of a for every row of the tile. Beforehand b is packed, block by block: copied into the order in which it will
-# be read. A block stays in the second-level cache while all of a passes by (Goto and van de Geijn 2008).
+# A number that was loaded should be multiplied many times while it is in a register. So c is computed in tiles of some rows
+# and some vectors, which stay in registers while they are summed: each step loads one row of b, and multiplies it by one
+# number of a for every row of the tile. Beforehand b is packed, block by block: copied into the order in which it will be
+# read. A block stays in the second-level cache while all of a passes by (Goto and van de Geijn 2008).
+#
+# The scratch memory that a product is given decides its format. Words of float32 are the numbers themselves. Words of uint32
+# are pairs of bfloat16, neighbors along k: packing rounds to bfloat16 while it copies, and a is packed, too. Sums, and c, are
+# float32 in either format. See dev/derivations/mixed_precision.md.
 #
 # Numba has no vector type. The functions that need one emit LLVM instructions. They take addresses as integers, and the
 # distance from one row to the next in bytes.
 
-FEATURES = llvm.get_host_cpu_features()
-LANES = 16 if FEATURES.get("avx512f") else 8 if FEATURES.get("avx") else 4     # numbers in a vector
-TILE_ROWS = 4 if FEATURES.get("sse2") and not FEATURES.get("avx512f") else 8   # as many as 16 or 32 vector registers hold
-TILE_VECTORS = 3
-TILE_COLUMNS = TILE_VECTORS * LANES
-BLOCK_DEPTH, BLOCK_COLUMNS = 768, 384     # of b: 1.2 MB
+LANES = 16 if "avx512f" in FEATURES else 8 if "avx" in FEATURES else 4     # words in a vector
+BLOCK_DEPTH, BLOCK_COLUMNS = 768, 384     # of b: 1.2 MB of float32
+BLOCK_ROWS = 1024                         # of a, where it is packed
 LARGE_PAGE = 2 ** 21                      # bytes
-SCRATCH = LARGE_PAGE // 4                 # float32 numbers of scratch memory per thread, for a packed block
-BLOCK_ROWS = 1024                         # of a, where it has to be transposed
+WORDS = {"float32": np.float32, "bfloat16": np.uint32}      # of scratch memory, for the dtypes of products
+SCRATCH = 3 * LARGE_PAGE // 4             # words of scratch memory per thread, for a block of b and one of a
 PREFETCH_AHEAD = 7680                     # bytes: the hardware prefetcher stops at the end of a 4096-byte page
 
-FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+
+class Tile(NamedTuple):
+    """A tile of c, (rows, vectors * LANES), is computed at a time, in steps of `depth` words along k."""
+    numbers: int    # in a word
+    rows: int
+    vectors: int
+    depth: int = 1
+
+
+ROWS = 4 if "sse2" in FEATURES and "avx512f" not in FEATURES else 8     # as many as 16 or 32 vector registers hold
+FLOAT32_TILE = Tile(numbers=1, rows=ROWS, vectors=3)
+BFLOAT16_TILE = Tile(numbers=2, rows=2 * 16, vectors=2, depth=16) if HAS_AMX else Tile(numbers=2, rows=ROWS, vectors=3)
+
+FLOAT, INT16, INT32, INT64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 ZERO = INT64(0)
-VECTOR = ir.VectorType(FLOAT, LANES)
+VECTOR, INTEGERS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES)
+FUSED = ("contract",)       # a product and a sum may become one instruction
+
+
+def tile_of(scratch):
+    """The Tile for a Numba array type of scratch memory."""
+    return FLOAT32_TILE if scratch.dtype == types.float32 else BFLOAT16_TILE
 
 
 def pointer(build, address, row=0, row_bytes=ZERO, number=ZERO):
@@ -139,7 +211,7 @@ def store(build, vector, place):
 
 def shuffle(build, first, second, lanes):
     """The vector of the given lanes: 0 to LANES - 1 are those of first, LANES and up those of second."""
-    return build.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT32, LANES), list(lanes)))
+    return build.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes)))
 
 
 def splat(build, number):
@@ -154,6 +226,14 @@ def clamped_row_indices(build, rows, count):
     return [build.select(build.icmp_signed("<", last, INT64(r)), last, INT64(r)) for r in range(count)]
 
 
+def call(build, name, result, arguments):
+    """Call one of LLVM's intrinsics."""
+    kinds = [argument.type for argument in arguments]
+    module = build.module
+    function = module.globals.get(name) or ir.Function(module, ir.FunctionType(result, kinds), name)
+    return build.call(function, arguments)
+
+
 def prefetch(build, place, level=1):
     """Prefetch the cache line at place into the first- or second-level cache."""
     byte = ir.IntType(8).as_pointer()
@@ -162,52 +242,152 @@ def prefetch(build, place, level=1):
     build.call(function, [build.bitcast(place, byte), for_reading, kept_near, data])
 
 
-@intrinsic
-def multiply_tile(typing, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
-    """c (TILE_ROWS, vectors * LANES) = alpha * a (rows, depth) @ b (depth, vectors * LANES) + beta * c.
+# ----------------------------------------------------------------------------------------------------------------------
+# Words of two bfloat16: the upper halves of two float32, rounded to nearest, ties to even
 
-    b is packed: its rows follow one another. If a has fewer than TILE_ROWS rows, its last row is used for the missing ones.
-    """
+class BFloat16Type(ir.Type):
+    """LLVM's bfloat, which llvmlite lacks."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, BFloat16Type)
+
+    def __hash__(self):
+        return hash(BFloat16Type)
+
+
+PAIRS = ir.VectorType(BFloat16Type(), 2 * LANES)
+
+
+def halves(build, words):
+    """The first and the second numbers of a vector of words, as float32."""
+    bits = build.bitcast(words, INTEGERS)
+    first = build.shl(bits, INTEGERS([16] * LANES))
+    second = build.and_(bits, INTEGERS([0xffff0000] * LANES))
+    return build.bitcast(first, VECTOR), build.bitcast(second, VECTOR)
+
+
+def rounded_bits(build, vector):
+    """The bits of bfloat16 in the lower halves of integers. Adding half a unit, less one if the last bit is 0, rounds."""
+    bits = build.bitcast(vector, INTEGERS)
+    upper = build.lshr(bits, INTEGERS([16] * LANES))
+    odd = build.and_(upper, INTEGERS([1] * LANES))
+    rounded = build.lshr(build.add(build.add(bits, INTEGERS([0x7fff] * LANES)), odd), INTEGERS([16] * LANES))
+    quiet = build.or_(upper, INTEGERS([0x40] * LANES))      # a NaN, which adding could turn into infinity or zero
+    return build.select(build.fcmp_unordered("uno", vector, vector), quiet, rounded)
+
+
+def words_of(build, first, second):
+    """The words whose first numbers are those of one vector, and whose second numbers are those of another."""
+    if HAS_BFLOAT16:
+        pairs = call(build, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PAIRS, [second, first])
+        shorts = build.bitcast(pairs, ir.VectorType(INT16, 2 * LANES))
+        order = [half + lane for lane in range(LANES) for half in (0, LANES)]
+        return build.bitcast(shuffle(build, shorts, shorts, order), VECTOR)
+    upper = build.shl(rounded_bits(build, second), INTEGERS([16] * LANES))
+    return build.bitcast(build.or_(upper, rounded_bits(build, first)), VECTOR)
+
+
+def load_words(build, tile, down, place, row_bytes):
+    """A vector of words, read from place. In a word of two numbers the second one stands below the first, or right of it."""
+    if tile.numbers == 1:
+        return load(build, place)
+    first = load(build, place)
+    if down:
+        below = build.inttoptr(build.add(build.ptrtoint(place, INT64), row_bytes), FLOAT.as_pointer())
+        return words_of(build, first, load(build, below))
+    second = load(build, build.gep(place, [INT64(LANES)]))
+    if HAS_BFLOAT16:
+        return build.bitcast(call(build, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PAIRS, [second, first]), VECTOR)
+    even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
+    return words_of(build, shuffle(build, first, second, even), shuffle(build, first, second, odd))
+
+
+def multiply_add(build, tile, number, vector, total):
+    """total + number * vector, where words of two numbers give two products."""
+    if tile.numbers == 1:
+        return build.fadd(build.fmul(number, vector, flags=FUSED), total, flags=FUSED)
+    if HAS_BFLOAT16:
+        pairs = [build.bitcast(words, PAIRS) for words in (number, vector)]
+        return call(build, "llvm.x86.avx512bf16.dpbf16ps.512", VECTOR, [total, *pairs])
+    for pair in zip(halves(build, number), halves(build, vector)):
+        total = build.fadd(build.fmul(*pair, flags=FUSED), total, flags=FUSED)
+    return total
+
+
+@helper
+def bfloat16_bits(x):
+    """The bits of a number rounded to bfloat16, uint32: `rounded_bits` for a single number."""
+    bits = np.float32(x).view(np.uint32)
+    if np.isnan(x):
+        return np.uint32((bits >> np.uint32(16)) | np.uint32(0x40))
+    return np.uint32((bits + np.uint32(0x7fff) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@intrinsic
+def tile_shape(typing, scratch):
+    """The Tile of this scratch memory, as a tuple."""
     def emit(context, build, signature, arguments):
-        vectors, *others = arguments
+        return context.make_tuple(build, signature.return_type, [INT64(size) for size in tile_of(scratch)])
+
+    return types.UniTuple(types.intp, len(Tile._fields))(scratch), emit
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tiles
+
+@intrinsic
+def multiply_tile(typing, scratch, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
+    """c (tile's rows, vectors * LANES) = alpha * a (rows, depth) @ b (depth, vectors * LANES) + beta * c.
+
+    a and b consist of the words of `scratch`. b is packed: its rows follow one another. If a has fewer rows than the tile, its
+    last row is used for the missing ones. On AMX a is packed, too, and alpha is 1, beta 0 or 1.
+    """
+    tile = tile_of(scratch)
+
+    def emit(context, build, signature, arguments):
+        _, vectors, *others = arguments
         end = build.append_basic_block()
         choice = build.switch(vectors, end)
-        for width in range(1, TILE_VECTORS + 1):
+        for width in range(1, tile.vectors + 1):
             block = build.append_basic_block()
             choice.add_case(INT64(width), block)
             build.position_at_end(block)
-            emit_tile(build, width, *others)
+            (emit_amx_tile if uses_amx(tile) else emit_tile)(build, tile, width, *others)
             build.branch(end)
         build.position_at_end(end)
         return context.get_dummy_value()
 
     address = stride = count = types.intp
-    return types.void(count, address, stride, types.float32, types.float32, address, stride, count, address, count), emit
+    return types.void(scratch, count, address, stride, types.float32, types.float32, address, stride, count, address,
+                      count), emit
 
 
-def emit_tile(build, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
+def emit_tile(build, tile, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
     """The instructions of `multiply_tile` for one width: a loop over depth. Its phi nodes are the sums, held in registers."""
-    tile = [(r, v) for r in range(TILE_ROWS) for v in range(vectors)]
-    places = {(r, v): pointer(build, c, r, c_row, INT64(v * LANES)) for r, v in tile}
+    positions = [(r, v) for r in range(tile.rows) for v in range(vectors)]
+    places = {(r, v): pointer(build, c, r, c_row, INT64(v * LANES)) for r, v in positions}
     for place in places.values():
         prefetch(build, place)
-    a_rows = [build.add(a, build.mul(r, a_row)) for r in clamped_row_indices(build, rows, TILE_ROWS)]
+    a_rows = [build.add(a, build.mul(r, a_row)) for r in clamped_row_indices(build, rows, tile.rows)]
 
     before, loop, after = build.block, build.append_basic_block(), build.append_basic_block()
     build.branch(loop)
     build.position_at_end(loop)
     k = build.phi(INT64)
-    sums = {rv: build.phi(VECTOR) for rv in tile}
+    sums = {rv: build.phi(VECTOR) for rv in positions}
     b_row = build.mul(k, INT64(vectors * LANES))
     b_vectors = [load(build, pointer(build, b, number=build.add(b_row, INT64(v * LANES)))) for v in range(vectors)]
     prefetch(build, pointer(build, b, number=build.add(b_row, INT64(PREFETCH_AHEAD // 4))))
-    fused, sums_after = ("contract",), {}
-    for r in range(TILE_ROWS):
+    sums_after = {}
+    for r in range(tile.rows):
         number = splat(build, build.load(pointer(build, a_rows[r], number=k)))
         for v in range(vectors):
-            sums_after[r, v] = build.fadd(build.fmul(number, b_vectors[v], flags=fused), sums[r, v], flags=fused)
+            sums_after[r, v] = multiply_add(build, tile, number, b_vectors[v], sums[r, v])
     k_after = build.add(k, INT64(1))
-    for phi, first, following in [(k, INT64(0), k_after)] + [(sums[rv], VECTOR(None), sums_after[rv]) for rv in tile]:
+    for phi, first, following in [(k, INT64(0), k_after)] + [(sums[rv], VECTOR(None), sums_after[rv]) for rv in positions]:
         phi.add_incoming(first, before)
         phi.add_incoming(following, loop)
     build.cbranch(build.icmp_signed("<", k_after, depth), loop, after)
@@ -216,45 +396,174 @@ def emit_tile(build, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
     alphas, betas = splat(build, alpha), splat(build, beta)
     with build.if_else(build.fcmp_ordered("==", beta, FLOAT(0))) as (overwrite, add):
         with overwrite:
-            for rv in tile:
+            for rv in positions:
                 store(build, build.fmul(alphas, sums_after[rv]), places[rv])
         with add:
-            for rv in tile:
+            for rv in positions:
                 kept = build.fmul(betas, load(build, places[rv]))
-                store(build, build.fadd(build.fmul(alphas, sums_after[rv], flags=fused), kept, flags=fused), places[rv])
+                store(build, build.fadd(build.fmul(alphas, sums_after[rv], flags=FUSED), kept, flags=FUSED), places[rv])
+
+
+# AMX has eight tile registers of 16 rows of 64 bytes. Four hold sums, two the rows of a, and two the columns of b.
+AMX_ROWS, AMX_BYTES = 16, 64
+
+
+def uses_amx(tile):
+    return tile.depth > 1
+
+
+def amx(build, instruction, *operands):
+    """Emit one of AMX's instructions. Numbers of tile registers are constants."""
+    operands = [ir.IntType(8)(operand) if isinstance(operand, int) else operand for operand in operands]
+    call(build, f"llvm.x86.{instruction}", ir.VoidType(), operands)
+
+
+def emit_amx_tile(build, tile, vectors, c, c_row, alpha, beta, a, a_row, rows, b, depth):
+    """`emit_tile` on AMX: each instruction multiplies 16 rows of a by 16 columns of b, 32 numbers deep."""
+    byte = ir.IntType(8).as_pointer()
+
+    def place(address, offset):
+        return build.inttoptr(build.add(address, offset), byte)
+
+    sums = {(r, v): (2 * r + v, place(c, build.add(build.mul(INT64(r * AMX_ROWS), c_row), INT64(v * AMX_BYTES))))
+            for r in range(2) for v in range(vectors)}
+    a_tiles, b_tiles = (4, 5), (6, 7)
+    with build.if_else(build.fcmp_ordered("==", beta, FLOAT(0))) as (overwrite, add):
+        with overwrite:
+            for register, _ in sums.values():
+                amx(build, "tilezero", register)
+        with add:
+            for register, c_place in sums.values():
+                amx(build, "tileloadd64", register, c_place, c_row)
+
+    before, loop, after = build.block, build.append_basic_block(), build.append_basic_block()
+    build.branch(loop)
+    build.position_at_end(loop)
+    k = build.phi(INT64)
+    b_row = INT64(vectors * AMX_BYTES)
+    for v in range(vectors):
+        amx(build, "tileloadd64", b_tiles[v], place(b, build.add(build.mul(k, b_row), INT64(v * AMX_BYTES))), b_row)
+    for r in range(2):
+        offset = build.add(build.mul(INT64(r * AMX_ROWS), a_row), build.mul(k, INT64(4)))
+        amx(build, "tileloadd64", a_tiles[r], place(a, offset), a_row)
+        for v in range(vectors):
+            amx(build, "tdpbf16ps", sums[r, v][0], a_tiles[r], b_tiles[v])
+    k_after = build.add(k, INT64(tile.depth))
+    k.add_incoming(INT64(0), before)
+    k.add_incoming(k_after, loop)
+    build.cbranch(build.icmp_signed("<", k_after, depth), loop, after)
+
+    build.position_at_end(after)
+    for register, c_place in sums.values():
+        amx(build, "tilestored64", register, c_place, c_row)
 
 
 @intrinsic
-def transpose_square(typing, out, out_row, inp, inp_row):
-    """out (LANES, LANES) = inp (LANES, LANES).T, in log2(LANES) rounds; each swaps parts of pairs of rows."""
+def configure_tiles(typing, scratch):
+    """On AMX, set the shape of the tile registers: all of them 16 x 64 bytes. A thread does it before each product."""
     def emit(context, build, signature, arguments):
-        out, out_row, inp, inp_row = arguments
-        rows = [load(build, pointer(build, inp, r, inp_row)) for r in range(LANES)]
-        distance = 1
-        while distance < LANES:
-            upper = [LANES + j - distance if j & distance else j for j in range(LANES)]
-            lower = [LANES + j if j & distance else j + distance for j in range(LANES)]
+        if uses_amx(tile_of(scratch)):
+            # Bytes: palette 1, 15 unused, two for the width of each of 16 registers, one for its height.
+            shape = bytes([1] + 15 * [0] + 8 * [AMX_BYTES, 0] + 16 * [0] + 8 * [AMX_ROWS] + 8 * [0])
+            constant = context.insert_const_bytes(build.module, shape, "tile_configuration")
+            amx(build, "ldtilecfg", constant)
+        return context.get_dummy_value()
+
+    return types.void(scratch), emit
+
+
+@intrinsic
+def release_tiles(typing, scratch):
+    """On AMX, give the tile registers back, so that Linux need not save them when it switches threads."""
+    def emit(context, build, signature, arguments):
+        if uses_amx(tile_of(scratch)):
+            amx(build, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(scratch), emit
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packing
+
+def packing_intrinsics(down):
+    """The two functions below for words whose second number stands `down`, below the first one, or else right of it."""
+    @intrinsic
+    def transpose_square(typing, words, out, out_row, inp, inp_row):
+        """out (LANES, LANES) words = inp.T, in log2(LANES) rounds; each swaps parts of pairs of rows."""
+        tile, across = tile_of(words), not down
+        rows_in_a_word = tile.numbers if across else 1
+
+        def emit(context, build, signature, arguments):
+            _, out, out_row, inp, inp_row = arguments
+            rows = [load_words(build, tile, across, pointer(build, inp, r * rows_in_a_word, inp_row), inp_row)
+                    for r in range(LANES)]
+            distance = 1
+            while distance < LANES:
+                upper = [LANES + j - distance if j & distance else j for j in range(LANES)]
+                lower = [LANES + j if j & distance else j + distance for j in range(LANES)]
+                for r in range(LANES):
+                    if not r & distance:
+                        pair = rows[r], rows[r + distance]
+                        rows[r], rows[r + distance] = shuffle(build, *pair, upper), shuffle(build, *pair, lower)
+                distance *= 2
             for r in range(LANES):
-                if not r & distance:
-                    pair = rows[r], rows[r + distance]
-                    rows[r], rows[r + distance] = shuffle(build, *pair, upper), shuffle(build, *pair, lower)
-            distance *= 2
-        for r in range(LANES):
-            store(build, rows[r], pointer(build, out, r, out_row))
-        return context.get_dummy_value()
+                store(build, rows[r], pointer(build, out, r, out_row))
+            return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 4), emit
+        return types.void(words, *[types.intp] * 4), emit
+
+    @intrinsic
+    def copy_vector(typing, words, out, inp, inp_row):
+        """out (LANES) words = inp."""
+        def emit(context, build, signature, arguments):
+            _, out, inp, inp_row = arguments
+            store(build, load_words(build, tile_of(words), down, pointer(build, inp), inp_row), pointer(build, out))
+            return context.get_dummy_value()
+
+        return types.void(words, *[types.intp] * 3), emit
+
+    return transpose_square, copy_vector
 
 
-@intrinsic
-def copy_vector(typing, out, inp):
-    """out (LANES) = inp (LANES)."""
-    def emit(context, build, signature, arguments):
-        out, inp = arguments
-        store(build, load(build, pointer(build, inp)), pointer(build, out))
-        return context.get_dummy_value()
+def make_pack(down):
+    """`pack` for words whose second number stands `down`, below the first one, or else right of it."""
+    transpose_square, copy_vector = packing_intrinsics(down)
 
-    return types.void(types.intp, types.intp), emit
+    @helper
+    def pack(out, height, width, inp):
+        """out (height, width), flat, in words = inp (rows, columns), padded with zeros. inp may be a matrix's transpose."""
+        numbers, _, _, _ = tile_shape(out)
+        below, right = (numbers, 1) if down else (1, numbers)       # numbers of inp from one word to the next
+        rows, columns = inp.shape
+        done_rows, done_columns = rows // below, columns // right // LANES * LANES
+        to, source = out.ctypes.data, inp.ctypes.data
+        if inp.strides[1] == 4:
+            row = inp.strides[0]
+            for i in range(done_rows):
+                for j in range(0, done_columns, LANES):
+                    copy_vector(out, to + 4 * (i * width + j), source + i * below * row + 4 * j * right, row)
+        else:
+            column = inp.strides[1]
+            done_rows = done_rows // LANES * LANES
+            for j in range(0, done_columns, LANES):
+                for i in range(0, done_rows, LANES):
+                    transpose_square(out, to + 4 * (i * width + j), 4 * width, source + j * right * column + 4 * i * below,
+                                     column)
+        for i in range(height):
+            for j in range(done_columns if i < done_rows else 0, width):
+                first, second = (i * below, j * right), (i * below + below - 1, j * right + right - 1)
+                number = inp[first] if first[0] < rows and first[1] < columns else np.float32(0)
+                if numbers == 1:
+                    out[i * width + j] = number
+                else:
+                    other = inp[second] if second[0] < rows and second[1] < columns else np.float32(0)
+                    out[i * width + j] = bfloat16_bits(number) | bfloat16_bits(other) << np.uint32(16)
+
+    return pack
+
+
+pack_rows, pack_columns = make_pack(down=False), make_pack(down=True)   # of a, of b: along k
 
 
 def in_large_pages(shape, dtype=np.float32):
@@ -275,38 +584,12 @@ def ceil_div(length, size):
 
 
 @helper
-def pack(out, inp):
-    """out (flat) = inp (depth, columns), in rows of whole vectors. inp may be the transpose of a matrix.
-
-    Rows are padded with zeros; the products with those are never stored.
-    """
-    depth, columns = inp.shape
-    row = ceil_div(columns, LANES) * LANES
-    whole = columns // LANES * LANES
-    to, source = out.ctypes.data, inp.ctypes.data
-    if inp.strides[1] == 4:
-        for k in range(depth):
-            for c in range(0, whole, LANES):
-                copy_vector(to + 4 * (k * row + c), source + k * inp.strides[0] + 4 * c)
-            for c in range(whole, row):
-                out[k * row + c] = inp[k, c] if c < columns else np.float32(0)
-    else:
-        whole_depth = depth // LANES * LANES
-        for c in range(0, whole, LANES):
-            for k in range(0, whole_depth, LANES):
-                transpose_square(to + 4 * (k * row + c), 4 * row, source + c * inp.strides[1] + 4 * k, inp.strides[1])
-        for c in range(row):
-            for k in range(whole_depth if c < whole else 0, depth):
-                out[k * row + c] = inp[k, c] if c < columns else np.float32(0)
-
-
-@helper
 def sgemm(c, alpha, a, b, beta, scratch):
-    """c (m, n) = alpha * a (m, k) @ b (k, n) + beta * c, on one thread.
+    """c (m, n) = alpha * a (m, k) @ b (k, n) + beta * c, on one thread, in the format of scratch: SCRATCH words.
 
-    The arrays are 2-D views, so column blocks and heads need no copies. The last axis of c is contiguous; of a and b either
-    the last or the first (the transpose of a matrix). If beta is 0, c is overwritten, even where it was NaN. The order of the
-    sum over k is the same everywhere in c. scratch holds SCRATCH numbers.
+    The arrays are float32 and 2-D views, so column blocks and heads need no copies. The last axis of c is contiguous; of a and
+    b either the last or the first (the transpose of a matrix). If beta is 0, c is overwritten, even where it was NaN. The order
+    of the sum over k is the same everywhere in c.
     """
     # [:, :] turns whole arrays into views too, so that the rest is compiled for one type only.
     multiply(c[:, :], np.float32(alpha), a[:, :], b[:, :], np.float32(beta), scratch)
@@ -314,83 +597,228 @@ def sgemm(c, alpha, a, b, beta, scratch):
 
 @helper
 def multiply(c, alpha, a, b, beta, scratch):
-    """`sgemm` on views; if a is the transpose of a matrix, it is copied, BLOCK_ROWS rows at a time."""
+    """`sgemm` on views, block by block: BLOCK_ROWS rows of a, BLOCK_DEPTH along k, BLOCK_COLUMNS columns of b."""
+    numbers, tile_rows, tile_vectors, tile_depth = tile_shape(scratch)
+    tile_columns = tile_vectors * LANES
     m, k = a.shape
-    upright = a.strides[1] == 4
-    rows = m if upright else min(m, BLOCK_ROWS)
-    copy = np.empty((0 if upright else rows, ceil_div(k, LANES) * LANES), dtype=np.float32)
-    for start in range(0, m, rows):
-        part = a[start:start + rows, :]
-        if not upright:
-            pack(copy.reshape(-1), part)
-            part = copy[:part.shape[0], :k]
-        multiply_blocks(c[start:start + rows, :], alpha, part, b, beta, scratch)
-
-
-@helper
-def multiply_blocks(c, alpha, a, b, beta, packed):
-    """`sgemm` for an `a` with contiguous rows, block by block of b; `packed` has room for one block."""
-    m, n = c.shape
-    k = a.shape[1]
-    edge = np.empty((TILE_ROWS, TILE_COLUMNS), dtype=np.float32)    # for a tile that extends past the edge of c
-    for block in range(0, n, BLOCK_COLUMNS):
-        block_end = min(block + BLOCK_COLUMNS, n)
+    n = c.shape[1]
+    packed_b, packed_a = scratch[:BLOCK_DEPTH * BLOCK_COLUMNS], scratch[BLOCK_DEPTH * BLOCK_COLUMNS:]
+    edge = np.empty((tile_rows, tile_columns), dtype=np.float32)    # for a tile that extends past the edge of c
+    packs_a = numbers > 1 or a.strides[1] != 4
+    block_rows = BLOCK_ROWS if packs_a else m
+    configure_tiles(scratch)
+    for top in range(0, m, block_rows):
+        bottom = min(top + block_rows, m)
         for start in range(0, k, BLOCK_DEPTH):
-            depth = min(BLOCK_DEPTH, k - start)
+            stop = min(start + BLOCK_DEPTH, k)
+            depth = ceil_div(ceil_div(stop - start, numbers), tile_depth) * tile_depth
             keep = beta if start == 0 else np.float32(1)
-            for column in range(block, block_end, TILE_COLUMNS):
-                pack(packed[(column - block) * depth:], b[start:start + depth, column:min(column + TILE_COLUMNS, block_end)])
-            for row in range(0, m, TILE_ROWS):
-                rows = min(TILE_ROWS, m - row)
-                for column in range(block, block_end, TILE_COLUMNS):
-                    columns = min(TILE_COLUMNS, block_end - column)
-                    vectors = ceil_div(columns, LANES)
-                    inside = rows == TILE_ROWS and columns == vectors * LANES
-                    multiply_tile(vectors, c.ctypes.data + row * c.strides[0] + 4 * column if inside else edge.ctypes.data,
-                                  c.strides[0] if inside else edge.strides[0], alpha, keep if inside else np.float32(0),
-                                  a.ctypes.data + row * a.strides[0] + 4 * start, a.strides[0], rows,
-                                  packed.ctypes.data + 4 * (column - block) * depth, depth)
-                    if not inside:
-                        part = c[row:row + rows, column:column + columns]
-                        for r in range(rows):
-                            for j in range(columns):
-                                part[r, j] = edge[r, j] + (keep * part[r, j] if keep != 0 else np.float32(0))
+            a_start, a_row = a.ctypes.data + top * a.strides[0] + 4 * start, a.strides[0]
+            if packs_a:
+                width = ceil_div(depth, LANES) * LANES
+                pack_rows(packed_a, bottom - top, width, a[top:bottom, start:stop])
+                a_start, a_row = packed_a.ctypes.data, 4 * width
+            for left in range(0, n, BLOCK_COLUMNS):
+                right = min(left + BLOCK_COLUMNS, n)
+                for column in range(left, right, tile_columns):
+                    part = b[start:stop, column:min(column + tile_columns, right)]
+                    pack_columns(packed_b[(column - left) * depth:], depth, ceil_div(part.shape[1], LANES) * LANES, part)
+                for row in range(top, bottom, tile_rows):
+                    rows = min(tile_rows, bottom - row)
+                    for column in range(left, right, tile_columns):
+                        columns = min(tile_columns, right - column)
+                        vectors = ceil_div(columns, LANES)
+                        inside = rows == tile_rows and columns == vectors * LANES
+                        if tile_depth > 1:      # AMX can only add or overwrite
+                            inside = inside and alpha == 1 and (keep == 0 or keep == 1)
+                        to, to_row = (c.ctypes.data + row * c.strides[0] + 4 * column, c.strides[0]) if inside else (
+                            edge.ctypes.data, edge.strides[0])
+                        multiply_tile(scratch, vectors, to, to_row, alpha if inside else np.float32(1),
+                                      keep if inside else np.float32(0), a_start + (row - top) * a_row, a_row, rows,
+                                      packed_b.ctypes.data + 4 * (column - left) * depth, depth)
+                        if not inside:
+                            part = c[row:row + rows, column:column + columns]
+                            for r in range(rows):
+                                for j in range(columns):
+                                    part[r, j] = alpha * edge[r, j] + (keep * part[r, j] if keep != 0 else np.float32(0))
+    release_tiles(scratch)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights (OC, C) that are not float32. The type of the array tells the format:
+#
+#     uint16    bfloat16
+#     int8      GGUF's Q8_0: for each QUANT_GROUP numbers of a row a block of 34 bytes, a float16 scale and 32 integers from
+#               -127 to 127. The number is the product of both.
+#     uint8     GGUF's Q4_0: blocks of 18 bytes, a scale and 16 bytes. The lower halves of the bytes are the first 16 integers,
+#               the upper halves the others; 8 is subtracted from each.
+#
+# The formats: https://github.com/ggml-org/ggml, src/ggml-common.h
+
+QUANT_GROUP = 32
+WEIGHT_DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8, "int4": np.uint8}
+BLOCK_BYTES = {types.int8: 2 + QUANT_GROUP, types.uint8: 2 + QUANT_GROUP // 2}
+HALF, BYTE, SHORTS = ir.HalfType(), ir.IntType(8), ir.VectorType(INT16, QUANT_GROUP)
+
+
+@intrinsic
+def float16_number(typing, bits):
+    """The float32 number whose float16 has these bits (int)."""
+    def emit(context, build, signature, arguments):
+        return build.fpext(build.bitcast(build.trunc(arguments[0], INT16), HALF), FLOAT)
+
+    return types.float32(types.intp), emit
+
+
+@intrinsic
+def float16_bits(typing, number):
+    """The bits of a float32 rounded to float16, an int."""
+    def emit(context, build, signature, arguments):
+        return build.zext(build.bitcast(build.fptrunc(arguments[0], HALF), INT16), INT64)
+
+    return types.intp(types.float32), emit
+
+
+def number_at(weight, i):
+    """Number i of a row of a weight in float32 or bfloat16, as float32."""
+    raise NotImplementedError("only compiled code calls it")
+
+
+@overload(number_at)
+def compile_number_at(weight, i):
+    if weight.dtype == types.float32:
+        return lambda weight, i: weight[i]
+    return lambda weight, i: np.uint32(np.uint32(weight[i]) << np.uint32(16)).view(np.float32)
+
+
+def widen(out, weight):
+    """out (C), float32 = a row of a weight of any format."""
+    raise NotImplementedError("only compiled code calls it")
+
+
+@overload(widen)
+def compile_widen(out, weight):
+    def widen_floats(out, weight):
+        for i in range(out.size):
+            out[i] = number_at(weight, i)
+
+    def widen_int8(out, weight):
+        for g in range(out.size // QUANT_GROUP):
+            block, part = weight[34 * g:34 * g + 34], out[32 * g:32 * g + 32]
+            scale = float16_number(np.intp(np.uint8(block[0])) | np.intp(np.uint8(block[1])) << 8)
+            for i in range(32):
+                part[i] = scale * np.float32(block[2 + i])
+
+    def widen_int4(out, weight):
+        for g in range(out.size // QUANT_GROUP):
+            block, part = weight[18 * g:18 * g + 18], out[32 * g:32 * g + 32]
+            scale = float16_number(np.intp(block[0]) | np.intp(block[1]) << 8)
+            for i in range(16):
+                part[i] = scale * np.float32(np.int32(block[2 + i] & 15) - 8)
+                part[16 + i] = scale * np.float32(np.int32(block[2 + i] >> 4) - 8)
+
+    return {types.float32: widen_floats, types.uint16: widen_floats, types.int8: widen_int8,
+            types.uint8: widen_int4}[weight.dtype]
+
+
+@jit()      # no fused operations: as gguf rounds, bit for bit
+def round_group(block, weight, bits):
+    """block, as bytes = up to QUANT_GROUP numbers rounded to 8 or 4 bits. Infinity and NaN make all of them NaN."""
+    largest, is_nan = np.float32(0), False
+    for i in range(QUANT_GROUP):
+        largest = weight[i] if abs(weight[i]) > abs(largest) else largest
+        is_nan |= not np.isfinite(weight[i])
+    scale = abs(largest) / np.float32(127) if bits == 8 else largest / np.float32(-8)
+    inverse = np.float32(0) if scale == 0 else np.float32(1) / scale
+    scale_bits = float16_bits(np.float32(np.nan) if is_nan else scale)
+    block[0], block[1] = scale_bits & 255, scale_bits >> 8
+    block[2:] = 0
+    for i in range(QUANT_GROUP):
+        x = np.float32(0) if is_nan else weight[i] * inverse
+        if bits == 8:
+            size = abs(x)
+            whole = np.floor(size)
+            whole += np.floor(np.float32(2) * (size - whole))       # halves away from zero
+            block[2 + i] = np.int32(whole if x > 0 else -whole) & 255
+        else:
+            number = min(15, np.int32(x + np.float32(8.5)))
+            block[2 + i % 16] |= number << (4 if i >= 16 else 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Dot products of a few rows of activations with a few rows of a weight, in LLVM's vectors like the tiles above
 #
-# INPUT_ROWS rows of activations are multiplied with WEIGHT_ROWS rows of a weight at once, or with INT8_ROWS of an int8 weight:
-# there each group is summed by itself first, so that its scale multiplies LANES sums at once, which takes twice the registers.
-# The hardware prefetcher follows four float32 rows read side by side; int8 rows need explicit prefetches.
+# INPUT_ROWS rows of activations are multiplied with WEIGHT_ROWS rows of a weight at once. Against integers, activations are
+# integers, too: each group of them is rounded to 16 bits, so that the sum over a group is exact.
 
 INPUT_ROWS = 4
-WEIGHT_ROWS = TILE_ROWS // 2
-INT8_ROWS = WEIGHT_ROWS // 2
-BYTES = ir.VectorType(ir.IntType(8), LANES)
-INTEGERS = ir.VectorType(INT32, LANES)
+WEIGHT_ROWS = {types.float32: ROWS // 2, types.uint16: ROWS // 2, types.int8: 2, types.uint8: 2}
+FLOAT_GROUP = 64        # numbers of a weight that are read at a time, if they are no integers
+LARGEST_INT16 = np.float32(32767)
+
+
+def factors(inp, weight):
+    """What `dot_products` multiplies with this weight: inp (N, C), or `round_activations` of it."""
+    raise NotImplementedError("only compiled code calls it")
+
+
+@overload(factors)
+def compile_factors(inp, weight):
+    if weight.dtype in BLOCK_BYTES:
+        return lambda inp, weight: round_activations(inp)
+    return lambda inp, weight: inp
+
+
+@helper
+def round_activations(inp):
+    """The rows of inp (N, C) in int16, a group of QUANT_GROUP at a time, followed by their scales, as the bits of float32.
+
+    The maximum is taken on the bits: without the sign bit, floats sort like integers with the same bits, and integer
+    comparisons vectorize. Infinity and NaN sort above all numbers; they make the scale NaN, and everything computed from it.
+    """
+    N, C = inp.shape
+    rounded = np.empty((N, C + C // 16), dtype=np.int16)
+    for n in range(N):
+        scales = rounded[n, C:].view(np.float32)
+        for g in range(C // QUANT_GROUP):
+            part, numbers = inp[n, g * QUANT_GROUP:(g + 1) * QUANT_GROUP], rounded[n, g * QUANT_GROUP:(g + 1) * QUANT_GROUP]
+            bits = part.view(np.int32)
+            largest_bits = np.int32(0)
+            for i in range(QUANT_GROUP):
+                largest_bits = np.int32(max(largest_bits, bits[i] & np.int32(0x7fffffff)))
+            largest = np.int32(largest_bits).view(np.float32)
+            if largest_bits >= np.int32(0x7f800000) or largest < np.float32(1e-33):    # 32767 / 1e-33 is still a float
+                scales[g] = largest * np.float32(0)
+                numbers[:] = 0
+                continue
+            factor = LARGEST_INT16 / largest
+            scales[g] = largest / LARGEST_INT16
+            for i in range(QUANT_GROUP):
+                numbers[i] = np.int16(np.floor(part[i] * factor + np.float32(0.5)))
+    return rounded
 
 
 @intrinsic
-def dot_products(typing, out, inp, weight, scales):
+def dot_products(typing, out, inp, weight):
     """out (N, OC) = inp (N, C) @ weight (OC, C).T over the whole groups of each row; the caller adds the rest.
 
-    The weight is float32, or int8 with scales (OC, groups). N is at most INPUT_ROWS, OC at most WEIGHT_ROWS or INT8_ROWS.
+    inp is what `factors` returns. N is at most INPUT_ROWS, OC at most WEIGHT_ROWS.
     """
     def emit(context, build, signature, arguments):
         arrays = [context.make_array(kind)(context, build, array) for kind, array in zip(signature.args, arguments)]
-        emit_dot_products(build, *arrays, in_int8=weight.dtype == types.int8)
+        emit_dot_products(build, weight.dtype, *arrays)
         return context.get_dummy_value()
 
-    return types.void(out, inp, weight, scales), emit
+    return types.void(out, inp, weight), emit
 
 
-def emit_dot_products(build, out, inp, weight, scales, in_int8):
+def emit_dot_products(build, dtype, out, inp, weight):
     """Emit the loop over groups, once for every possible number of rows of inp."""
-    N, C = build.extract_value(inp.shape, 0), build.extract_value(inp.shape, 1)
-    columns = clamped_row_indices(build, build.extract_value(weight.shape, 0), INT8_ROWS if in_int8 else WEIGHT_ROWS)
+    group = BLOCK_BYTES.get(dtype, FLOAT_GROUP)
+    N = build.extract_value(inp.shape, 0)
+    groups = build.sdiv(build.extract_value(weight.shape, 1), INT64(group))
+    columns = clamped_row_indices(build, build.extract_value(weight.shape, 0), WEIGHT_ROWS[dtype])
     weight_rows = [row_address(build, weight, o) for o in columns]
-    scale_rows = [row_address(build, scales, o) for o in columns] if in_int8 else None
     end = build.append_basic_block()
     choice = build.switch(N, end)
     for count in range(1, INPUT_ROWS + 1):
@@ -398,7 +826,7 @@ def emit_dot_products(build, out, inp, weight, scales, in_int8):
         choice.add_case(INT64(count), block)
         build.position_at_end(block)
         input_rows = [row_address(build, inp, INT64(n)) for n in range(count)]
-        sums = emit_loop_over_groups(build, input_rows, weight_rows, scale_rows, build.sdiv(C, INT64(QUANT_GROUP)))
+        sums = emit_loop_over_groups(build, dtype, input_rows, weight_rows, groups)
         for (n, i), total in sums.items():
             distance = LANES // 2
             while distance > 0:    # halve the vector until its sum stands in its first lane
@@ -416,9 +844,8 @@ def row_address(build, array, row):
     return build.add(build.ptrtoint(array.data, INT64), build.mul(row, build.extract_value(array.strides, 0)))
 
 
-def emit_loop_over_groups(build, input_rows, weight_rows, scale_rows, groups):
-    """Rows (n, i) -> the vector whose lanes sum to their dot product. scale_rows is None for a float32 weight."""
-    fused = ("contract",)
+def emit_loop_over_groups(build, dtype, input_rows, weight_rows, groups):
+    """Rows (n, i) -> the vector whose lanes sum to their dot product."""
     before, loop, body, after = build.block, *(build.append_basic_block() for _ in range(3))
     build.branch(loop)
     build.position_at_end(loop)
@@ -427,25 +854,8 @@ def emit_loop_over_groups(build, input_rows, weight_rows, scale_rows, groups):
     build.cbranch(build.icmp_signed("<", g, groups), body, after)
 
     build.position_at_end(body)
-    first = build.mul(g, INT64(QUANT_GROUP))
-    sums = dict.fromkeys(totals, VECTOR(None)) if scale_rows else dict(totals)
-    for v in range(0, QUANT_GROUP, LANES):
-        number = build.add(first, INT64(v))
-        if scale_rows:
-            places = [build.inttoptr(build.add(row, number), BYTES.as_pointer()) for row in weight_rows]
-            weights = [build.sitofp(build.sext(build.load(place, align=1), INTEGERS), VECTOR) for place in places]
-        else:
-            weights = [load(build, pointer(build, row, number=number)) for row in weight_rows]
-        for n, row in enumerate(input_rows):
-            inputs = load(build, pointer(build, row, number=number))
-            for i in range(len(weights)):
-                sums[n, i] = build.fadd(build.fmul(inputs, weights[i], flags=fused), sums[n, i], flags=fused)
-    if scale_rows:
-        scales = [splat(build, build.load(pointer(build, row, number=g))) for row in scale_rows]
-        for n, i in sums:
-            sums[n, i] = build.fadd(build.fmul(sums[n, i], scales[i], flags=fused), totals[n, i], flags=fused)
-        for row in weight_rows:
-            prefetch(build, pointer(build, build.add(build.add(row, first), INT64(PREFETCH_AHEAD))), level=2)
+    add_group = add_group_of_integers if dtype in BLOCK_BYTES else add_group_of_floats
+    sums = add_group(build, dtype, g, groups, input_rows, weight_rows, totals)
     for phi, start, following in [(g, INT64(0), build.add(g, INT64(1)))] + [
             (total, VECTOR(None), sums[ni]) for ni, total in totals.items()]:
         phi.add_incoming(start, before)
@@ -456,21 +866,114 @@ def emit_loop_over_groups(build, input_rows, weight_rows, scale_rows, groups):
     return totals
 
 
+def load_as(build, kind, address, offset):
+    """What lies `offset` bytes behind an address, wherever that is."""
+    return build.load(build.inttoptr(build.add(address, offset), kind.as_pointer()), align=1)
+
+
+def add_group_of_floats(build, dtype, g, groups, input_rows, weight_rows, totals):
+    """The totals with the products of group g, FLOAT_GROUP numbers, added."""
+    sums = dict(totals)
+    for v in range(0, FLOAT_GROUP, LANES):
+        number = build.add(build.mul(g, INT64(FLOAT_GROUP)), INT64(v))
+        if dtype == types.float32:
+            weights = [load(build, pointer(build, row, number=number)) for row in weight_rows]
+        else:
+            offset = build.mul(number, INT64(2))
+            bits = [load_as(build, ir.VectorType(INT16, LANES), row, offset) for row in weight_rows]
+            weights = [build.bitcast(build.shl(build.zext(row, INTEGERS), INTEGERS([16] * LANES)), VECTOR) for row in bits]
+        for n, row in enumerate(input_rows):
+            inputs = load(build, pointer(build, row, number=number))
+            for i in range(len(weights)):
+                sums[n, i] = build.fadd(build.fmul(inputs, weights[i], flags=FUSED), sums[n, i], flags=FUSED)
+    return sums
+
+
+def add_group_of_integers(build, dtype, g, groups, input_rows, weight_rows, totals):
+    """The same for a block of integers."""
+    sums = {}
+    offset = build.mul(g, INT64(BLOCK_BYTES[dtype]))
+    scales_at = build.mul(groups, INT64(2 * QUANT_GROUP))
+    inputs = [load_as(build, SHORTS, row, build.mul(g, INT64(2 * QUANT_GROUP))) for row in input_rows]
+    input_scales = [load_as(build, FLOAT, row, build.add(scales_at, build.mul(g, INT64(4)))) for row in input_rows]
+    for i, row in enumerate(weight_rows):
+        scale = build.fpext(load_as(build, HALF, row, offset), FLOAT)
+        after_scale = build.add(offset, INT64(2))
+        if dtype == types.int8:
+            weights = build.sext(load_as(build, ir.VectorType(BYTE, QUANT_GROUP), row, after_scale), SHORTS)
+        else:
+            half = ir.VectorType(INT16, QUANT_GROUP // 2)
+            both = build.zext(load_as(build, ir.VectorType(BYTE, QUANT_GROUP // 2), row, after_scale), half)
+            lower, upper = build.and_(both, half([15] * 16)), build.lshr(both, half([4] * 16))
+            weights = build.sub(shuffle(build, lower, upper, range(QUANT_GROUP)), SHORTS([8] * QUANT_GROUP))
+        for n in range(len(input_rows)):
+            products = build.sitofp(sums_of_pairs(build, inputs[n], weights), VECTOR)
+            both_scales = splat(build, build.fmul(scale, input_scales[n]))
+            sums[n, i] = build.fadd(build.fmul(products, both_scales, flags=FUSED), totals[n, i], flags=FUSED)
+        prefetch(build, pointer(build, build.add(build.add(row, offset), INT64(PREFETCH_AHEAD))), level=2)
+    return sums
+
+
+# x86's multiplication of pairs of int16, which adds both products.
+MULTIPLY_PAIRS = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}[LANES]
+HAS_MULTIPLY_PAIRS = {16: "avx512bw", 8: "avx2", 4: "sse2"}[LANES] in FEATURES
+
+
+def sums_of_pairs(build, a, b):
+    """A vector of int32 whose lanes sum to the dot product of two vectors of QUANT_GROUP int16."""
+    total = INTEGERS(None)
+    for start in range(0, QUANT_GROUP, 2 * LANES):
+        pair = [shuffle(build, vector, vector, range(start, start + 2 * LANES)) for vector in (a, b)]
+        if HAS_MULTIPLY_PAIRS:
+            total = build.add(total, call(build, MULTIPLY_PAIRS, INTEGERS, pair))
+        else:
+            for first in 0, 1:
+                products = [build.sext(shuffle(build, vector, vector, range(first, 2 * LANES, 2)), INTEGERS)
+                            for vector in pair]
+                total = build.add(total, build.mul(*products))
+    return total
+
+
+def rows_at_once(weight):
+    """The number of a weight's rows that `dot_products` takes."""
+    raise NotImplementedError("only compiled code calls it")
+
+
+@overload(rows_at_once)
+def compile_rows_at_once(weight):
+    rows = WEIGHT_ROWS[weight.dtype]
+    return lambda weight: rows
+
+
+def rest_of_product(inp, weight):
+    """The dot product of what is left of a row of inp (C) and of a weight behind their whole groups."""
+    raise NotImplementedError("only compiled code calls it")
+
+
+@overload(rest_of_product)
+def compile_rest_of_product(inp, weight):
+    def rest_of_floats(inp, weight):
+        total = np.float32(0)
+        for c in range(inp.size // FLOAT_GROUP * FLOAT_GROUP, inp.size):
+            total += inp[c] * number_at(weight, c)
+        return total
+
+    return (lambda inp, weight: np.float32(0)) if weight.dtype in BLOCK_BYTES else rest_of_floats
+
+
 @jit(fastmath=FASTMATH - {"reassoc"})     # sums keep the order written here
-def multiply_few_rows(out, inp, weight, scales, bias):
-    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), on one thread. The weight is int8 if there are scales."""
+def multiply_few_rows(out, inp, rounded, weight, bias):
+    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), on one thread. rounded is factors(inp, weight)."""
     N, OC = out.shape
-    C = inp.shape[1]
-    weight_rows = INT8_ROWS if scales.size > 0 else WEIGHT_ROWS
-    for o in range(0, OC, weight_rows):
-        part = slice(o, o + weight_rows)
+    step, has_rest = rows_at_once(weight), inp.shape[1] % FLOAT_GROUP > 0
+    for o in range(0, OC, step):
+        part = slice(o, o + step)
         for n in range(0, N, INPUT_ROWS):
-            tile, rows = out[n:n + INPUT_ROWS, part], inp[n:n + INPUT_ROWS]
-            dot_products(tile, rows, weight[part], scales[part])
+            tile = out[n:n + INPUT_ROWS, part]
+            dot_products(tile, rounded[n:n + INPUT_ROWS], weight[part])
             for r in range(tile.shape[0]):
                 for i in range(tile.shape[1]):
-                    rest = bias[o + i] if bias.size > 0 else np.float32(0)
-                    for c in range(C // QUANT_GROUP * QUANT_GROUP, C):
-                        scale = scales[o + i, c // QUANT_GROUP] if scales.size > 0 else np.float32(1)
-                        rest += rows[r, c] * np.float32(weight[o + i, c]) * scale
-                    tile[r, i] += rest
+                    if bias.size > 0:
+                        tile[r, i] += bias[o + i]
+                    if has_rest:
+                        tile[r, i] += rest_of_product(inp[n + r], weight[o + i])

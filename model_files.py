@@ -14,6 +14,7 @@ import json
 import os
 import re
 import textwrap
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -64,8 +65,10 @@ OTHER_WEIGHTS = {
 }
 
 
-def load_model(name: str | Path) -> tuple[Config, Tensors]:
+def load_model(name: str | Path, as_stored: Iterable = ()) -> tuple[Config, Tensors]:
     """Load a model: its Config and its parameters, converted to float32, wte padded with zeros.
+
+    as_stored: kinds of weights that are not converted where a GGUF file has them, see read_gguf
 
     `name` is one of
         a folder with config.json and model.safetensors, or with the shards listed in model.safetensors.index.json, or with
@@ -85,7 +88,7 @@ def load_model(name: str | Path) -> tuple[Config, Tensors]:
         return load_llmc(path)
     if is_gguf(path):
         from gguf_files import read_gguf    # here, not above: only these files need the package gguf
-        return read_gguf(path)
+        return read_gguf(path, as_stored)
     config_path = path.with_name("config.json")
     return load_hugging_face(path, [path], config_path if config_path.is_file() else None)
 

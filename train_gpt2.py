@@ -27,6 +27,7 @@ from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activa
 from hellaswag import count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, NO_BIAS
 from machine import check_memory, main_memory
+from matmul_cpu import HAS_BFLOAT16, instructions
 from tokenizer import Tokenizer
 from training import (OUT_OF_MEMORY_HINT, NullLog, Progress, StopRequest, TrainingLog, baselines, bytes_per_token, check_finite,
                       data_loaders, initial_progress, is_due, knows_text, learning_rate, load_or_create_model, memory_hint,
@@ -38,14 +39,16 @@ class GPT2:
 
     threads: number of blocks that a matrix product is split into, at most Numba's number of threads
     recompute: activation checkpointing: keep all block outputs; recompute the other activations block by block
+    dtype: of the factors in matrix products, float32 or bfloat16; all that is kept is float32
 
     All parameters are zero until `initialize` or `set_params` fills them.
     """
 
-    def __init__(self, config: Config, batch_size: int, sequence_length: int, threads: int, recompute: bool = False):
+    def __init__(self, config: Config, batch_size: int, sequence_length: int, threads: int, recompute: bool = False,
+                 dtype: str = "float32"):
         self.config = config
         self.recompute = recompute
-        self.workspace = kernels.make_workspace(threads)
+        self.workspace = kernels.make_workspace(threads, dtype)
         shapes = parameter_shapes(config)
         self.params, self.grads = Tensors(shapes), Tensors(shapes)
         self.adam_m, self.adam_v = new_array(self.params.size), new_array(self.params.size)
@@ -106,7 +109,7 @@ class GPT2:
         kernels.layernorm_forward(acts.ln1[l], acts.ln1_mean[l], acts.ln1_rstd[l],
                                   residual, params.ln1w[l], params.ln1b[l])                                      # (N, C)
         kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l], workspace)              # (N, 3C)
-        kernels.attention_forward(acts.att[l], acts.att_lse[l], acts.qkv[l])                                     # (N, C)
+        kernels.attention_forward(acts.att[l], acts.att_lse[l], acts.qkv[l], workspace)                          # (N, C)
         kernels.matmul_forward(proj, acts.att[l], params.attprojw[l], params.attprojb[l], workspace)             # (N, C)
         kernels.residual_forward(acts.residual2[l], residual, proj)                                              # (N, C)
         kernels.layernorm_forward(acts.ln2[l], acts.ln2_mean[l], acts.ln2_rstd[l],
@@ -168,7 +171,7 @@ class GPT2:
             # residual2 = residual + proj: dresidual is the gradient of both.
             kernels.matmul_backward(datt, grads.attprojw[l], grads.attprojb[l],
                                     dresidual, acts.att[l], params.attprojw[l], workspace)                       # (N, C)
-            kernels.attention_backward(dqkv, datt, acts.att[l], acts.att_lse[l], acts.qkv[l])                    # (N, 3C)
+            kernels.attention_backward(dqkv, datt, acts.att[l], acts.att_lse[l], acts.qkv[l], workspace)         # (N, 3C)
             kernels.matmul_backward(dln, grads.qkvw[l], grads.qkvb[l],
                                     dqkv, acts.ln1[l], params.qkvw[l], workspace)                                # (N, C)
             kernels.layernorm_backward(dresidual, grads.ln1w[l], grads.ln1b[l],
@@ -336,23 +339,25 @@ def train_and_save(model: GPT2, options, train_loader: DataLoader, val_loader: V
     return status
 
 
-def compile_kernels(exact_gelu: bool = False) -> None:
-    """Compile the kernels into Numba's cache if any is missing there that a model with this activation needs."""
-    if not kernels.all_compiled(exact_gelu):
+def compile_kernels(exact_gelu: bool = False, dtype: str = "float32") -> None:
+    """Compile the kernels into Numba's cache if any is missing there that training such a model needs."""
+    if not kernels.all_compiled(kernels.TRAINING, exact_gelu, workspace=kernels.WORDS[dtype]):
         print(f"compiling the kernels, {cache_lifetime()}: about 15 seconds", flush=True)
-        kernels.compile_in_processes("train_gpt2", exact_gelu)
+        kernels.compile_in_processes("train_gpt2", exact_gelu, dtype)
 
 
-def run_every_kernel(backward_first: bool, exact_gelu: bool = False) -> None:
+def run_every_kernel(backward_first: bool, exact_gelu: bool = False, dtype: str = "float32") -> None:
     """One step of the smallest model, so that Numba compiles every kernel: for kernels_cpu.compile_in_processes.
 
     With backward_first it begins with the two kernels of the backward pass that take longest to compile.
     """
-    model = GPT2(Config(1, 1, 128, num_layers=1, num_heads=1, channels=1, exact_gelu=exact_gelu), 1, 1, threads=1)
+    model = GPT2(Config(1, 1, 128, num_layers=1, num_heads=1, channels=1, exact_gelu=exact_gelu), 1, 1, threads=1,
+                 dtype=dtype)
     grads, params, acts, scratch = model.grads, model.params, model.acts, model.scratch
     token = np.zeros((1, 1), dtype=np.int32)
     if backward_first:
-        kernels.attention_backward(scratch.dqkv, scratch.datt, acts.att[0], acts.att_lse[0], acts.qkv[0])
+        kernels.attention_backward(scratch.dqkv, scratch.datt, acts.att[0], acts.att_lse[0], acts.qkv[0],
+                                   model.workspace)
         kernels.matmul_backward(scratch.datt, grads.attprojw[0], grads.attprojb[0],
                                 scratch.dresidual, acts.att[0], params.attprojw[0], model.workspace)
         model.tokens = token
@@ -368,8 +373,12 @@ def main():
         if world.rank > 0:
             sys.stdout = open(os.devnull, "w")
             logging.disable()       # of notes
-        own_flags = {"threads": dict(type=bounded(int, 1), help="CPU threads per process (default: the usable cores, divided "
-                                                                "among the processes)")}
+        own_flags = {
+            "threads": dict(type=bounded(int, 1), help="CPU threads per process (default: the usable cores, divided among the "
+                                                       "processes)"),
+            "dtype": dict(default="float32", choices=kernels.DTYPES, help="of the factors in matrix products; bfloat16 is "
+                          "twice as fast, on processors with AVX512-BF16 or AMX"),
+        }
         with open_run("Train GPT-2 on the CPU.", world, **own_flags) as options:
             status = run(options, world)
     sys.exit(status)
@@ -381,20 +390,23 @@ def run(options, world: World) -> int:
     prepare_data(options.input_bin, options.input_val_bin)
     train_loader, val_loader = data_loaders(options, world)
     config, params, moments, tokenizer = load_or_create_model(options, train_loader, val_loader)
+    if options.dtype == "bfloat16" and not HAS_BFLOAT16:
+        print("this processor cannot multiply bfloat16: --dtype bfloat16 computes what one that can would, and saves no time")
     with world.local_rank_zero_first():
-        compile_kernels(config.exact_gelu)
+        compile_kernels(config.exact_gelu, options.dtype)
     B, T = options.batch_size, options.sequence_length
     needed = memory_needed(config, activation_shapes(config, B, T, options.recompute),
                            scratch_shapes(config, B, T, CLASSIFIER_ROWS), world.size)
     memory = check_memory(f"{options.model} with batches of {B} x {T}", needed * world.local_size, main_memory(),
                           "this machine", memory_hint(options.recompute))
-    model = GPT2(config, B, T, threads, options.recompute)
+    model = GPT2(config, B, T, threads, options.recompute, options.dtype)
     if world.size > 1:
         model = DataParallel(model, world)
     load_weights(model, params, moments, options.seed)
     del params, moments     # to free their memory; and Windows cannot delete a memory-mapped checkpoint
     processes = f"{world.size} processes of {threads}" if world.size > 1 else threads
-    return train_and_save(model, options, train_loader, val_loader, tokenizer, world, threads=processes, memory=memory)
+    return train_and_save(model, options, train_loader, val_loader, tokenizer, world, threads=processes, memory=memory,
+                          products=f"{options.dtype}, {instructions(options.dtype)}")
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def versions(*packages):
     return {"python": platform.python_version()} | {package: importlib.metadata.version(package) for package in packages}
 
 
-def measure_ours(task):
+def measure_ours(task, dtype="float32"):
     """Time train_gpt2's own loop, then large matrix products, then each kernel in additional steps."""
     import numba
 
@@ -189,10 +189,10 @@ def measure_ours(task):
 
     numba.set_num_threads(task["threads"])
     config = model_config(task["model"])
-    model = train_gpt2.GPT2(config, *task["shape"], task["threads"])
+    model = train_gpt2.GPT2(config, *task["shape"], task["threads"], dtype=dtype)
     train = our_training(model, RandomBatches(task["shape"], config.vocab_size), task)
     result = time_training(train, task) | dict(peak_memory=peak_memory(), versions=versions("numpy", "numba"))
-    result["product_rate"] = our_product_rate(train_gpt2.kernels, task["threads"])
+    result["product_rate"] = our_product_rate(train_gpt2.kernels, task["threads"], dtype)
     with timing_kernels() as result["kernels"]:
         result["profiled_seconds"] = sum(train(PROFILED_STEPS)[0])
     return result
@@ -304,12 +304,12 @@ def timing_kernels():
         yield calls
 
 
-def our_product_rate(kernels, threads):
+def our_product_rate(kernels, threads, dtype):
     import numpy as np
     generator = np.random.default_rng(SEED)
     n = MATRIX_SIZE["cpu"]
     inp, weight = (generator.standard_normal((n, n), dtype=np.float32) for _ in range(2))
-    out, no_bias, workspace = np.zeros_like(inp), np.empty(0, dtype=np.float32), kernels.make_workspace(threads)
+    out, no_bias, workspace = np.zeros_like(inp), np.empty(0, dtype=np.float32), kernels.make_workspace(threads, dtype)
     return product_rate(lambda: kernels.matmul_forward(out, inp, weight, no_bias, workspace), n, WallClock())
 
 
@@ -447,12 +447,15 @@ def pytorch(**settings):
     return Program(partial(measure_pytorch, **settings), "torch", ({"attention": "plain"}, {"attention": "sdpa"}))
 
 
-OURS, OURS_TF32, OURS_INT8 = "gpt2-by-hand", "gpt2-by-hand tf32", "gpt2-by-hand int8"
+OURS, OURS_BF16, OURS_TF32 = "gpt2-by-hand", "gpt2-by-hand bf16", "gpt2-by-hand tf32"
+OURS_INT8, OURS_INT4 = "gpt2-by-hand int8", "gpt2-by-hand int4"
 PROGRAMS = {
     "cpu": {
         OURS: Program(measure_ours),
         "PyTorch eager": pytorch(compiled=False),
         "PyTorch compile": pytorch(compiled=True),
+        OURS_BF16: Program(partial(measure_ours, dtype="bfloat16")),
+        "PyTorch eager bf16": pytorch(compiled=False, bf16=True),
         "PyTorch compile bf16": pytorch(compiled=True, bf16=True),
     },
     "cuda": {
@@ -468,7 +471,8 @@ PROGRAMS = {
 
 def ours_beside(name):
     """The program of ours that a program is compared with: the one with products or weights of the same type."""
-    return OURS_TF32 if "tf32" in name else OURS_INT8 if "int8" in name or "q8_0" in name else OURS
+    same = {"bf16": OURS_BF16, "tf32": OURS_TF32, "int8": OURS_INT8, "q8_0": OURS_INT8, "int4": OURS_INT4, "q4_0": OURS_INT4}
+    return next((ours for word, ours in same.items() if word in name), OURS)
 
 
 def is_ours(name):

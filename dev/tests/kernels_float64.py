@@ -120,6 +120,53 @@ def attention_backward(dout, qkv, B, T, NH):
     return np.concatenate([join_heads(dq), join_heads(dk), join_heads(dv)], axis=1)      # (B*T, 3*C)
 
 
+# The same with factors rounded to bfloat16: the upper half of a float32, rounded to nearest, ties to even
+
+def bfloat16(array):
+    upper = np.asarray(array, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    rounded = upper + 0x7fff + (upper >> 16 & 1) & 0xffff0000
+    return np.where(np.isnan(array), np.nan, rounded.astype(np.uint32).view(np.float32)).astype(np.float64)
+
+
+def matmul_forward_bfloat16(inp, weight, bias):
+    return matmul_forward(bfloat16(inp), bfloat16(weight), bias)
+
+
+def matmul_backward_bfloat16(dout, inp, weight):
+    dinp, dweight, _ = matmul_backward(bfloat16(dout), bfloat16(inp), bfloat16(weight))
+    return dinp, dweight, float64(dout).sum(axis=0)
+
+
+def attention_forward_bfloat16(qkv, B, T, NH):
+    q, k, v = split_heads(bfloat16(qkv), B, T, NH)
+    out, lse = np.zeros(q.shape), np.zeros((B, NH, T))
+    for b, h, t in np.ndindex(B, NH, T):
+        seen = slice(0, t + 1)
+        scores = k[b, h, seen] @ q[b, h, t] / math.sqrt(q.shape[-1])
+        out[b, h, t] = bfloat16(softmax(scores)) @ v[b, h, seen]
+        lse[b, h, t] = scores.max() + np.log(np.exp(scores - scores.max()).sum())
+    return join_heads(out), lse
+
+
+def attention_backward_bfloat16(dout, qkv, B, T, NH):
+    """From the outputs of attention_forward, not rounded, which the sum in the softmax's derivative is computed from."""
+    q, k, v = split_heads(bfloat16(qkv), B, T, NH)
+    out = attention_forward(qkv, B, T, NH)[0].reshape(B, T, NH, -1).transpose(0, 2, 1, 3)
+    lse = attention_forward(qkv, B, T, NH)[1]
+    dout = float64(dout).reshape(B, T, NH, -1).transpose(0, 2, 1, 3)
+    dq, dk, dv = np.zeros(q.shape), np.zeros(q.shape), np.zeros(q.shape)
+    scale = 1 / math.sqrt(q.shape[-1])
+    for b, h, t in np.ndindex(B, NH, T):
+        seen = slice(0, t + 1)
+        p = np.exp(k[b, h, seen] @ q[b, h, t] * scale - lse[b, h, t])
+        dp = v[b, h, seen] @ bfloat16(dout[b, h, t])
+        dscores = bfloat16(p * (dp - dout[b, h, t] @ out[b, h, t]))
+        dq[b, h, t] = dscores @ k[b, h, seen] * scale
+        dk[b, h, seen] += np.outer(dscores, q[b, h, t]) * scale
+        dv[b, h, seen] += np.outer(bfloat16(p), bfloat16(dout[b, h, t]))
+    return np.concatenate([join_heads(dq), join_heads(dk), join_heads(dv)], axis=1)
+
+
 # gelu, tanh approximation. (1 + tanh u)/2 is the logistic function of 2u, which gives both formulas below.
 
 def gelu_gate(x):

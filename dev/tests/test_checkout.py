@@ -56,7 +56,7 @@ def test_edited_product_is_compiled_again(checkout, tmp_path):
                "print(out[0, 0], sum(kernels_cpu.matvec_forward.stats.cache_hits.values()))")
     source = checkout / "matmul_cpu.py"
     outputs, caches = [], []
-    line = "rest += rows[r, c] * "
+    line = "total += inp[c] * "
     for factor in (1, 1, 2):
         text = (ROOT / "matmul_cpu.py").read_text()
         assert text.count(line) == 1

@@ -5,9 +5,13 @@ An error is relative and taken over a whole tensor: ||actual - expected|| / ||ex
 import numba
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from gguf.quants import quantize as gguf_quantize
 
 import kernels_cpu
 import kernels_float64 as exact
+from generate_gpt2 import BITS, rounded_weight
 
 BOUND = 2e-6
 EMPTY = np.empty(0, dtype=np.float32)
@@ -30,122 +34,131 @@ def assert_close(actual, expected, bound=BOUND):
 
 # Products
 
-def float32(inp, weight, bias, threads=2):
-    out = unset(len(inp), len(weight))
-    kernels_cpu.matvec_forward(out, inp, weight, bias, kernels_cpu.make_workspace(threads))
-    return out
+GGUF_KINDS = {"bfloat16": GGMLQuantizationType.BF16, "int8": GGMLQuantizationType.Q8_0, "int4": GGMLQuantizationType.Q4_0}
+# How far a product in 32 bits is from one in float64 of the same weight. Against integers, activations have 16 bits.
+BOUNDS = {"float32": BOUND, "bfloat16": BOUND, "int8": 3e-5, "int4": 3e-5}
 
 
-def quantized(weight):
-    """A weight in int8, (numbers, scales), and its values in float64."""
-    numbers = np.full(weight.shape, 99, dtype=np.int8)
-    scales = unset(len(weight), -(-weight.shape[1] // QUANT_GROUP))
-    kernels_cpu.quantize(numbers, scales, weight)
-    return (numbers, scales), numbers * np.repeat(scales.astype(np.float64), QUANT_GROUP, axis=1)[:, :weight.shape[1]]
+def stored(weight, kind):
+    """A weight as an array of a kind, and its values in float64."""
+    array = rounded_weight(weight, kind) if kind != "float32" else weight
+    wide = dequantize(array.view(np.uint8), GGUF_KINDS[kind]) if kind != "float32" else weight
+    return array, wide.astype(np.float64)
 
 
-def int8(kernel):
-    def product(inp, weight, bias, threads=2):
+def product(kind, kernel=kernels_cpu.matvec_forward, dtype="float32"):
+    def multiply(inp, weight, bias, threads=2):
         out = unset(len(inp), len(weight))
-        kernel(out, inp, *quantized(weight)[0], bias, kernels_cpu.make_workspace(threads))
+        kernel(out, inp, stored(weight, kind)[0], bias, kernels_cpu.make_workspace(threads, dtype))
         return out
-    return product
+    return multiply
 
 
-PRODUCTS = {"float32": float32, "int8": int8(kernels_cpu.matvec_int8_forward),
-            "int8 prefill": int8(kernels_cpu.matmul_int8_forward)}
-# Rows that fill INPUT_ROWS or do not, and WEIGHT_ROWS; channels of no whole group, of one, of several with and without a rest.
-SIZES = [(1, 1, 1), (2, 7, 5), (3, 63, 33), (4, 64, 16), (5, 65, 18), (1, 128, 64), (9, 200, 67), (13, 768, 40), (1, 768, 1000)]
+PRODUCTS = {kind: product(kind) for kind in BITS}
+PROMPT_PRODUCTS = {kind: product(kind, kernels_cpu.matmul_compact_forward) for kind in BITS}
+# Rows that fill INPUT_ROWS or do not, and WEIGHT_ROWS; channels of one group, of several, with and without a rest.
+SIZES = [(1, 1, 1), (2, 7, 5), (3, 63, 33), (4, 64, 16), (5, 65, 18), (1, 96, 3), (1, 128, 64), (9, 200, 67), (13, 768, 40),
+         (1, 768, 1000)]
 
 
-@pytest.mark.parametrize("N, C, OC", SIZES)
+def works(kind, C):
+    return BITS[kind] >= 16 or C % QUANT_GROUP == 0
+
+
+@pytest.mark.parametrize("kind, N, C, OC", [(kind, *sizes) for kind in BITS for sizes in SIZES if works(kind, sizes[1])])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_product_against_float64(name, N, C, OC, bias):
+def test_product_against_float64(kind, N, C, OC, bias):
     inp, weight, bias = normal(N, C), normal(OC, C, seed=1), normal(OC) if bias else EMPTY
-    exact_weight = weight if name == "float32" else quantized(weight)[1]
-    assert_close(PRODUCTS[name](inp, weight, bias), exact.matmul_forward(inp, exact_weight, bias))
+    _, wide = stored(weight, kind)
+    assert_close(PRODUCTS[kind](inp, weight, bias), exact.matmul_forward(inp, wide, bias), BOUNDS[kind])
+    assert_close(PROMPT_PRODUCTS[kind](inp, weight, bias), exact.matmul_forward(inp, wide, bias))
+    in_bfloat16 = product(kind, kernels_cpu.matmul_compact_forward, "bfloat16")(inp, weight, bias)
+    assert_close(in_bfloat16, exact.matmul_forward_bfloat16(inp, wide, bias))
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_same_bits_whatever_the_threads(name):
-    inp, weight, bias = normal(5, 200), normal(67, 200), normal(67)
-    expected = PRODUCTS[name](inp, weight, bias)
+@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize("products", [PRODUCTS, PROMPT_PRODUCTS], ids=["decoding", "prompt"])
+def test_same_bits_whatever_the_threads(kind, products):
+    inp, weight, bias = normal(5, 224), normal(67, 224), normal(67)
+    expected = products[kind](inp, weight, bias)
     threads = numba.get_num_threads()
     try:
         for count in (1, threads):
             numba.set_num_threads(count)
             for blocks in (1, 2, 3, 100):
-                assert PRODUCTS[name](inp, weight, bias, blocks).tobytes() == expected.tobytes()
+                assert products[kind](inp, weight, bias, blocks).tobytes() == expected.tobytes()
     finally:
         numba.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_a_row_does_not_depend_on_the_others(name):
-    inp, weight, bias = normal(9, 200), normal(67, 200), normal(67)
-    alone = np.concatenate([PRODUCTS[name](inp[n:n + 1], weight, bias) for n in range(len(inp))])
+@pytest.mark.parametrize("kind", BITS)
+def test_a_row_does_not_depend_on_the_others(kind):
+    inp, weight, bias = normal(9, 224), normal(67, 224), normal(67)
+    alone = np.concatenate([PRODUCTS[kind](inp[n:n + 1], weight, bias) for n in range(len(inp))])
     for N in range(2, len(inp) + 1):
-        assert PRODUCTS[name](inp[:N], weight, bias).tobytes() == alone[:N].tobytes()
+        assert PRODUCTS[kind](inp[:N], weight, bias).tobytes() == alone[:N].tobytes()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("column", [3, 70, 199])      # in the first group, in the second, in the rest
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_what_is_not_finite_comes_out(name, column, value):
-    """In float32 infinity may come out as itself; a weight in int8 has no way to hold it, and becomes NaN."""
-    inp, weight, bias = normal(5, 200), normal(67, 200), normal(67)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("column", [3, 70, 223])      # in the first group, in another, in the rest
+@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize("products", [PRODUCTS, PROMPT_PRODUCTS], ids=["decoding", "prompt"])
+def test_what_is_not_finite_comes_out(kind, products, column, value):
+    """Integers have no way to hold infinity: it becomes NaN."""
+    inp, weight, bias = normal(5, 224), normal(67, 224), normal(67)
     spoilt = inp.copy()
     spoilt[2, column] = value
-    out = PRODUCTS[name](spoilt, weight, bias)
+    out = products[kind](spoilt, weight, bias)
     assert not np.isfinite(out[2]).any() and np.isfinite(np.delete(out, 2, axis=0)).all()
     spoilt = weight.copy()
     spoilt[30, column] = value
-    out = PRODUCTS[name](inp, spoilt, bias)
+    out = products[kind](inp, spoilt, bias)
     assert not np.isfinite(out[:, 30]).any() and np.isfinite(np.delete(out, 30, axis=1)).all()
-    if name != "float32":
+    if BITS[kind] < 16:
         assert np.isnan(out[:, 30]).all()
 
 
-# Quantization
-
-@pytest.mark.parametrize("C", [1, 64, 65, 200])
-def test_quantized_weights_are_the_nearest(C):
-    weight = normal(13, C)
-    (numbers, scales), stood_for = quantized(weight)
-    groups = [slice(start, start + QUANT_GROUP) for start in range(0, C, QUANT_GROUP)]
-    for g, group in enumerate(groups):
-        largest = np.abs(weight[:, group]).max(axis=1)
-        np.testing.assert_allclose(scales[:, g], largest / 127, rtol=1e-6)
-        assert (np.abs(numbers[:, group].astype(int)).max(axis=1) == 127).all()
-    step = np.repeat(scales, QUANT_GROUP, axis=1)[:, :C]
-    assert (np.abs(stood_for - weight) <= step * 0.50001).all()
+def test_activations_of_all_sizes_against_integers():
+    """Groups of zeros, of numbers that float32 can hardly hold, and of both signs."""
+    inp = np.repeat(10.0 ** np.array([[0, -45, -38, -20, 20, 37, -33, -34]]), QUANT_GROUP, axis=1) * normal(1, 256)
+    inp = np.concatenate([inp, np.zeros((1, 256))]).astype(np.float32)
+    for g in range(8):
+        group = np.zeros_like(inp)
+        group[:, g * QUANT_GROUP:(g + 1) * QUANT_GROUP] = inp[:, g * QUANT_GROUP:(g + 1) * QUANT_GROUP]
+        out = PRODUCTS["int8"](group, normal(9, 256, seed=1), EMPTY)
+        expected = exact.matmul_forward(group, stored(normal(9, 256, seed=1), "int8")[1], EMPTY)
+        assert not out[1].any() and np.linalg.norm(out - expected) <= 3e-5 * np.linalg.norm(expected) + 1e-31
 
 
-def test_quantized_extremes():
-    """Zeros, signs, and groups so small and so large that their scales are at the ends of float32."""
-    weight = np.zeros((6, QUANT_GROUP), dtype=np.float32)
-    weight[1, :3] = 1, -1, 0.5
-    weight[2, :2] = 1e35, -3e34
-    weight[3, :2] = 1e-30, -2e-30
-    weight[4, 7] = np.nan
-    weight[5, 0] = 1e-40
-    (numbers, scales), stood_for = quantized(weight)
-    assert not numbers[0].any() and scales[0] == 0
-    assert numbers[1, :4].tolist() == [127, -127, 64, 0]
-    np.testing.assert_allclose(stood_for[2:4], weight[2:4], atol=1e35 / 250, rtol=0.01)
-    assert numbers[3, :2].tolist() == [64, -127] and np.isnan(scales[4])
-    assert np.abs(stood_for[5]).max() <= 1e-36
+# Rounding weights
+
+@pytest.mark.parametrize("kind", GGUF_KINDS)
+def test_weights_are_rounded_as_gguf_does(kind):
+    """Bit for bit, so that a file that holds such weights is used as it is, and exporting rounds once."""
+    weight = 0.1 * normal(333, 96) * 10.0 ** np.linspace(-12, 4, 333, dtype=np.float32)[:, None]
+    weight[0] = 0
+    weight[1, :5] = 1, -1, 0.5, 0.25, 127
+    weight[2] = np.linspace(-127, 127, 96) / 2      # halves
+    weight[3, :4] = -8, 8, 7.5, -0.5
+    weight[4] = -0.0
+    assert stored(weight, kind)[0].view(np.uint8).tobytes() == gguf_quantize(weight, GGUF_KINDS[kind]).tobytes()
+
+
+def test_rows_that_are_no_whole_groups_stay_float32():
+    weight = normal(5, 33)
+    assert rounded_weight(weight, "int8").tobytes() == rounded_weight(weight, "int4").tobytes() == weight.tobytes()
+    assert rounded_weight(weight, "bfloat16").dtype == np.uint16
 
 
 # Embedding
 
-def test_encoder_int8():
-    wte, wpe, tokens = normal(7, 200), normal(3, 200, seed=1), np.array([[6, 0, 3], [3, 3, 1]], dtype=np.int32)
-    weight, stood_for = quantized(wte)
-    out = unset(6, 200)
-    kernels_cpu.encoder_int8_forward(out, tokens, *weight, wpe)
-    assert_close(out, exact.encoder_forward(tokens, stood_for, wpe))
+@pytest.mark.parametrize("kind", BITS)
+def test_encoder_compact(kind):
+    wte, wpe, tokens = normal(7, 224), normal(3, 224, seed=1), np.array([[6, 0, 3], [3, 3, 1]], dtype=np.int32)
+    weight, wide = stored(wte, kind)
+    out = unset(6, 224)
+    kernels_cpu.encoder_compact_forward(out, tokens, weight, wpe)
+    assert_close(out, exact.encoder_forward(tokens, wide, wpe))
 
 
 # Attention
@@ -158,7 +171,7 @@ def attend(qkv, B, NH, parts, room=3):
     outs, position = [], 0
     for part in parts:
         out, rows = unset(B * part, C), np.ascontiguousarray(qkv[:, position:position + part]).reshape(B * part, -1)
-        kernels_cpu.attention_cached_forward(out, keys, values, rows, position)
+        kernels_cpu.attention_cached_forward(out, keys, values, rows, position, kernels_cpu.make_workspace(2))
         outs.append(out.reshape(B, part, C))
         position += part
     assert np.isnan(keys[:, :, T:]).all() and np.isnan(values[:, :, T:]).all()

@@ -84,18 +84,33 @@ def test_decoder_on_a_device(on):
 
 
 @pytest.mark.parametrize("exact_gelu", [False, True])
-@pytest.mark.parametrize("program, decoding", [(train_gpt2, False), (generate_gpt2, True)])
-def test_compiled_kernels_are_those_that_are_called(monkeypatch, program, decoding, exact_gelu):
-    """Of the two forms, only the model's is compiled before a run."""
-    compiled, called = set(), set()
-    monkeypatch.setattr(KernelCache, "is_intact", lambda self, target: compiled.add(self) or True)
-    assert kernels_cpu.all_compiled(exact_gelu, decoding)
+@pytest.mark.parametrize("program, settings", [
+    (train_gpt2, ["float32"]), (train_gpt2, ["bfloat16"]),
+    (generate_gpt2, [{"float32"}, "float32"]), (generate_gpt2, [{"int8", "int4"}, "bfloat16"])])
+def test_compiled_kernels_are_those_that_are_called(monkeypatch, program, settings, exact_gelu):
+    """Of the two forms, and of the formats of weights and products, only the model's is compiled before a run."""
+    compiled, called, missing = set(), set(), []
+
+    def is_intact(self, target, dtypes):
+        compiled.add((self, frozenset((name, np.dtype(dtype)) for name, dtype in dtypes.items()
+                                      if name in self._py_func.__code__.co_varnames)))
+        return missing == []
+
+    monkeypatch.setattr(KernelCache, "is_intact", is_intact)
+    monkeypatch.setattr(kernels_cpu, "compile_in_processes", lambda *arguments: missing.append(arguments))
+    generating = program is generate_gpt2
+    with_weights = kernels_cpu.DECODING_FLOAT32 + kernels_cpu.DECODING_COMPACT
+    program.compile_kernels(exact_gelu, *settings)
+    assert missing == []
 
     def watch(kernel, *arguments):
-        called.add(kernel._cache)
+        dtypes = {name: value.dtype for name, value in zip(kernel.py_func.__code__.co_varnames, arguments)
+                  if name == "workspace" or generating and kernel in with_weights and name in ("weight", "wte")}
+        called.add((kernel._cache, frozenset(dtypes.items())))
         return kernel(*arguments)
 
     monkeypatch.setattr(program, "kernels", WatchedKernels(kernels_cpu, watch))
+    rest = settings if not generating else [sorted(settings[0]), exact_gelu, settings[1]]
     for first in (False, True):
-        program.run_every_kernel(first, exact_gelu)
+        program.run_every_kernel(first, *(rest if generating else [exact_gelu, *rest]))
     assert called == compiled

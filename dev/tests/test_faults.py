@@ -491,7 +491,7 @@ def test_numbers_are_bounded_by_their_meaning(program, text, run_main, tmp_path,
 
 
 NO_NUMBERS = ("model", "input-bin", "input-val-bin", "output-dir", "output", "hellaswag", "text-field", "prompt", "stop",
-              "perplexity", "schedule", "quantize")
+              "perplexity", "schedule", "quantize", "dtype")
 
 
 def test_largest_numbers():

@@ -9,7 +9,8 @@ are themselves tested, against finite differences of the float64 forward functio
 Every test below sees the kernels through `Fast`, which calls them the way the program does: what a kernel overwrites
 starts as NaN, and what it adds to starts from numbers that are not zero.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numba
 import numpy as np
@@ -27,6 +28,10 @@ OUTPUTS = {
     "matmul_backward": ("dinp", "dweight", "dbias"),
     "attention_forward": ("out", "lse"),
     "attention_backward": ("dqkv",),
+    "matmul_forward_bfloat16": ("out",),
+    "matmul_backward_bfloat16": ("dinp", "dweight", "dbias"),
+    "attention_forward_bfloat16": ("out", "lse"),
+    "attention_backward_bfloat16": ("dqkv",),
     "gelu_forward": ("out",),
     "gelu_backward": ("dinp",),
     "gelu_exact_forward": ("out",),
@@ -39,7 +44,9 @@ OUTPUTS = {
 
 # Rounding to float32 alone is an error of 3e-8. Of large attention scores it becomes an error of the weights.
 BOUND = 2e-6
-BOUNDS = {"attention_backward": 5e-6, "global_norm": 1e-12}
+# In bfloat16, attention rounds its weights p, which are known to float32's precision: now and then to the other neighbor.
+BOUNDS = {"attention_backward": 5e-6, "global_norm": 1e-12, "attention_forward_bfloat16": 2e-5,
+          "attention_backward_bfloat16": 2e-5}
 THREADS = 2
 EMPTY = np.empty(0, dtype=np.float32)
 LEARNING_RATE, BETA1, BETA2, EPSILON = 0.1, 0.9, 0.95, 1e-8
@@ -88,26 +95,33 @@ class Fast:
                                        mean.astype(np.float32), rstd.astype(np.float32), inp, weight)
         return dinp.added(), dweight.added(), dbias.added()
 
-    def matmul_forward(inp, weight, bias, threads=THREADS):
+    def matmul_forward(inp, weight, bias, threads=THREADS, dtype="float32"):
         out = unset(len(inp), len(weight))
-        kernels_cpu.matmul_forward(out, inp, weight, bias, kernels_cpu.make_workspace(threads))
+        kernels_cpu.matmul_forward(out, inp, weight, bias, kernels_cpu.make_workspace(threads, dtype))
         return out
 
-    def matmul_backward(dout, inp, weight, threads=THREADS):
+    def matmul_backward(dout, inp, weight, threads=THREADS, dtype="float32"):
         dinp, dweight, dbias = unset(*inp.shape), Accumulator(*weight.shape), Accumulator(len(weight))
-        kernels_cpu.matmul_backward(dinp, dweight.array, dbias.array, dout, inp, weight, kernels_cpu.make_workspace(threads))
+        kernels_cpu.matmul_backward(dinp, dweight.array, dbias.array, dout, inp, weight,
+                                    kernels_cpu.make_workspace(threads, dtype))
         return dinp, dweight.added(), dbias.added()
 
-    def attention_forward(qkv, B, T, NH):
+    def attention_forward(qkv, B, T, NH, threads=THREADS, dtype="float32"):
         out, lse = unset(B * T, qkv.shape[1] // 3), unset(B, NH, T)
-        kernels_cpu.attention_forward(out, lse, qkv)
+        kernels_cpu.attention_forward(out, lse, qkv, kernels_cpu.make_workspace(threads, dtype))
         return out, lse
 
-    def attention_backward(dout, qkv, B, T, NH):
+    def attention_backward(dout, qkv, B, T, NH, threads=THREADS, dtype="float32"):
         out, lse = exact.attention_forward(qkv, B, T, NH)
         dqkv = unset(*qkv.shape)
-        kernels_cpu.attention_backward(dqkv, dout, out.astype(np.float32), lse.astype(np.float32), qkv)
+        kernels_cpu.attention_backward(dqkv, dout, out.astype(np.float32), lse.astype(np.float32), qkv,
+                                       kernels_cpu.make_workspace(threads, dtype))
         return dqkv
+
+    matmul_forward_bfloat16 = partial(matmul_forward, dtype="bfloat16")
+    matmul_backward_bfloat16 = partial(matmul_backward, dtype="bfloat16")
+    attention_forward_bfloat16 = partial(attention_forward, dtype="bfloat16")
+    attention_backward_bfloat16 = partial(attention_backward, dtype="bfloat16")
 
     def gelu_forward(inp):
         out = unset(*inp.shape)
@@ -253,11 +267,18 @@ def collect(function, *arguments):
     return [case for sizes in arguments for case in function(*sizes)]
 
 
+def in_bfloat16(cases):
+    return [replace(case, kernel=case.kernel + "_bfloat16") for case in cases]
+
+
+PRODUCTS = (
+    collect(matmul_cases, (1, 1, 1), (2, 7, 5), (13, 36, 109), (65, 768, 67), (130, 65, 2304))
+    + collect(attention_cases, (1, 1, 1, 1), (3, 2, 1, 7), (1, 13, 3, 12), (1, 64, 1, 64), (2, 65, 1, 5), (3, 130, 3, 12))
+)
 CASES = (
     collect(encoder_cases, (1, 1, 1), (3, 13, 7), (1, 65, 36), (3, 130, 768))
     + collect(layernorm_cases, (1, 1), (2, 7), (13, 36), (130, 65), (13, 768))
-    + collect(matmul_cases, (1, 1, 1), (2, 7, 5), (13, 36, 109), (65, 768, 67), (130, 65, 2304))
-    + collect(attention_cases, (1, 1, 1, 1), (3, 2, 1, 7), (1, 13, 3, 12), (1, 64, 1, 64), (2, 65, 1, 5), (3, 130, 3, 12))
+    + PRODUCTS + in_bfloat16(PRODUCTS)
     + collect(elementwise_cases, (1, 1), (13, 7), (65, 768))
     + collect(classifier_cases, (1, 1, 128, 1), (5, 7, 7, 1), (13, 65, 128, 30), (3, 50257, 50304, 3))
     + collect(adamw_cases, (1, 1, 0.1, 1.0), (1003, 1, 0.0, 1.0), (1003, 10, 0.1, 0.25))
@@ -286,9 +307,9 @@ worst = {}   # (kernel, output) -> largest error over all sizes
 @pytest.fixture(scope="module", autouse=True)
 def report():
     yield
-    print(f"\n{'kernel':20} {'output':8} {'worst error':>11}  {'bound':>7}")
+    print(f"\n{'kernel':27} {'output':8} {'worst error':>11}  {'bound':>7}")
     for (kernel, output), error in worst.items():
-        print(f"{kernel:20} {output:8} {error:11.1e}  {BOUNDS.get(kernel, BOUND):7.0e}")
+        print(f"{kernel:27} {output:8} {error:11.1e}  {BOUNDS.get(kernel, BOUND):7.0e}")
 
 
 # The float64 implementation itself
@@ -422,16 +443,19 @@ def test_layernorm_of_numbers_far_from_zero():
     check("layernorm_forward", results(Fast, "layernorm_forward", args), results(exact, "layernorm_forward", args), 1e-4)
 
 
-@pytest.mark.parametrize("kernel", ["matmul_forward", "matmul_backward"])
+@pytest.mark.parametrize("kernel", [kernel for kernel in OUTPUTS if kernel.startswith(("matmul", "attention"))])
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
-def test_matmul_shared_among_threads(kernel, threads):
-    """Also with more threads than blocks of columns."""
+def test_products_shared_among_threads(kernel, threads):
+    """Also with more threads than blocks of columns, or than heads."""
     args = CASE[kernel].args
     check(kernel, results(Fast, kernel, {**args, "threads": threads}), results(exact, kernel, args))
 
 
-@pytest.mark.parametrize("case", [*matmul_cases(N=35, C=1001, OC=777)], ids=str)
-def test_matmul_gives_the_same_bits_on_any_number_of_threads(case):
+ODD_PRODUCTS = [*matmul_cases(N=35, C=1001, OC=777), *attention_cases(B=1, T=140, NH=5, HS=9)]
+
+
+@pytest.mark.parametrize("case", ODD_PRODUCTS + in_bfloat16(ODD_PRODUCTS), ids=str)
+def test_products_give_the_same_bits_on_any_number_of_threads(case):
     """Sizes for which the edges of the threads' blocks differ with the number of threads."""
     one = results(Fast, case.kernel, {**case.args, "threads": 1})
     for threads in (2, 3):
@@ -439,12 +463,13 @@ def test_matmul_gives_the_same_bits_on_any_number_of_threads(case):
 
 
 # Whole tiles and parts of them, and one or several blocks in each direction: of rows (where a is transposed), depth, columns.
-@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (3, 5, 7), (8, 16, 48), (7, 16, 96), (15, 33, 45), (67, 131, 33),
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (3, 5, 7), (8, 16, 48), (7, 16, 96), (32, 64, 32), (15, 33, 45), (67, 131, 33),
                                      (1030, 20, 17), (30, 1600, 20), (20, 24, 800)])
 @pytest.mark.parametrize("a_transposed", [False, True])
 @pytest.mark.parametrize("b_transposed", [False, True])
 @pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (1.0, 1.0), (-0.3, 0.7)])
-def test_sgemm(m, k, n, a_transposed, b_transposed, alpha, beta):
+@pytest.mark.parametrize("dtype", kernels_cpu.DTYPES)
+def test_sgemm(m, k, n, a_transposed, b_transposed, alpha, beta, dtype):
     margin = 16
     generator = np.random.default_rng(0)
 
@@ -457,11 +482,12 @@ def test_sgemm(m, k, n, a_transposed, b_transposed, alpha, beta):
 
     (_, a), (_, b), (around, c) = matrix(m, k, a_transposed), matrix(k, n, b_transposed), matrix(m, n)
     before = around.copy()
-    expected = alpha * a.astype(np.float64) @ b + beta * c
-    scale = np.linalg.norm(abs(alpha) * np.abs(a).astype(np.float64) @ np.abs(b) + abs(beta) * np.abs(c))
+    rounded = exact.bfloat16 if dtype == "bfloat16" else exact.float64
+    expected = alpha * rounded(a) @ rounded(b) + beta * c
+    scale = np.linalg.norm(abs(alpha) * np.abs(rounded(a)) @ np.abs(rounded(b)) + abs(beta) * np.abs(c))
     if beta == 0:
         c[...] = np.nan
-    kernels_cpu.sgemm(c, alpha, a, b, beta, kernels_cpu.make_workspace(1)[0])
+    kernels_cpu.sgemm(c, alpha, a, b, beta, kernels_cpu.make_workspace(1, dtype)[0])
     assert np.linalg.norm(c - expected) <= 1e-6 * scale
     c[...] = before[margin:-margin, margin:-margin]
     assert np.array_equal(around, before)  # nothing was written beside c
