@@ -39,6 +39,7 @@ DAMAGED_WEIGHTS_HINT = "the model's weights are damaged, or it diverged in train
 # Compact weights: bfloat16, or integers of 8 or 4 bits (GGUF's Q8_0 and Q4_0). matmul_cpu.WEIGHT_DTYPES has the array types.
 
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+COMPACT = ("bfloat16", "int8", "int4")
 LINEAR_WEIGHTS = ("qkvw", "attprojw", "fcw", "fcprojw")
 
 
@@ -57,7 +58,7 @@ def round_weights(config: Config, params: Tensors | SimpleNamespace, kind: str) 
 def rounded_weight(weight, kind):
     """A float32 weight (OC, C) rounded to `kind`, an array that its kernels read."""
     OC, C = weight.shape
-    if weight.dtype != np.float32 or BITS[kind] < 16 and C % QUANT_GROUP:
+    if weight.dtype != np.float32 or kind == "float32" or BITS[kind] < 16 and C % QUANT_GROUP:
         return np.copy(weight) if weight.dtype == np.float32 else weight
     out = in_large_pages((OC, row_length(C, kind)), WEIGHT_DTYPES[kind])
     if kind == "bfloat16":
@@ -71,6 +72,11 @@ def weight_kinds(params: Tensors | SimpleNamespace) -> set:
     """The kinds, keys of BITS, of the weights of all linear layers and of wte."""
     weights = [params.wte, *(weight for name in LINEAR_WEIGHTS for weight in getattr(params, name))]
     return {kind for kind, dtype in WEIGHT_DTYPES.items() if any(weight.dtype == dtype for weight in weights)}
+
+
+def prompt_dtype(kinds: set) -> str:
+    """In which dtype to multiply the weights of a model with a long prompt, unless the user says it."""
+    return "bfloat16" if kinds != {"float32"} and HAS_BFLOAT16 else "float32"
 
 
 def row_length(C, kind):
@@ -387,7 +393,7 @@ def parse_options(description: str, arguments: list | None = None, **own_flags):
     return namedtuple("Options", vars(options))(**vars(options))
 
 
-def compile_kernels(exact_gelu: bool, kinds: set, dtype: str) -> None:
+def compile_kernels(exact_gelu: bool = False, kinds: Iterable = ("float32",), dtype: str = "float32") -> None:
     """Compile the kernels into Numba's cache, unless those that a model with this activation needs are there.
 
     kinds: of its weights, keys of BITS
@@ -564,15 +570,14 @@ def main():
     threads = kernels.use_threads(options.threads)
     prompt = read_prompt(options)
     kind = options.quantize or options.dtype or "float32"
-    config, params, tokenizer = load(options, as_stored=[compact for compact in ("bfloat16", "int8", "int4")
-                                                         if BITS[compact] <= BITS[kind]])
+    config, params, tokenizer = load(options, as_stored=[compact for compact in COMPACT if BITS[compact] <= BITS[kind]])
     rounds = kind != "float32" and "float32" in weight_kinds(params)
     num_params = sum(map(prod, parameter_shapes(config).values()))
     check_cache_memory(config, options.num_samples, rounds * (BITS[kind] + 1) * num_params // 8, main_memory(), "this machine")
     if rounds:
         params = round_weights(config, params, kind)
     kinds = weight_kinds(params)
-    dtype = options.dtype or ("bfloat16" if kinds != {"float32"} and HAS_BFLOAT16 else "float32")
+    dtype = options.dtype or prompt_dtype(kinds)
     if options.dtype == "bfloat16" and not HAS_BFLOAT16:
         note(kernels.NO_BFLOAT16)
     compile_kernels(config.exact_gelu, kinds, dtype)

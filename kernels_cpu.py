@@ -315,11 +315,11 @@ def matvec_forward(out, inp, weight, bias, workspace):
 
     Cost: 2*N*C*OC FLOPs, 4*(N*C + OC*C + N*OC) bytes: memory-bound. See dev/derivations/matmul.md.
     """
-    rounded = factors(inp, weight)
+    rounded, scales = factors(inp, weight)
     threads = len(workspace)
     for thread in prange(threads):
         start, stop = partition(thread, threads, len(weight))
-        multiply_few_rows(out[:, start:stop], inp, rounded, weight[start:stop], bias[start:stop])
+        multiply_few_rows(out[:, start:stop], inp, rounded, scales, weight[start:stop], bias[start:stop])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

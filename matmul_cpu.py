@@ -169,6 +169,7 @@ LARGE_PAGE = 2 ** 21                      # bytes
 WORDS = {"float32": np.float32, "bfloat16": np.uint32}      # of scratch memory, for the dtypes of products
 SCRATCH = 3 * LARGE_PAGE // 4             # words of scratch memory per thread, for a block of b and one of a
 PREFETCH_AHEAD = 7680                     # bytes: the hardware prefetcher stops at the end of a 4096-byte page
+FLOATS_PREFETCHED = 2048                  # bytes, where one row of floats is read at a time
 
 
 class Tile(NamedTuple):
@@ -212,6 +213,12 @@ def store(build, vector, place):
 def shuffle(build, first, second, lanes):
     """The vector of the given lanes: 0 to LANES - 1 are those of first, LANES and up those of second."""
     return build.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes)))
+
+
+def halves_to_swap(distance):
+    """Lanes of two vectors for `shuffle`: groups of `distance` lanes, alternately from both, and those that were left out."""
+    first = [LANES + j - distance if j & distance else j for j in range(LANES)]
+    return first, [LANES + j if j & distance else j + distance for j in range(LANES)]
 
 
 def splat(build, number):
@@ -500,8 +507,7 @@ def packing_intrinsics(down):
                     for r in range(LANES)]
             distance = 1
             while distance < LANES:
-                upper = [LANES + j - distance if j & distance else j for j in range(LANES)]
-                lower = [LANES + j if j & distance else j + distance for j in range(LANES)]
+                upper, lower = halves_to_swap(distance)
                 for r in range(LANES):
                     if not r & distance:
                         pair = rows[r], rows[r + distance]
@@ -724,7 +730,7 @@ def compile_widen(out, weight):
 @jit()      # no fused operations: as gguf rounds, bit for bit
 def round_group(block, weight, bits):
     """block, as bytes = up to QUANT_GROUP numbers rounded to 8 or 4 bits. Infinity and NaN make all of them NaN."""
-    largest, is_nan = np.float32(0), False
+    largest, is_nan = weight[0], False
     for i in range(QUANT_GROUP):
         largest = weight[i] if abs(weight[i]) > abs(largest) else largest
         is_nan |= not np.isfinite(weight[i])
@@ -749,16 +755,17 @@ def round_group(block, weight, bits):
 # Dot products of a few rows of activations with a few rows of a weight, in LLVM's vectors like the tiles above
 #
 # INPUT_ROWS rows of activations are multiplied with WEIGHT_ROWS rows of a weight at once. Against integers, activations are
-# integers, too: each group of them is rounded to 16 bits, so that the sum over a group is exact.
+# integers, too: a row of them is rounded to 16 bits, so that the sum over a group is exact. Several rows of a weight hide the
+# latency of the additions. A single one is read faster from memory, since rows follow one another there.
 
 INPUT_ROWS = 4
-WEIGHT_ROWS = {types.float32: ROWS // 2, types.uint16: ROWS // 2, types.int8: 2, types.uint8: 2}
+WEIGHT_ROWS = {types.float32: 1, types.uint16: 1, types.int8: 2, types.uint8: 2}
 FLOAT_GROUP = 64        # numbers of a weight that are read at a time, if they are no integers
 LARGEST_INT16 = np.float32(32767)
 
 
 def factors(inp, weight):
-    """What `dot_products` multiplies with this weight: inp (N, C), or `round_activations` of it."""
+    """What is multiplied with this weight: inp (N, C), float32, or integers, and the scales of its rows, (N), or none."""
     raise NotImplementedError("only compiled code calls it")
 
 
@@ -766,43 +773,37 @@ def factors(inp, weight):
 def compile_factors(inp, weight):
     if weight.dtype in BLOCK_BYTES:
         return lambda inp, weight: round_activations(inp)
-    return lambda inp, weight: inp
+    return lambda inp, weight: (inp, np.empty(0, dtype=np.float32))
 
 
-@helper
+@jit()      # reassociated, a product of large numbers would overflow
 def round_activations(inp):
-    """The rows of inp (N, C) in int16, a group of QUANT_GROUP at a time, followed by their scales, as the bits of float32.
+    """inp (N, C) as int16, and the scale of each row (N).
 
     The maximum is taken on the bits: without the sign bit, floats sort like integers with the same bits, and integer
     comparisons vectorize. Infinity and NaN sort above all numbers; they make the scale NaN, and everything computed from it.
     """
     N, C = inp.shape
-    rounded = np.empty((N, C + C // 16), dtype=np.int16)
+    rounded, scales = np.empty((N, C), dtype=np.int16), np.empty(N, dtype=np.float32)
     for n in range(N):
-        scales = rounded[n, C:].view(np.float32)
-        for g in range(C // QUANT_GROUP):
-            part, numbers = inp[n, g * QUANT_GROUP:(g + 1) * QUANT_GROUP], rounded[n, g * QUANT_GROUP:(g + 1) * QUANT_GROUP]
-            bits = part.view(np.int32)
-            largest_bits = np.int32(0)
-            for i in range(QUANT_GROUP):
-                largest_bits = np.int32(max(largest_bits, bits[i] & np.int32(0x7fffffff)))
-            largest = np.int32(largest_bits).view(np.float32)
-            if largest_bits >= np.int32(0x7f800000) or largest < np.float32(1e-33):    # 32767 / 1e-33 is still a float
-                scales[g] = largest * np.float32(0)
-                numbers[:] = 0
-                continue
-            factor = LARGEST_INT16 / largest
-            scales[g] = largest / LARGEST_INT16
-            for i in range(QUANT_GROUP):
-                numbers[i] = np.int16(np.floor(part[i] * factor + np.float32(0.5)))
-    return rounded
+        bits = inp[n].view(np.int32)
+        largest_bits = np.int32(0)
+        for c in range(C):
+            largest_bits = np.int32(max(largest_bits, bits[c] & np.int32(0x7fffffff)))
+        largest = np.int32(largest_bits).view(np.float32)
+        finite = np.float32(1e-33) < largest and largest_bits < np.int32(0x7f800000)     # 32767 / 1e-33 is still a float
+        factor = LARGEST_INT16 / largest if finite else np.float32(0)
+        scales[n] = largest / LARGEST_INT16 if finite else largest * np.float32(0)
+        for c in range(C):
+            rounded[n, c] = np.int16(np.floor(inp[n, c] * factor + np.float32(0.5))) if finite else np.int16(0)
+    return rounded, scales
 
 
 @intrinsic
 def dot_products(typing, out, inp, weight):
     """out (N, OC) = inp (N, C) @ weight (OC, C).T over the whole groups of each row; the caller adds the rest.
 
-    inp is what `factors` returns. N is at most INPUT_ROWS, OC at most WEIGHT_ROWS.
+    inp is the first of `factors`. N is at most INPUT_ROWS, OC at most WEIGHT_ROWS.
     """
     def emit(context, build, signature, arguments):
         arrays = [context.make_array(kind)(context, build, array) for kind, array in zip(signature.args, arguments)]
@@ -827,16 +828,28 @@ def emit_dot_products(build, dtype, out, inp, weight):
         build.position_at_end(block)
         input_rows = [row_address(build, inp, INT64(n)) for n in range(count)]
         sums = emit_loop_over_groups(build, dtype, input_rows, weight_rows, groups)
-        for (n, i), total in sums.items():
-            distance = LANES // 2
-            while distance > 0:    # halve the vector until its sum stands in its first lane
-                moved = shuffle(build, total, total, [(lane + distance) % LANES for lane in range(LANES)])
-                total = build.fadd(total, moved)
-                distance //= 2
-            place = pointer(build, row_address(build, out, INT64(n)), number=columns[i])
-            build.store(build.extract_element(total, INT32(0)), place)
+        for n in range(count):
+            totals = sums_of_lanes(build, [sums[n, i] for i in range(len(columns))])
+            for i, column in enumerate(columns):
+                place = pointer(build, row_address(build, out, INT64(n)), number=column)
+                build.store(build.extract_element(totals, INT32(i)), place)
         build.branch(end)
     build.position_at_end(end)
+
+
+def sums_of_lanes(build, vectors):
+    """A vector whose first lanes are the sums of the lanes of 1, 2 or 4 vectors."""
+    distance = 1
+    while len(vectors) > 1:     # one vector of every two, with the lanes of both side by side
+        first, second = halves_to_swap(distance)
+        vectors = [build.fadd(shuffle(build, *pair, first), shuffle(build, *pair, second))
+                   for pair in zip(vectors[::2], vectors[1::2])]
+        distance *= 2
+    [total] = vectors
+    while distance < LANES:
+        total = build.fadd(total, shuffle(build, total, total, [lane ^ distance for lane in range(LANES)]))
+        distance *= 2
+    return total
 
 
 def row_address(build, array, row):
@@ -855,7 +868,7 @@ def emit_loop_over_groups(build, dtype, input_rows, weight_rows, groups):
 
     build.position_at_end(body)
     add_group = add_group_of_integers if dtype in BLOCK_BYTES else add_group_of_floats
-    sums = add_group(build, dtype, g, groups, input_rows, weight_rows, totals)
+    sums = add_group(build, dtype, g, input_rows, weight_rows, totals)
     for phi, start, following in [(g, INT64(0), build.add(g, INT64(1)))] + [
             (total, VECTOR(None), sums[ni]) for ni, total in totals.items()]:
         phi.add_incoming(start, before)
@@ -871,11 +884,16 @@ def load_as(build, kind, address, offset):
     return build.load(build.inttoptr(build.add(address, offset), kind.as_pointer()), align=1)
 
 
-def add_group_of_floats(build, dtype, g, groups, input_rows, weight_rows, totals):
+def add_group_of_floats(build, dtype, g, input_rows, weight_rows, totals):
     """The totals with the products of group g, FLOAT_GROUP numbers, added."""
     sums = dict(totals)
+    number_bytes = dtype.bitwidth // 8
     for v in range(0, FLOAT_GROUP, LANES):
         number = build.add(build.mul(g, INT64(FLOAT_GROUP)), INT64(v))
+        if v * number_bytes % 64 == 0:      # once a cache line
+            for row in weight_rows:
+                ahead = build.add(build.mul(number, INT64(number_bytes)), INT64(FLOATS_PREFETCHED))
+                prefetch(build, pointer(build, build.add(row, ahead)), level=2)
         if dtype == types.float32:
             weights = [load(build, pointer(build, row, number=number)) for row in weight_rows]
         else:
@@ -889,48 +907,57 @@ def add_group_of_floats(build, dtype, g, groups, input_rows, weight_rows, totals
     return sums
 
 
-def add_group_of_integers(build, dtype, g, groups, input_rows, weight_rows, totals):
+def add_group_of_integers(build, dtype, g, input_rows, weight_rows, totals):
     """The same for a block of integers."""
     sums = {}
     offset = build.mul(g, INT64(BLOCK_BYTES[dtype]))
-    scales_at = build.mul(groups, INT64(2 * QUANT_GROUP))
-    inputs = [load_as(build, SHORTS, row, build.mul(g, INT64(2 * QUANT_GROUP))) for row in input_rows]
-    input_scales = [load_as(build, FLOAT, row, build.add(scales_at, build.mul(g, INT64(4)))) for row in input_rows]
+    input_offset = build.mul(g, INT64(2 * QUANT_GROUP))
+    inputs = [load_as(build, SHORTS, row, input_offset) for row in input_rows]
     for i, row in enumerate(weight_rows):
-        scale = build.fpext(load_as(build, HALF, row, offset), FLOAT)
+        scale = splat(build, build.fpext(load_as(build, HALF, row, offset), FLOAT))
         after_scale = build.add(offset, INT64(2))
         if dtype == types.int8:
             weights = build.sext(load_as(build, ir.VectorType(BYTE, QUANT_GROUP), row, after_scale), SHORTS)
         else:
             half = ir.VectorType(INT16, QUANT_GROUP // 2)
             both = build.zext(load_as(build, ir.VectorType(BYTE, QUANT_GROUP // 2), row, after_scale), half)
-            lower, upper = build.and_(both, half([15] * 16)), build.lshr(both, half([4] * 16))
-            weights = build.sub(shuffle(build, lower, upper, range(QUANT_GROUP)), SHORTS([8] * QUANT_GROUP))
+            lower = build.sub(build.and_(both, half([15] * 16)), half([8] * 16))
+            upper = build.sub(build.and_(both, half([240] * 16)), half([128] * 16))      # times 16
         for n in range(len(input_rows)):
-            products = build.sitofp(sums_of_pairs(build, inputs[n], weights), VECTOR)
-            both_scales = splat(build, build.fmul(scale, input_scales[n]))
-            sums[n, i] = build.fadd(build.fmul(products, both_scales, flags=FUSED), totals[n, i], flags=FUSED)
+            if dtype == types.int8:
+                products = sums_of_pairs(build, inputs[n], weights)
+            else:
+                first, second = (shuffle(build, inputs[n], inputs[n], range(start, start + 16)) for start in (0, 16))
+                sixteenfold = sums_of_pairs(build, second, upper)
+                products = build.add(sums_of_pairs(build, first, lower), build.ashr(sixteenfold, INTEGERS([4] * LANES)))
+            products = build.sitofp(products, VECTOR)
+            sums[n, i] = build.fadd(build.fmul(products, scale, flags=FUSED), totals[n, i], flags=FUSED)
         prefetch(build, pointer(build, build.add(build.add(row, offset), INT64(PREFETCH_AHEAD))), level=2)
     return sums
 
 
-# x86's multiplication of pairs of int16, which adds both products.
-MULTIPLY_PAIRS = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}[LANES]
-HAS_MULTIPLY_PAIRS = {16: "avx512bw", 8: "avx2", 4: "sse2"}[LANES] in FEATURES
+# x86's multiplication of int16, which adds neighboring products: length of the vectors -> feature and LLVM's name.
+MULTIPLY_PAIRS = {32: ("avx512bw", "llvm.x86.avx512.pmaddw.d.512"), 16: ("avx2", "llvm.x86.avx2.pmadd.wd"),
+                  8: ("sse2", "llvm.x86.sse2.pmadd.wd")}
 
 
 def sums_of_pairs(build, a, b):
-    """A vector of int32 whose lanes sum to the dot product of two vectors of QUANT_GROUP int16."""
+    """A vector of int32 whose LANES lanes sum to the dot product of two vectors of int16."""
     total = INTEGERS(None)
-    for start in range(0, QUANT_GROUP, 2 * LANES):
-        pair = [shuffle(build, vector, vector, range(start, start + 2 * LANES)) for vector in (a, b)]
-        if HAS_MULTIPLY_PAIRS:
-            total = build.add(total, call(build, MULTIPLY_PAIRS, INTEGERS, pair))
+    length = min(a.type.count, 2 * LANES)
+    feature, name = MULTIPLY_PAIRS[length]
+    kind = ir.VectorType(INT32, length // 2)
+    for start in range(0, a.type.count, length):
+        pair = [shuffle(build, vector, vector, range(start, start + length)) for vector in (a, b)]
+        if feature in FEATURES:
+            sums = call(build, name, kind, pair)
         else:
-            for first in 0, 1:
-                products = [build.sext(shuffle(build, vector, vector, range(first, 2 * LANES, 2)), INTEGERS)
-                            for vector in pair]
-                total = build.add(total, build.mul(*products))
+            products = [build.mul(*(build.sext(shuffle(build, vector, vector, range(first, length, 2)), kind) for vector in pair))
+                        for first in (0, 1)]
+            sums = build.add(*products)
+        if length // 2 < LANES:
+            sums = shuffle(build, sums, kind(None), range(LANES))
+        total = build.add(total, sums)
     return total
 
 
@@ -962,8 +989,8 @@ def compile_rest_of_product(inp, weight):
 
 
 @jit(fastmath=FASTMATH - {"reassoc"})     # sums keep the order written here
-def multiply_few_rows(out, inp, rounded, weight, bias):
-    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), on one thread. rounded is factors(inp, weight)."""
+def multiply_few_rows(out, inp, rounded, scales, weight, bias):
+    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), on one thread. rounded and scales are factors(inp, weight)."""
     N, OC = out.shape
     step, has_rest = rows_at_once(weight), inp.shape[1] % FLOAT_GROUP > 0
     for o in range(0, OC, step):
@@ -971,9 +998,11 @@ def multiply_few_rows(out, inp, rounded, weight, bias):
         for n in range(0, N, INPUT_ROWS):
             tile = out[n:n + INPUT_ROWS, part]
             dot_products(tile, rounded[n:n + INPUT_ROWS], weight[part])
-            for r in range(tile.shape[0]):
-                for i in range(tile.shape[1]):
-                    if bias.size > 0:
-                        tile[r, i] += bias[o + i]
-                    if has_rest:
-                        tile[r, i] += rest_of_product(inp[n + r], weight[o + i])
+    for n in range(N):
+        for o in range(OC):
+            if scales.size > 0:
+                out[n, o] *= scales[n]
+            if has_rest:
+                out[n, o] += rest_of_product(inp[n], weight[o])
+            if bias.size > 0:
+                out[n, o] += bias[o]

@@ -14,8 +14,8 @@ What is timed
 
 How
     As in benchmark.py: each program in its own process, in turn, for several rounds, with the same number of threads. All have
-    the same random weights: transformers loads the folder that model_files.save_model writes, llama.cpp the files in f32 and
-    q8_0 that gguf_files.write_gguf writes. Their logits are compared with ours, so that no program is fast at computing
+    the same random weights: transformers loads the folder that model_files.save_model writes, llama.cpp the files in f32,
+    q8_0 and q4_0 that gguf_files.write_gguf writes. Ours loads the folder, and the last two. Their logits are compared with ours, so that no program is fast at computing
     something else. llama.cpp is called through its C interface, with default settings for context and KV cache; flash
     attention is tried in the first round and kept if it is faster.
 
@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import UserError, run_program
 from dev import benchmark
-from dev.benchmark import MEASURE, OURS, OURS_INT8, Bar, Peers, Program, is_ours, label, run_task, versions
+from dev.benchmark import MEASURE, OURS, OURS_INT4, OURS_INT8, Bar, Peers, Program, is_ours, label, run_task, versions
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]
@@ -51,7 +51,7 @@ FIRST_TOKEN = "--first-token"           # runs this file as a peer's program for
 LOGITS_STRIDE = 100                     # every 100th logit is compared
 
 # Largest relative error of logits from ours in float32. llama.cpp has a float16 table of GELU and a float16 KV cache.
-LOGITS_BOUND = {OURS: 2e-3, OURS_INT8: 5e-2}
+LOGITS_BOUND = {OURS: 2e-3, OURS_INT8: 5e-2, OURS_INT4: 0.5}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def write_model(task):
     initialize(params, config, benchmark.SEED)
     params.flat += np.float32(0.02) * np.random.default_rng(benchmark.SEED).standard_normal(params.size, dtype=np.float32)
     save_model(Path(task["folder"], MODEL), config, params, tokenizer)
-    for kind in "f32", "q8_0":
+    for kind in "f32", "q8_0", "q4_0":
         write_gguf(Path(task["folder"], GGUF.format(kind)), config, params, tokenizer, kind)
     return {}
 
@@ -91,16 +91,17 @@ class Ours:
     def versions():
         return versions("numpy", "numba")
 
-    def __init__(self, task, int8=False):
+    def __init__(self, task, file=MODEL):
         import numba
 
-        from generate_gpt2 import Decoder, compile_kernels, quantize
+        from generate_gpt2 import COMPACT, Decoder, compile_kernels, prompt_dtype, weight_kinds
         from model_files import load_model
 
         numba.set_num_threads(task["threads"])
-        config, params = load_model(Path(task["folder"], MODEL))
-        compile_kernels()
-        self.decoder = Decoder(config, quantize(config, params) if int8 else params, 1, task["threads"])
+        config, params = load_model(Path(task["folder"], file), COMPACT)
+        kinds = weight_kinds(params)
+        compile_kernels(config.exact_gelu, kinds, prompt_dtype(kinds))
+        self.decoder = Decoder(config, params, 1, task["threads"], prompt_dtype(kinds))
         self.forget()
 
     def read(self, tokens):
@@ -195,8 +196,10 @@ PROGRAMS = {
     OURS: Program(Ours),
     "transformers": Program(Transformers, "torch, transformers"),
     "llama.cpp f32": Program(partial(LlamaCpp, weights="f32"), "llama_cpp", FLASH_OR_NOT),
-    OURS_INT8: Program(partial(Ours, int8=True)),
+    OURS_INT8: Program(partial(Ours, file=GGUF.format("q8_0"))),
     "llama.cpp q8_0": Program(partial(LlamaCpp, weights="q8_0"), "llama_cpp", FLASH_OR_NOT),
+    OURS_INT4: Program(partial(Ours, file=GGUF.format("q4_0"))),
+    "llama.cpp q4_0": Program(partial(LlamaCpp, weights="q4_0"), "llama_cpp", FLASH_OR_NOT),
 }
 
 
@@ -244,9 +247,9 @@ def write_first_token(task):
 def first_token_command(python, task):
     if not is_ours(task["program"]):
         return [python, str(HERE), FIRST_TOKEN, json.dumps(task)]
-    return [python, str(ROOT / "generate_gpt2.py"), "--model", str(Path(task["folder"], MODEL)), "--prompt", PROMPT,
-            "--max-new-tokens", "1", "--temperature", "0", "--threads", str(task["threads"]),
-            *(["--quantize", "int8"] if task["program"] == OURS_INT8 else [])]
+    file = {OURS: MODEL, OURS_INT8: GGUF.format("q8_0"), OURS_INT4: GGUF.format("q4_0")}[task["program"]]
+    return [python, str(ROOT / "generate_gpt2.py"), "--model", str(Path(task["folder"], file)), "--prompt", PROMPT,
+            "--max-new-tokens", "1", "--temperature", "0", "--threads", str(task["threads"])]
 
 
 def seconds_until(command, size):

@@ -36,7 +36,7 @@ def assert_close(actual, expected, bound=BOUND):
 
 GGUF_KINDS = {"bfloat16": GGMLQuantizationType.BF16, "int8": GGMLQuantizationType.Q8_0, "int4": GGMLQuantizationType.Q4_0}
 # How far a product in 32 bits is from one in float64 of the same weight. Against integers, activations have 16 bits.
-BOUNDS = {"float32": BOUND, "bfloat16": BOUND, "int8": 3e-5, "int4": 3e-5}
+BOUNDS = {"float32": BOUND, "bfloat16": BOUND, "int8": 1e-4, "int4": 1e-4}
 
 
 def stored(weight, kind):
@@ -127,7 +127,7 @@ def test_activations_of_all_sizes_against_integers():
         group[:, g * QUANT_GROUP:(g + 1) * QUANT_GROUP] = inp[:, g * QUANT_GROUP:(g + 1) * QUANT_GROUP]
         out = PRODUCTS["int8"](group, normal(9, 256, seed=1), EMPTY)
         expected = exact.matmul_forward(group, stored(normal(9, 256, seed=1), "int8")[1], EMPTY)
-        assert not out[1].any() and np.linalg.norm(out - expected) <= 3e-5 * np.linalg.norm(expected) + 1e-31
+        assert not out[1].any() and np.linalg.norm(out - expected) <= 1e-4 * np.linalg.norm(expected) + 1e-31
 
 
 # Rounding weights

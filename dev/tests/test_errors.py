@@ -215,7 +215,7 @@ def test_help_states_the_real_defaults(run, monkeypatch):
     finished = run("--help")
     assert finished.status == 0 and finished.err == ""
     texts = dict(re.findall(r"^  --([a-z-]+)(.*(?:\n {10,}.*)*)", finished.out, re.MULTILINE))
-    parsed = training.parse_options("", [], threads={})._asdict()
+    parsed = training.parse_options("", [], threads={}, dtype=dict(default="float32"))._asdict()
     flags = {name: value for name, value in parsed.items() if name not in ("accumulation_steps", "checkpoint", "flags")}
     assert {flag.replace("-", "_") for flag in texts} == set(flags)
     in_words = ("input-bin", "input-val-bin", "hellaswag", "total-batch-size", "threads", "learning-rate")

@@ -443,7 +443,7 @@ def test_damaged_kernel_cache_is_rebuilt(monkeypatch, tmp_path, files, damage):
 
     def check(intact):
         compiled = matmul_cpu.jit()(double)
-        assert compiled._cache.is_intact(compiled.targetctx.codegen().magic_tuple()) == intact
+        assert compiled._cache.is_intact(compiled.targetctx.codegen().magic_tuple(), {}) == intact
         assert compiled(3) == 6
     check(False)
     check(True)

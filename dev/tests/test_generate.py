@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_batch_equals_single(kind):
         assert read(Decoder(config, params, B, THREADS), texts[:B], [1] * T).tobytes() == alone[:B].tobytes()
     together = read(Decoder(config, params, MEMORY_BOUND_ROWS + 1, THREADS), texts, [1] * T)
     for t in range(T):
-        assert_close(together[:, t], alone[:, t])
+        assert_close(together[:, t], alone[:, t], 1e-4 if BITS[kind] < 16 else 1e-5)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BITS if kind != "float32"])
@@ -327,7 +328,7 @@ def run(run_main, monkeypatch, encoding):
     def run(*flags, config=TINY, params=None, stdin=None):
         params = params or random_params(config, scale=20)
         monkeypatch.setattr(generate_gpt2, "find_model", Path)
-        monkeypatch.setattr(generate_gpt2, "load_model", lambda path: (config, params))
+        monkeypatch.setattr(generate_gpt2, "load_model", lambda path, as_stored: (config, params))
         monkeypatch.setattr(generate_gpt2, "load_model_tokenizer", lambda path, rows: load_tokenizer(path, {}, rows))
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b""), encoding="utf-8"))
         return run_main(generate_gpt2, "--model", "tiny", *flags)
@@ -538,10 +539,11 @@ def test_interactive_forgets_the_end_of_a_text(run, encoding):
                                          (("--quantize", "int4"), 0.1)])
 def test_compact_weights(run, tmp_path, flags, most):
     """It generates, and its rounding changes the loss slightly."""
-    finished = run("--prompt", "I", *flags, "--max-new-tokens", 3)
+    config = replace(TINY, channels=64)
+    finished = run("--prompt", "I", *flags, "--max-new-tokens", 3, config=config)
     assert finished.status == 0 and SPEED.search(finished.err)
     write_tokens(tmp_path / "tokens.bin", range(100))
-    losses = [float(re.search(r"loss ([\d.]+)", run("--perplexity", tmp_path / "tokens.bin", *given).out).group(1))
+    losses = [float(re.search(r"loss ([\d.]+)", run("--perplexity", tmp_path / "tokens.bin", *given, config=config).out)[1])
               for given in ((), flags)]
     assert 0 < abs(losses[0] - losses[1]) < most * losses[0]
 

@@ -17,10 +17,10 @@ import train_gpt2_gpu
 from cli import UserError
 from cuda_on_cpu import CpuDevice
 from dev import benchmark, benchmark_generate
-from dev.benchmark import OURS, OURS_INT8, OURS_TF32, PROGRAMS, Peers, Program, Shape
+from dev.benchmark import OURS, OURS_INT4, OURS_INT8, OURS_TF32, PROGRAMS, Peers, Program, Shape
 from dev.benchmark_generate import seconds_until, time_generation, write_model
 from device import open_device
-from generate_gpt2 import Decoder, quantize
+from generate_gpt2 import COMPACT, Decoder, prompt_dtype, weight_kinds
 from gpt2 import Config, training_flops
 from launcher import parse_signatures
 from model_files import load_model
@@ -270,12 +270,14 @@ def test_our_programs_read_the_model_that_all_read(tmp_path, monkeypatch):
     config, params = load_model(tmp_path / "model")
     assert (load_model(tmp_path / "model-f32.gguf")[1].flat == params.flat).all() and (tmp_path / "model-q8_0.gguf").exists()
     threads = numba.get_num_threads()
-    for name, weights in ((OURS, params), (OURS_INT8, quantize(config, params))):
+    for name, file in ((OURS, "model"), (OURS_INT8, "model-q8_0.gguf"), (OURS_INT4, "model-q4_0.gguf")):
+        weights = load_model(tmp_path / file, COMPACT)[1]
         model = benchmark_generate.PROGRAMS[name].measure(dict(folder=tmp_path, threads=threads))
         model.read([8, 9])
         model.forget()
         model.read([5, 6])
-        assert model.read([7]) == pytest.approx(Decoder(config, weights, 1, threads).next_logits([[5, 6, 7]])[0], rel=1e-4)
+        decoder = Decoder(config, weights, 1, threads, prompt_dtype(weight_kinds(weights)))
+        assert model.read([7]) == pytest.approx(decoder.next_logits([[5, 6, 7]])[0], rel=1e-4)
 
 
 def test_seconds_until_a_program_has_written_something():
@@ -294,5 +296,6 @@ def test_without_peers_it_measures_our_generation_alone(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert "no torch and transformers in" in finished.stderr and "no llama_cpp in" in finished.stderr
     rows = rows_of(finished.stdout)[2:]
-    assert [row[0] for row in rows] == [OURS, OURS_INT8] and all(row[2::2][:3] == ["1.00", "1.00", "1.00"] for row in rows)
+    assert [row[0] for row in rows] == [OURS, OURS_INT8, OURS_INT4]
+    assert all(row[2::2][:3] == ["1.00", "1.00", "1.00"] for row in rows)
     assert chart.read_bytes().startswith(b"\x89PNG")
