@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import struct
 from math import prod
 from collections.abc import Iterable
 from pathlib import Path
@@ -75,6 +76,7 @@ TOKENIZER, PRE_TOKENIZER = "gpt2", "gpt-2"      # llama.cpp's names of byte-leve
 FOLDER_HINT = "convert it to a folder instead"
 KIND_NAMES = {int(kind): kind.name for kind in GGMLQuantizationType}
 
+UINT64 = struct.Struct("<Q")
 SCALARS = {
     GGUFValueType.UINT8: "<u1",
     GGUFValueType.INT8: "<i1",
@@ -241,16 +243,22 @@ class Header:
     """
 
     def __init__(self, file, path):
-        self.file, self.path = file, path
-        self.size = min(file.seek(0, os.SEEK_END), MAX_HEADER_BYTES)
+        size = min(file.seek(0, os.SEEK_END), MAX_HEADER_BYTES)
         file.seek(0)
+        self.contents, self.path, self.position = file.read(size), path, 0
+
+    def skip(self, count):
+        """Where the next `count` bytes start, which are then behind us."""
+        start = self.position
+        if start + count > len(self.contents):
+            raise UserError(f"{self.path} has a piece of {count:,} bytes at byte {start:,} of its header, expected at most "
+                            f"{len(self.contents) - start:,}; {REPAIR_HINT}")
+        self.position += count
+        return start
 
     def bytes(self, count):
-        start = self.file.tell()
-        if start + count > self.size:
-            raise UserError(f"{self.path} has a piece of {count:,} bytes at byte {start:,} of its header, expected at most "
-                            f"{self.size - start:,}; {REPAIR_HINT}")
-        return self.file.read(count)
+        start = self.skip(count)
+        return self.contents[start:start + count]
 
     def numbers(self, dtype, count):
         return np.frombuffer(self.bytes(count * np.dtype(dtype).itemsize), dtype).tolist()
@@ -265,13 +273,26 @@ class Header:
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path} has {short_repr(contents)} in its header, expected UTF-8; {REPAIR_HINT}") from error
 
+    def texts(self, count):
+        """`count` texts, which `text` would read one by one, four times as slowly. It reports what is wrong with them."""
+        texts, contents, end = [], self.contents, self.position
+        with contextlib.suppress(struct.error, UnicodeDecodeError):
+            for _ in range(count):
+                start = end + 8
+                end = start + UINT64.unpack_from(contents, end)[0]
+                if end > len(contents):
+                    break
+                texts.append(contents[start:end].decode())
+                self.position = end
+        return texts + [self.text() for _ in range(count - len(texts))]
+
     def value(self):
         """A number, a text, or a list of them."""
         kind, count = self.number("<u4"), None
         if kind == GGUFValueType.ARRAY:
             kind, count = self.number("<u4"), self.number("<u8")
         if kind == GGUFValueType.STRING:
-            return self.text() if count is None else [self.text() for _ in range(count)]
+            return self.text() if count is None else self.texts(count)
         if kind not in SCALARS:
             raise UserError(f"{self.path} has a value of type {kind} in its header, expected a number, a text or a list of "
                             f"them; {REPAIR_HINT}")
@@ -296,7 +317,7 @@ def read_gguf(path: str | Path, as_stored: Iterable = ()) -> tuple[Config, Tenso
         config = read_config(path, fields, tensors)
         check_tensors(path, config, tensors, file.seek(0, os.SEEK_END) - start)
         copies = sorted((tensors[name] for name in (NAMES["wte"], CLASSIFIER) if name in tensors), key=bits)
-        tensors[NAMES["wte"]] = copies[-1]
+        tensors = tensors | {NAMES["wte"]: copies[-1]}
         kinds = {STORED_KINDS[name][0]: STORED_KINDS[name][1] for name in as_stored}
         if len(copies) == 1 and any(tensors[name].kind in kinds for name, *_ in stored_tensors(config)):
             return config, read_as_stored(file, path, start, config, tensors, kinds)
@@ -354,7 +375,23 @@ def read_gguf_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def read_header(file, path):
-    """Return the metadata (key -> value), name -> StoredTensor, and the position of the data."""
+    """Return the metadata (key -> value), name -> StoredTensor, and the position of the data.
+
+    The latest is kept, since a model and its tokenizer are read one after the other.
+    """
+    status = os.stat(file.fileno())
+    version = path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    if version not in latest_header:
+        latest_header.clear()
+        latest_header[version] = parse_header(file, path)
+    return latest_header[version]
+
+
+latest_header = {}
+
+
+def parse_header(file, path):
+    """read_header, read anew."""
     header = Header(file, path)
     magic, version = header.bytes(len(MAGIC)), header.number("<u4")
     if magic != MAGIC or version not in VERSIONS:
@@ -371,7 +408,7 @@ def read_header(file, path):
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
         raise UserError(f"{path}: general.alignment is {short_repr(alignment)}, expected a power of two; {REPAIR_HINT}")
-    return fields, tensors, ceil_div(file.tell(), alignment) * alignment
+    return fields, tensors, ceil_div(header.position, alignment) * alignment
 
 
 def read_config(path, fields, tensors):

@@ -202,15 +202,15 @@ class GPT2Tokenizer(Tokenizer):
 
 def as_bytes(token: str) -> bytes:
     """The bytes of a token in a vocab.json, where every byte is a visible character (Radford et al. 2019)."""
-    return bytes(byte_alphabet()[character] for character in token)
+    return token.translate(byte_alphabet()).encode("latin-1")
 
 
 @functools.cache
-def byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[int, int]:
     """Character -> byte: visible characters of Latin-1 are their own bytes, and those from U+0100 on the others, in order."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {byte: byte for byte in visible} | {256 + i: byte for i, byte in enumerate(others)}
 
 
 class LibraryTokenizer(Tokenizer):
