@@ -141,10 +141,13 @@ class KernelCache(FunctionCache):
             return False
 
 
-def jit(**options):
-    """numba.njit with this program's settings and a KernelCache."""
+def jit(fastmath=False, **options):
+    """numba.njit with this program's settings and a KernelCache.
+
+    If fastmath were left out, a function would inherit that of the first kernel which calls it.
+    """
     def decorate(function):
-        compiled = njit(error_model="numpy", **options)(function)
+        compiled = njit(error_model="numpy", fastmath=fastmath, **options)(function)
         compiled._cache = KernelCache(function)
         return compiled
     return decorate

@@ -16,8 +16,8 @@ How
     As in benchmark.py: each program in its own process, in turn, for several rounds, with the same number of threads. All have
     the same random weights: transformers loads the folder that model_files.save_model writes, llama.cpp the files in f32,
     q8_0 and q4_0 that gguf_files.write_gguf writes, ours the folder and the last two. Their logits are compared with ours, so
-    that no program is fast at computing something else. llama.cpp is called through its C interface, with default settings for context and KV cache; flash
-    attention is tried in the first round and kept if it is faster.
+    that no program is fast at computing something else. llama.cpp is called through its C interface, with default settings for
+    context and KV cache; flash attention is tried in the first round and kept if it is faster.
 
     GCC 12.2 miscompiles llama.cpp's AMX code: on a processor with AMX, q8_0 then ends with status -11.
 """
