@@ -24,7 +24,6 @@ from numba.core.runtime import rtsys
 from numba.extending import intrinsic, overload
 from numba.np.numpy_support import from_dtype
 
-from cli import UserError
 from files import cache_folder, delete_unused
 
 
@@ -59,7 +58,8 @@ def processor_features():
     features = llvm.get_host_cpu_features()
     level = os.environ.get("GPT2_CPU", "amx")
     if level not in LACKING:
-        raise UserError(f"the environment variable GPT2_CPU is {level!r}, expected one of {', '.join(LACKING)}", status=2)
+        print(f"error: the environment variable GPT2_CPU is {level!r}, expected one of {', '.join(LACKING)}", file=sys.stderr)
+        sys.exit(2)
     lacking = LACKING[level]
     if features.get("amx-bf16") and not (level == "amx" and linux_lends_tiles()):
         lacking += "amx",
@@ -466,7 +466,7 @@ def emit_amx_tile(build, tile, vectors, c, c_row, alpha, beta, a, a_row, rows, b
             amx(build, "tdpbf16ps", sums[r, v][0], a_tiles[r], b_tiles[v])
     k_after = build.add(k, INT64(tile.depth))
     k.add_incoming(INT64(0), before)
-    k.add_incoming(k_after, loop)
+    k.add_incoming(k_after, build.block)
     build.cbranch(build.icmp_signed("<", k_after, depth), loop, after)
 
     build.position_at_end(after)
