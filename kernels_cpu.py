@@ -52,8 +52,8 @@ from numba import config, njit, prange, set_num_threads
 
 from cli import UserError
 from machine import usable_cores
-from matmul_cpu import (BLOCK_COLUMNS, FASTMATH, QUANT_GROUP, SCRATCH, WORDS, bfloat16_bits, ceil_div, factors, helper,
-                        in_large_pages, jit, multiply_few_rows, round_group, sgemm, widen)
+from matmul_cpu import (BLOCK_COLUMNS, FASTMATH, QUANT_GROUP, SCRATCH, WORDS, as_factor, bfloat16_bits, ceil_div, factors,
+                        helper, in_large_pages, jit, multiply_few_rows, round_group, sgemm, widen)
 
 kernel = jit(parallel=True, fastmath=FASTMATH)
 
@@ -422,7 +422,7 @@ def attention_backward(dqkv, dout, out, lse, qkv, workspace):
                     row_lse = lse[b, h, start + i]
                     delta = np.float32(0)
                     for c in range(HS):
-                        delta += do[start + i, c] * o[start + i, c]
+                        delta += as_factor(do[start + i, c], scratch) * o[start + i, c]
                     row, drow = p[i, :visible], dscore[i, :visible]
                     for j in range(visible):
                         row[j] = exp(row[j] - row_lse)

@@ -342,6 +342,18 @@ def bfloat16_bits(x):
     return np.uint32((bits + np.uint32(0x7fff) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
+def as_factor(x, scratch):
+    """A float32 number as products with this scratch memory see it: rounded to bfloat16, or as it is."""
+    raise NotImplementedError("only compiled code calls it")
+
+
+@overload(as_factor)
+def compile_as_factor(x, scratch):
+    if scratch.dtype == types.float32:
+        return lambda x, scratch: x
+    return lambda x, scratch: np.uint32(bfloat16_bits(x) << np.uint32(16)).view(np.float32)
+
+
 @intrinsic
 def tile_shape(typing, scratch):
     """The Tile of this scratch memory, as a tuple."""
@@ -361,9 +373,8 @@ def multiply_tile(typing, scratch, vectors, c, c_row, alpha, beta, a, a_row, row
     a and b consist of the words of `scratch`. b is packed: its rows follow one another. If a has fewer rows than the tile, its
     last row is used for the missing ones. On AMX a is packed, too, and alpha is 1, beta 0 or 1.
     """
-    tile = tile_of(scratch)
-
     def emit(context, build, signature, arguments):
+        tile = tile_of(scratch)
         _, vectors, *others = arguments
         end = build.append_basic_block()
         choice = build.switch(vectors, end)

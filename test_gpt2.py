@@ -6,7 +6,8 @@
 
 The truth is dev/reference_tiny.npz, which dev/reference_pytorch.py wrote in float64 with PyTorch. An
 error is ||x - truth|| / ||truth|| over a whole tensor. Beside the program's stands the error of PyTorch
-itself in float32: the two should be alike, since rounding is all that either should get wrong.
+itself in float32, or with products in bfloat16: the two should be alike, since rounding is all that either
+should get wrong.
 """
 
 import argparse
@@ -31,6 +32,9 @@ THREADS = os.cpu_count()
 # Ten steps or twelve layers of float32 rounding stay well below these; a forgotten term does not.
 BOUNDS = {"tiny": 1e-5, "d12": 1e-4}
 
+# In bfloat16: how often the error of PyTorch's autocast, tensor by tensor, over several models.
+BFLOAT16_BOUND = 1.2
+
 LAYER_ACTIVATIONS = ("ln1", "qkv", "att", "residual2", "ln2", "fch", "fch_gelu", "residual3")
 
 
@@ -39,7 +43,7 @@ class Row(NamedTuple):
     name: str
     error: float
     bound: float
-    pytorch: float | None = None  # the error of PyTorch in float32, where it has one
+    pytorch: float | None = None  # the error of PyTorch in the same precision, where it has one
 
     @property
     def ok(self):
@@ -208,8 +212,30 @@ def check_batching(model_class, reference):
     yield reference.worst_gradient(f"{copies} copies of the batch", model)
 
 
+def check_bfloat16(model_class, reference):
+    """gradients with products in bfloat16"""
+    arrays, errors = reference.arrays, {}
+    while f"bfloat16.{len(errors)}.tokens" in arrays:
+        prefix = f"bfloat16.{len(errors)}."
+        model = model_class(reference.config, *reference.tokens.shape, THREADS, dtype="bfloat16")
+        params = Tensors(parameter_shapes(reference.config))
+        for name, tensor in reference.without_padding(params):
+            tensor[...] = arrays[f"{prefix}params.{name}"]
+        model.set_params(params)
+        run(model, *(arrays[prefix + name].astype(np.int32) for name in ("tokens", "targets")))
+        errors[prefix] = {name: relative_error(tensor, arrays[f"{prefix}grads.{name}"])
+                          for name, tensor in reference.without_padding(model.grads)}
+    for name in params.shapes:
+        pytorch = root_mean_square([arrays[f"{prefix}error.{name}"] for prefix in errors])
+        yield Row(name, root_mean_square([error[name] for error in errors.values()]), BFLOAT16_BOUND * pytorch, pytorch)
+
+
+def root_mean_square(values):
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
 CHECKS = {
-    "tiny": (check_activations, check_gradients, check_losses, check_parameters, check_padding, check_batching),
+    "tiny": (check_activations, check_gradients, check_losses, check_parameters, check_padding, check_batching, check_bfloat16),
     "d12": (check_gradients, check_losses),
 }
 
@@ -225,7 +251,7 @@ def report(checks, model_class, reference):
     print(f"{reference.config}, tokens {reference.tokens.shape}")
     rows = []
     for check in checks:
-        print(f"\n{check.__doc__:45} {'error':>9}  {'PyTorch float32':>15}  {'bound':>7}")
+        print(f"\n{check.__doc__:45} {'error':>9}  {'PyTorch':>15}  {'bound':>7}")
         for row in check(model_class, reference):
             pytorch = "" if row.pytorch is None else f"{row.pytorch:.1e}"
             print(f"  {row.name:43} {row.error:9.1e}  {pytorch:>15}  {row.bound:7.0e}  {'OK' if row.ok else 'FAIL'}",

@@ -210,6 +210,34 @@ def random_batch(rng, vocab_size, batch_size, sequence_length):
     return sequences[:, :-1], sequences[:, 1:]
 
 
+BFLOAT16_MODELS = 6     # the error of one model's gradients depends on luck
+
+
+def autocast_errors(config, batch, index):
+    """How far the gradients of a random model are from float64 if PyTorch multiplies in bfloat16 (autocast).
+
+    Returns the model's parameters and batch, the gradients in float64, rounded to float32, and the relative errors.
+    """
+    inputs, targets = random_batch(np.random.default_rng(10 + index), config["vocab_size"], **batch)
+    start = GPT2(**config).initialize(seed=20 + index)
+    start.roughen(std=0.2, seed=30 + index)
+    gradients = {}
+    for precision in ("float64", "float32"):
+        model = GPT2(**config)
+        model.load_state_dict(start.state_dict())
+        model.to(getattr(torch, precision))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "float32"):
+            loss = model(torch.from_numpy(inputs), torch.from_numpy(targets))
+        loss.backward()
+        gradients[precision] = to_numpy({name: [p.grad for p in tensor] if isinstance(tensor, list) else tensor.grad
+                                         for name, tensor in model.tensors().items()}, "")
+    results = dict(tokens=inputs, targets=targets) | to_numpy(start.tensors(), "params.")
+    for name, truth in gradients["float64"].items():
+        results[f"grads.{name}"] = truth.astype(np.float32)
+        results[f"error.{name}"] = np.linalg.norm(gradients["float32"][name] - truth) / np.linalg.norm(truth)
+    return {f"bfloat16.{index}.{name}": array for name, array in results.items()}
+
+
 def main():
     """Write the reference file. Its arrays:
 
@@ -221,6 +249,8 @@ def main():
     PRECISION.step_losses    the loss of every step;  PRECISION.step_norms    its gradient norm
     PRECISION.acts.NAME      activations before the first step       (tiny only)
     PRECISION.params.NAME    parameters after the last step          (tiny only)
+    and for INDEX 0 to BFLOAT16_MODELS - 1, see autocast_errors:
+    bfloat16.INDEX.tokens, targets, params.NAME, grads.NAME, error.NAME     (tiny only)
     """
     parser = argparse.ArgumentParser(description="Write the reference numbers for test_gpt2.py.")
     parser.add_argument("--model", choices=MODELS, default="tiny")
@@ -254,6 +284,10 @@ def main():
         arrays |= {f"{precision}.{name}": array for name, array in results.items()}
         print(f"{precision}: losses", *(f"{loss:.4f}" for loss in results["step_losses"]))
         print(f"{precision}: norms ", *(f"{norm:.4f}" for norm in results["step_norms"]))
+
+    if tiny:
+        for index in range(BFLOAT16_MODELS):
+            arrays |= autocast_errors(config, settings["batch"], index)
 
     with open(args.output, "wb") as file:
         (np.savez_compressed if tiny else np.savez)(file, **arrays)

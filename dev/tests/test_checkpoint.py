@@ -164,6 +164,18 @@ def test_gpu_program_resumes_too(run, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+def test_bfloat16_run_resumes(run, uninterrupted, tmp_path):
+    """Bit for bit, with the checkpoint's --dtype. The GPU program, which cannot multiply bfloat16, resumes in float32."""
+    assert run("whole", "--dtype", "bfloat16").status == 0
+    assert run("out", "--dtype", "bfloat16", stop=STOP).status == 128 + signal.SIGTERM
+    shutil.copytree(tmp_path / "out", tmp_path / "crossed")
+    assert run("out", "--resume", new=False).status == 0
+    assert left_behind(tmp_path / "out") == left_behind(tmp_path / "whole") != uninterrupted
+    assert run("crossed", "--device", "cpu", "--resume", program=train_gpt2_gpu, new=False).status == 0
+    losses = [[float(row[1]) for row in left_behind(tmp_path / folder)[0] if row[1]] for folder in ("crossed", "whole")]
+    np.testing.assert_allclose(*losses, rtol=1e-2)
+
+
 @pytest.mark.parametrize("program, flags", [(train_gpt2, ()), (train_gpt2_gpu, ("--device", "cpu"))], ids=["cpu", "gpu"])
 def test_what_was_loaded_does_not_stay_in_memory(run, tmp_path, monkeypatch, program, flags):
     """While a resumed run trains, there is no second copy of the parameters, and no mapped file of moments."""

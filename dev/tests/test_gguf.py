@@ -21,7 +21,8 @@ import convert_model
 import gguf_files
 from cli import UserError, one_line
 from conftest import random_params
-from gguf_files import FILE_TYPES, read_gguf, read_gguf_tokenizer, write_gguf
+from generate_gpt2 import Decoder
+from gguf_files import FILE_TYPES, NAMES, read_gguf, read_gguf_tokenizer, stored_tensors, write_gguf
 from gpt2 import Config, Tensors, parameter_shapes
 from model_files import load_model, load_model_tokenizer, save_model
 from test_damaged_files import ANY_FILE, pick
@@ -73,6 +74,44 @@ def test_round_trip(tmp_path, params, tokenizer, type, bound):
         error = relative_error(getattr(found, name), tensor) if tensor.any() else getattr(found, name).any()
         assert error <= (bound if rounded else 0), name
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+AS_STORED = "bfloat16", "int8", "int4"
+
+
+@pytest.mark.parametrize("type, dtype", [("bf16", np.uint16), ("q8_0", np.int8), ("q4_0", np.uint8)])
+def test_matrices_as_they_lie(tmp_path, params, tokenizer, type, dtype):
+    """Those that the decoder multiplies as they are. It computes the same as with the numbers converted to float32."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, CONFIG, params, tokenizer, type)
+    contents = path.read_bytes()
+    config, stored = load_model(path, AS_STORED)
+    tensors = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
+    for name, _, ours, index in stored_tensors(config):
+        array = getattr(stored, ours)[index] if "{layer}" in NAMES[ours] else getattr(stored, ours)
+        if ours in ("wte", "qkvw", "attprojw", "fcw", "fcprojw"):
+            assert array.dtype == dtype and array.tobytes() == tensors[name].tobytes(), name
+        else:
+            assert array.dtype == np.float32 and array.tobytes() == getattr(params, ours)[index].tobytes(), name
+    tokens = np.arange(1, 8, dtype=np.int32)
+    losses = []
+    for weights in (stored, load_model(path)[1]):
+        decoder = Decoder(config, weights, 1, 2)
+        rows = np.concatenate([decoder.forward(tokens[None, t:t + 1]) for t in range(7)])
+        losses.append(decoder.losses(rows[:6], tokens[1:]))
+    assert relative_error(*losses) < (1e-4 if type.startswith("q") else 1e-6)     # activations have 16 bits
+    stored.wte[:] = 0
+    assert path.read_bytes() == contents
+
+
+def test_matrices_are_converted_where_they_are_not_asked_for_as_they_lie(tmp_path, params, tokenizer):
+    write_gguf(tmp_path / "model.gguf", CONFIG, params, tokenizer, "q8_0")
+    assert isinstance(load_model(tmp_path / "model.gguf", ("int4", "bfloat16"))[1], Tensors)
+    kind = GGMLQuantizationType.Q8_0
+    up = gguf.quants.quantize(random_params(SMALL).fcw[0], kind)
+    write_other(tmp_path / "model.gguf", tensors={"blk.0.ffn_up.weight": (kind, up)})
+    _, stored = load_model(tmp_path / "model.gguf", AS_STORED)
+    assert stored.fcw[0].view(np.uint8).tobytes() == up.tobytes() and stored.wte.dtype == np.float32
 
 
 def test_the_package_reads_the_same(tmp_path, params, tokenizer):

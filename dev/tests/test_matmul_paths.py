@@ -90,7 +90,8 @@ class EmulatedAmx:
                 place = self.place(build, self.tile(sums), FLOAT, build.mul(m.index, INT64(64)), build.mul(n.index, INT64(4)))
                 total = build.load(place)
                 for half in 0, 1:
-                    total = build.fadd(total, build.fmul(number(a, m.index, k.index, half), number(b, k.index, n.index, half)))
+                    factors = number(a, m.index, k.index, half), number(b, k.index, n.index, half)
+                    total = build.fadd(total, build.fmul(*factors))
                 build.store(total, place)
 
 
@@ -110,7 +111,8 @@ def test_amx_computes_what_float64_does(amx):
     emulated, multiply = amx
     scratch = kernels_cpu.make_workspace(1, "bfloat16")[0]
     generator = np.random.default_rng(0)
-    for m, k, n in [(32, 64, 32), (1, 1, 1), (3, 5, 7), (33, 31, 17), (40, 769, 64), (1030, 33, 16), (32, 32, 400), (64, 96, 31)]:
+    sizes = [(32, 64, 32), (1, 1, 1), (3, 5, 7), (33, 31, 17), (40, 769, 64), (1030, 33, 16), (32, 32, 400), (64, 96, 31)]
+    for m, k, n in sizes:
         for transposed in range(4):
             for alpha, beta in (1, 0), (1, 1), (0.3, 0), (1, 0.5):
                 scratch[:] = 0x7fc07fc0     # NaN, wherever a product reads what it has not written

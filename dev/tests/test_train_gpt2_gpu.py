@@ -59,7 +59,7 @@ def model_on(on):
     return Model
 
 
-@pytest.mark.parametrize("check", test_gpt2.CHECKS["tiny"])
+@pytest.mark.parametrize("check", [check for check in test_gpt2.CHECKS["tiny"] if check is not test_gpt2.check_bfloat16])
 def test_tiny_model_against_pytorch(on, check):
     reference = test_gpt2.Reference(test_gpt2.TINY, test_gpt2.BOUNDS["tiny"])
     failed = [row for row in check(model_on(on), reference) if not row.ok]
