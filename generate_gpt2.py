@@ -23,7 +23,8 @@ from dataloader import TokenFile, is_token_file
 from files import cache_lifetime, open_file
 from gpt2 import Config, Tensors, chunks, parameter_shapes
 from machine import check_memory, main_memory
-from matmul_cpu import HAS_BFLOAT16, QUANT_GROUP, WEIGHT_DTYPES, in_large_pages
+from matmul_cpu import HAS_BFLOAT16, in_large_pages
+from matvec_cpu import QUANT_GROUP, WEIGHT_DTYPES
 from model_files import find_model, load_model, load_model_tokenizer
 from sampling import sample
 from text_files import as_text, clean
@@ -36,7 +37,7 @@ DAMAGED_WEIGHTS_HINT = "the model's weights are damaged, or it diverged in train
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Compact weights: bfloat16, or integers of 8 or 4 bits (GGUF's Q8_0 and Q4_0). matmul_cpu.WEIGHT_DTYPES has the array types.
+# Compact weights: bfloat16, or integers of 8 or 4 bits (GGUF's Q8_0 and Q4_0). matvec_cpu.WEIGHT_DTYPES has the array types.
 
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 COMPACT = ("bfloat16", "int8", "int4")

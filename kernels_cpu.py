@@ -52,8 +52,9 @@ from numba import config, njit, prange, set_num_threads
 
 from cli import UserError
 from machine import usable_cores
-from matmul_cpu import (BLOCK_COLUMNS, FASTMATH, QUANT_GROUP, SCRATCH, WORDS, as_factor, bfloat16_bits, ceil_div, factors,
-                        helper, in_large_pages, jit, multiply_few_rows, round_group, sgemm, widen)
+from matmul_cpu import (BLOCK_COLUMNS, FASTMATH, SCRATCH, WORDS, as_factor, bfloat16_bits, ceil_div, helper, in_large_pages,
+                        jit, sgemm)
+from matvec_cpu import QUANT_GROUP, factors, multiply_few_rows, round_group, widen
 
 kernel = jit(parallel=True, fastmath=FASTMATH)
 
@@ -310,7 +311,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, workspace):
 def matvec_forward(out, inp, weight, bias, workspace):
     """matmul_forward for an inp (N, C) of few rows, where all the time goes into reading the weight (OC, C) once.
 
-    The weight may have any format of matmul_cpu.py. Each row of it is multiplied with all rows of inp while it is in cache,
+    The weight may have any format of matvec_cpu.py. Each row of it is multiplied with all rows of inp while it is in cache,
     and nothing is copied. The bits of a row of out do not depend on how many rows there are.
 
     Cost: 2*N*C*OC FLOPs, 4*(N*C + OC*C + N*OC) bytes: memory-bound. See dev/derivations/matmul.md.
@@ -691,7 +692,7 @@ residual_forward_on_one_thread = on_one_thread(residual_forward)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Decoding with weights of 16, 8 or 4 bits: decoding is limited by reading the weights. matmul_cpu.py has the formats.
+# Decoding with weights of 16, 8 or 4 bits: decoding is limited by reading the weights. matvec_cpu.py has the formats.
 
 @kernel
 def quantize(out, weight, bits):

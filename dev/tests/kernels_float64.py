@@ -160,7 +160,7 @@ def attention_backward_bfloat16(dout, qkv, B, T, NH):
         seen = slice(0, t + 1)
         p = np.exp(k[b, h, seen] @ q[b, h, t] * scale - lse[b, h, t])
         dp = v[b, h, seen] @ bfloat16(dout[b, h, t])
-        dscores = bfloat16(p * (dp - dout[b, h, t] @ out[b, h, t]))
+        dscores = bfloat16(p * (dp - bfloat16(dout[b, h, t]) @ out[b, h, t]))
         dq[b, h, t] = dscores @ k[b, h, seen] * scale
         dk[b, h, seen] += np.outer(dscores, q[b, h, t]) * scale
         dv[b, h, seen] += np.outer(bfloat16(p), bfloat16(dout[b, h, t]))

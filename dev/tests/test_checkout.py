@@ -54,11 +54,11 @@ def test_edited_product_is_compiled_again(checkout, tmp_path):
                "out, one, weight = np.zeros((1, 1), np.float32), np.ones((1, 1), np.float32), np.ones((1, 1), np.float32)\n"
                "kernels_cpu.matvec_forward(out, one, weight, kernels_cpu.NO_BIAS, kernels_cpu.make_workspace(1))\n"
                "print(out[0, 0], sum(kernels_cpu.matvec_forward.stats.cache_hits.values()))")
-    source = checkout / "matmul_cpu.py"
+    source = checkout / "matvec_cpu.py"
     outputs, caches = [], []
     line = "total += inp[c] * "
     for factor in (1, 1, 2):
-        text = (ROOT / "matmul_cpu.py").read_text()
+        text = (ROOT / "matvec_cpu.py").read_text()
         assert text.count(line) == 1
         source.write_text(text.replace(line, f"{line}np.float32({factor}) * "))
         os.utime(source, (0, 0))
