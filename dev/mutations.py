@@ -1355,8 +1355,6 @@ MUTATIONS = [Mutation(*row) for row in [
     ("int8: halves to even", "matvec_cpu.py",
      "            whole = np.floor(size)\n            whole += np.floor(np.float32(2) * (size - whole))",
      "            whole = np.rint(size)", decoding("as_gguf")),
-    ("rounded weights: infinity forgotten", "matvec_cpu.py",
-     "is_nan |= not np.isfinite(weight[i])", "is_nan |= np.isnan(weight[i])", decoding("finite")),
     ("prompt: second half of an int4 block from the first", "matvec_cpu.py",
      "np.float32(np.int32(block[2 + i] >> 4) - 8)", "np.float32(np.int32(block[2 + i] & 15) - 8)",
      decoding("product_against or encoder")),

@@ -453,6 +453,20 @@ def test_damaged_kernel_cache_is_rebuilt(monkeypatch, tmp_path, files, damage):
     check(True)
 
 
+def first(workspace):
+    return workspace[0]
+
+
+def test_kernel_compiled_for_another_dtype_is_missing(monkeypatch, tmp_path):
+    """Or a first run in bfloat16 would compile its kernels itself, and give other bits than the next."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    compiled = matmul_cpu.jit()(first)
+    compiled(np.ones(1, np.float32))
+    target = compiled.targetctx.codegen().magic_tuple()
+    assert compiled._cache.is_intact(target, {"workspace": np.float32})
+    assert not compiled._cache.is_intact(target, {"workspace": np.uint32})
+
+
 def test_full_disk_costs_the_kernel_cache_only(monkeypatch, tmp_path):
     def save(*arguments):
         raise OSError(28, "No space left on device")
