@@ -745,7 +745,6 @@ def matmul_compact_forward(out, inp, weight, bias, workspace):
 # Compiling
 
 DTYPES = tuple(WORDS)       # of matrix products
-NO_BFLOAT16 = "this processor does not multiply bfloat16: --dtype bfloat16 saves memory for weights, if any, but no time"
 TRAINING = (encoder_forward, encoder_backward, layernorm_forward, layernorm_backward, matmul_forward, matmul_backward,
             attention_forward, attention_backward, gelu_forward, gelu_backward, gelu_exact_forward, gelu_exact_backward,
             residual_forward, fused_classifier, global_norm, adamw_update)

@@ -153,10 +153,13 @@ def round_activations(inp):
             largest_bits = np.int32(max(largest_bits, bits[c] & np.int32(0x7fffffff)))
         largest = np.int32(largest_bits).view(np.float32)
         finite = np.float32(1e-33) < largest and largest_bits < np.int32(0x7f800000)     # 32767 / 1e-33 is still a float
-        factor = LARGEST_INT16 / largest if finite else np.float32(0)
-        scales[n] = largest / LARGEST_INT16 if finite else largest * np.float32(0)
+        if not finite:
+            scales[n], rounded[n, :] = largest * np.float32(0), 0
+            continue
+        factor = LARGEST_INT16 / largest
+        scales[n] = largest / LARGEST_INT16
         for c in range(C):
-            rounded[n, c] = np.int16(np.floor(inp[n, c] * factor + np.float32(0.5))) if finite else np.int16(0)
+            rounded[n, c] = np.int16(np.floor(inp[n, c] * factor + np.float32(0.5)))
     return rounded, scales
 
 
@@ -360,10 +363,13 @@ def multiply_few_rows(out, inp, rounded, scales, weight, bias):
             tile = out[n:n + INPUT_ROWS, part]
             dot_products(tile, rounded[n:n + INPUT_ROWS], weight[part])
     for n in range(N):
-        for o in range(OC):
-            if scales.size > 0:
-                out[n, o] *= scales[n]
-            if has_rest:
-                out[n, o] += rest_of_product(inp[n], weight[o])
-            if bias.size > 0:
-                out[n, o] += bias[o]
+        row = out[n]
+        if scales.size > 0:
+            for o in range(OC):
+                row[o] *= scales[n]
+        if has_rest:
+            for o in range(OC):
+                row[o] += rest_of_product(inp[n], weight[o])
+        if bias.size > 0:
+            for o in range(OC):
+                row[o] += bias[o]

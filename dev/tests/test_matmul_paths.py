@@ -17,10 +17,16 @@ from numba.core import cgutils
 import kernels_cpu
 import kernels_float64 as exact
 import matmul_cpu
+from conftest import random_params
+from dataloader import write_tokens
+from gpt2 import Config
 from matmul_cpu import FASTMATH, FLOAT, INT64, Tile
+from model_files import save_model
+from tokenizer import NO_TOKENIZER
 
 ROOT = Path(matmul_cpu.__file__).parent
 BYTE, SHORT = ir.IntType(8), ir.IntType(16)
+CONFIG = Config(max_seq_len=64, vocab_size=300, padded_vocab_size=384, num_layers=1, num_heads=1, channels=32)
 AMX_TILE = Tile(numbers=2, rows=32, vectors=2, depth=16)
 
 
@@ -190,3 +196,26 @@ def test_unknown_processor():
     assert finished.returncode == 2 and finished.stdout == ""
     assert finished.stderr == ("error: the environment variable GPT2_CPU is '386', expected one of amx, avx512_bf16, avx512, "
                                "avx2\n")
+
+
+@pytest.mark.parametrize("program, flags, says", [
+    ("train_gpt2", ["--num-iterations", "1", "--input-bin", "tokens.bin", "--sample-every", "0"], "saves no time"),
+    ("generate_gpt2", ["--model", "out", "--perplexity", "tokens.bin"], "halves the memory of the weights, but saves no time")])
+def test_processor_without_bfloat16(program, flags, says, tmp_path):
+    """One line says what --dtype bfloat16 is good for there. The kernels are replaced, to save compiling them."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import {program} as program
+assert not program.HAS_BFLOAT16
+program.compile_kernels = lambda *arguments: sys.exit(7)
+sys.argv[1:] = {flags + ["--dtype", "bfloat16"]!r}
+program.main()
+"""
+    save_model(tmp_path / "out", CONFIG, random_params(CONFIG), NO_TOKENIZER)
+    write_tokens(tmp_path / "tokens.bin", np.arange(700) % 300)
+    finished = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"GPT2_CPU": "avx2"},
+                              capture_output=True, text=True)
+    assert finished.returncode == 7, finished.stderr
+    lines = [line for line in (finished.stdout + finished.stderr).splitlines() if "cannot multiply bfloat16" in line]
+    assert len(lines) == 1 and lines[0].endswith(says)
