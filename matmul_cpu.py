@@ -64,9 +64,11 @@ def processor_features():
     lacking = LACKING[level]
     if features.get("amx-bf16") and not (level == "amx" and linux_lends_tiles()):
         lacking += "amx",
-    for name in features:
-        features[name] = features[name] and not name.startswith(lacking)
-    config.CPU_FEATURES = features.flatten()    # Numba's, also part of the key of its cache
+    if lacking:
+        for name in features:
+            features[name] = features[name] and not name.startswith(lacking)
+        # Numba's, also part of the key of its cache. It reads the environment again when something there changes.
+        config.CPU_FEATURES = os.environ["NUMBA_CPU_FEATURES"] = features.flatten()
     return {name for name, present in features.items() if present}
 
 
@@ -79,8 +81,8 @@ def linux_lends_tiles():
 
 
 FEATURES = processor_features()
-HAS_AMX = {"amx-tile", "amx-bf16"} <= FEATURES
-HAS_BFLOAT16 = {"avx512f", "avx512bf16"} <= FEATURES
+HAS_BFLOAT16 = {"avx512f", "avx512bf16"} <= FEATURES and llvm.llvm_version_info >= (17,)     # before, bfloat16 was an integer
+HAS_AMX = {"amx-tile", "amx-bf16"} <= FEATURES and HAS_BFLOAT16
 
 
 def instructions(dtype):
