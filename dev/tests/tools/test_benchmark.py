@@ -277,7 +277,8 @@ def test_our_programs_read_the_model_that_all_read(tmp_path, monkeypatch):
         model.forget()
         model.read([5, 6])
         decoder = Decoder(config, weights, 1, threads, prompt_dtype(weight_kinds(weights)))
-        assert model.read([7]) == pytest.approx(decoder.next_logits([[5, 6, 7]])[0], rel=1e-4)
+        together = decoder.next_logits([[5, 6, 7]])[0]
+        assert np.linalg.norm(model.read([7]) - together) <= 1e-4 * np.linalg.norm(together)
 
 
 def test_seconds_until_a_program_has_written_something():
