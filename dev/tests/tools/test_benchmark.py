@@ -278,7 +278,8 @@ def test_our_programs_read_the_model_that_all_read(tmp_path, monkeypatch):
         model.read([5, 6])
         decoder = Decoder(config, weights, 1, threads, prompt_dtype(weight_kinds(weights)))
         together = decoder.next_logits([[5, 6, 7]])[0]
-        assert np.linalg.norm(model.read([7]) - together) <= 1e-4 * np.linalg.norm(together)
+        bound = 1e-4 if name == OURS else 1e-2      # attention of several tokens is in bfloat16
+        assert np.linalg.norm(model.read([7]) - together) <= bound * np.linalg.norm(together)
 
 
 def test_seconds_until_a_program_has_written_something():
