@@ -391,7 +391,7 @@ latest_header = {}
 
 
 def parse_header(file, path):
-    """read_header, read anew."""
+    """What read_header returns, parsed from the file."""
     header = Header(file, path)
     magic, version = header.bytes(len(MAGIC)), header.number("<u4")
     if magic != MAGIC or version not in VERSIONS:

@@ -35,7 +35,8 @@ CSV_COLUMNS = ("step", "train_loss", "val_loss", "bits_per_byte", "hellaswag", "
                "tokens_per_second")
 FLAGS_NOT_SAVED = "output_dir", "resume"     # all others go into checkpoints
 RENAMED_FLAGS = {"shuffle": "shuffle_shards"}   # of earlier checkpoints
-FLAGS_OF_ONE_PROGRAM = "threads", "device", "dtype"     # which the other program ignores in a checkpoint, or values it lacks
+FLAGS_OF_ONE_PROGRAM = "threads", "device"  # which the other program ignores in a checkpoint
+DTYPES = "float32", "bfloat16", "tf32"      # of either program; the other ignores one that it lacks
 FLAGS_THAT_MUST_MATCH = "model", "sequence_length", "total_batch_size", "seed", "shuffle_shards", "overfit_single_batch"
 NEW_MODELS = [f"d{depth}" for depth in HEADS_BY_DEPTH]
 OUT_OF_MEMORY_HINT = "choose a smaller --model, --batch-size or --sequence-length"
@@ -195,11 +196,11 @@ def saved_flags(checkpoint: Path, new_parser: Callable[[], OneLineParser]) -> di
     known = vars(parser.parse_args([])).keys() - set(FLAGS_NOT_SAVED)
     saved = {RENAMED_FLAGS.get(name, name): value for name, value in load_state(checkpoint)["flags"].items()
              if name in known or name not in FLAGS_OF_ONE_PROGRAM}
-    for name in saved.keys() & set(FLAGS_OF_ONE_PROGRAM):
-        with suppress(UserError):
-            parser.parse_args([f"{flag_name(name)}={saved[name]}"])
-            continue
-        del saved[name]
+    if saved.get("dtype") in DTYPES:
+        try:
+            parser.parse_args([f"--dtype={saved['dtype']}"])
+        except UserError:
+            del saved["dtype"]
     for name in saved:
         if name not in known:
             raise UserError(f"{source} has the flag {short_repr(name)}, expected those of this program that a checkpoint "
