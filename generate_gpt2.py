@@ -40,7 +40,7 @@ DAMAGED_WEIGHTS_HINT = "the model's weights are damaged, or it diverged in train
 # Compact weights: bfloat16, or integers of 8 or 4 bits (GGUF's Q8_0 and Q4_0). matvec_cpu.WEIGHT_DTYPES has the array types.
 
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
-COMPACT = ("bfloat16", "int8", "int4")
+COMPACT = tuple(kind for kind in BITS if kind != "float32")
 LINEAR_WEIGHTS = ("qkvw", "attprojw", "fcw", "fcprojw")
 
 
@@ -59,8 +59,10 @@ def round_weights(config: Config, params: Tensors | SimpleNamespace, kind: str) 
 def rounded_weight(weight, kind):
     """A float32 weight (OC, C) rounded to `kind`, an array that its kernels read."""
     OC, C = weight.shape
-    if weight.dtype != np.float32 or kind == "float32" or BITS[kind] < 16 and C % QUANT_GROUP:
-        return np.copy(weight) if weight.dtype == np.float32 else weight
+    if weight.dtype != np.float32:
+        return weight       # a file holds it in fewer bits
+    if kind == "float32" or BITS[kind] < 16 and C % QUANT_GROUP:
+        return np.copy(weight)
     out = in_large_pages((OC, row_length(C, kind)), WEIGHT_DTYPES[kind])
     if kind == "bfloat16":
         kernels.round_to_bfloat16(out, weight)

@@ -296,11 +296,15 @@ def rounded_bits(build, vector):
     return build.select(build.fcmp_unordered("uno", vector, vector), quiet, rounded)
 
 
+def side_by_side(build, first, second):
+    """The numbers of two vectors in bfloat16, first those of one and then those of the other."""
+    return call(build, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PAIRS, [second, first])
+
+
 def words_of(build, first, second):
     """The words whose first numbers are those of one vector, and whose second numbers are those of another."""
     if HAS_BFLOAT16:
-        pairs = call(build, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PAIRS, [second, first])
-        shorts = build.bitcast(pairs, ir.VectorType(INT16, 2 * LANES))
+        shorts = build.bitcast(side_by_side(build, first, second), ir.VectorType(INT16, 2 * LANES))
         order = [half + lane for lane in range(LANES) for half in (0, LANES)]
         return build.bitcast(shuffle(build, shorts, shorts, order), VECTOR)
     upper = build.shl(rounded_bits(build, second), INTEGERS([16] * LANES))
@@ -317,7 +321,7 @@ def load_words(build, tile, down, place, row_bytes):
         return words_of(build, first, load(build, below))
     second = load(build, build.gep(place, [INT64(LANES)]))
     if HAS_BFLOAT16:
-        return build.bitcast(call(build, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", PAIRS, [second, first]), VECTOR)
+        return build.bitcast(side_by_side(build, first, second), VECTOR)
     even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
     return words_of(build, shuffle(build, first, second, even), shuffle(build, first, second, odd))
 
@@ -343,6 +347,12 @@ def bfloat16_bits(x):
     return np.uint32((bits + np.uint32(0x7fff) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
+@helper
+def bfloat16_number(bits):
+    """The float32 number whose upper half has these bits, uint32 or uint16."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
 def as_factor(x, scratch):
     """A float32 number as products with this scratch memory see it: rounded to bfloat16, or as it is."""
     raise NotImplementedError("only compiled code calls it")
@@ -352,7 +362,7 @@ def as_factor(x, scratch):
 def compile_as_factor(x, scratch):
     if scratch.dtype == types.float32:
         return lambda x, scratch: x
-    return lambda x, scratch: np.uint32(bfloat16_bits(x) << np.uint32(16)).view(np.float32)
+    return lambda x, scratch: bfloat16_number(bfloat16_bits(x))
 
 
 @intrinsic

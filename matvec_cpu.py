@@ -7,8 +7,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from matmul_cpu import (FASTMATH, FEATURES, FLOAT, FUSED, INT16, INT32, INT64, INTEGERS, LANES, PREFETCH_AHEAD, VECTOR, call,
-                        clamped_row_indices, halves_to_swap, jit, load, pointer, prefetch, shuffle, splat)
+from matmul_cpu import (FASTMATH, FEATURES, FLOAT, FUSED, INT16, INT32, INT64, INTEGERS, LANES, PREFETCH_AHEAD, VECTOR,
+                        bfloat16_number, call, clamped_row_indices, halves_to_swap, jit, load, pointer, prefetch, shuffle,
+                        splat)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights (OC, C) that are not float32. The type of the array tells the format:
@@ -23,7 +24,7 @@ from matmul_cpu import (FASTMATH, FEATURES, FLOAT, FUSED, INT16, INT32, INT64, I
 
 QUANT_GROUP = 32
 WEIGHT_DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8, "int4": np.uint8}
-BLOCK_BYTES = {types.int8: 2 + QUANT_GROUP, types.uint8: 2 + QUANT_GROUP // 2}
+BLOCK_BYTES = {types.int8: 2 + QUANT_GROUP, types.uint8: 2 + QUANT_GROUP // 2}      # 8 or 4 bits a number, and the scale
 HALF, BYTE, SHORTS = ir.HalfType(), ir.IntType(8), ir.VectorType(INT16, QUANT_GROUP)
 
 
@@ -54,7 +55,7 @@ def number_at(weight, i):
 def compile_number_at(weight, i):
     if weight.dtype == types.float32:
         return lambda weight, i: weight[i]
-    return lambda weight, i: np.uint32(np.uint32(weight[i]) << np.uint32(16)).view(np.float32)
+    return lambda weight, i: bfloat16_number(weight[i])
 
 
 def widen(out, weight):
@@ -64,20 +65,22 @@ def widen(out, weight):
 
 @overload(widen)
 def compile_widen(out, weight):
+    size = BLOCK_BYTES.get(weight.dtype, 0)
+
     def widen_floats(out, weight):
         for i in range(out.size):
             out[i] = number_at(weight, i)
 
     def widen_int8(out, weight):
         for g in range(out.size // QUANT_GROUP):
-            block, part = weight[34 * g:34 * g + 34], out[32 * g:32 * g + 32]
+            block, part = weight[g * size:(g + 1) * size], out[g * QUANT_GROUP:(g + 1) * QUANT_GROUP]
             scale = float16_number(np.intp(np.uint8(block[0])) | np.intp(np.uint8(block[1])) << 8)
-            for i in range(32):
+            for i in range(QUANT_GROUP):
                 part[i] = scale * np.float32(block[2 + i])
 
     def widen_int4(out, weight):
         for g in range(out.size // QUANT_GROUP):
-            block, part = weight[18 * g:18 * g + 18], out[32 * g:32 * g + 32]
+            block, part = weight[g * size:(g + 1) * size], out[g * QUANT_GROUP:(g + 1) * QUANT_GROUP]
             scale = float16_number(np.intp(block[0]) | np.intp(block[1]) << 8)
             for i in range(16):
                 part[i] = scale * np.float32(np.int32(block[2 + i] & 15) - 8)
