@@ -54,7 +54,7 @@ from cli import UserError
 from machine import usable_cores
 from matmul_cpu import (BLOCK_COLUMNS, FASTMATH, SCRATCH, WORDS, as_factor, bfloat16_bits, ceil_div, helper, in_large_pages,
                         jit, sgemm)
-from matvec_cpu import QUANT_GROUP, factors, multiply_few_rows, round_group, widen
+from matvec_cpu import QUANT_GROUP, factor, multiply_few_rows, round_group, widen
 
 kernel = jit(parallel=True, fastmath=FASTMATH)
 
@@ -316,11 +316,11 @@ def matvec_forward(out, inp, weight, bias, workspace):
 
     Cost: 2*N*C*OC FLOPs, 4*(N*C + OC*C + N*OC) bytes: memory-bound. See dev/derivations/matmul.md.
     """
-    rounded, scales = factors(inp, weight)
+    rounded = factor(inp, weight)
     threads = len(workspace)
     for thread in prange(threads):
         start, stop = partition(thread, threads, len(weight))
-        multiply_few_rows(out[:, start:stop], inp, rounded, scales, weight[start:stop], bias[start:stop])
+        multiply_few_rows(out[:, start:stop], inp, rounded, weight[start:stop], bias[start:stop])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from matmul_cpu import (FASTMATH, FEATURES, FLOAT, FUSED, INT16, INT32, INT64, INTEGERS, LANES, PREFETCH_AHEAD, VECTOR,
-                        bfloat16_number, call, clamped_row_indices, halves_to_swap, jit, load, pointer, prefetch, shuffle,
-                        splat)
+                        bfloat16_number, call, clamped_row_indices, jit, load, pointer, prefetch, shuffle)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights (OC, C) that are not float32. The type of the array tells the format:
@@ -25,7 +24,7 @@ from matmul_cpu import (FASTMATH, FEATURES, FLOAT, FUSED, INT16, INT32, INT64, I
 QUANT_GROUP = 32
 WEIGHT_DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8, "int4": np.uint8}
 BLOCK_BYTES = {types.int8: 2 + QUANT_GROUP, types.uint8: 2 + QUANT_GROUP // 2}      # 8 or 4 bits a number, and the scale
-HALF, BYTE, SHORTS = ir.HalfType(), ir.IntType(8), ir.VectorType(INT16, QUANT_GROUP)
+HALF, BYTES = ir.HalfType(), ir.VectorType(ir.IntType(8), QUANT_GROUP)
 
 
 @intrinsic
@@ -117,60 +116,69 @@ def round_group(block, weight, bits):
 # ----------------------------------------------------------------------------------------------------------------------
 # Dot products of a few rows of activations with a few rows of a weight, in LLVM's vectors like the tiles above
 #
-# INPUT_ROWS rows of activations are multiplied with WEIGHT_ROWS rows of a weight at once. Against integers, activations are
-# integers, too: a row of them is rounded to 16 bits, so that the sum over a group is exact. Several rows of a weight hide the
+# INPUT_ROWS rows of activations are multiplied with WEIGHT_ROWS rows of a weight at once. Several rows of a weight hide the
 # latency of the additions. A single one is read faster from memory, since rows follow one another there.
+#
+# Against integers, activations are integers, too: each group of them is rounded to 8 bits, with a scale of its own, as
+# llama.cpp does. Sums over a group are exact. x86 multiplies bytes without a sign by bytes with a sign, and adds four products
+# in one instruction. So a zero point z is added to the weights w to make them positive, which sum((w + z) * a) - z * sum(a)
+# undoes. The last term is known beforehand: the sum starts there.
 
 INPUT_ROWS = 4
 WEIGHT_ROWS = {types.float32: 1, types.uint16: 1, types.int8: 2, types.uint8: 2}
-FLOAT_GROUP = 64            # numbers of a weight that are read at a time, if they are no integers
-FLOATS_PREFETCHED = 2048    # bytes ahead, in rows of floats
-LARGEST_INT16 = np.float32(32767)
+ZERO_POINTS = {types.int8: 128, types.uint8: 8}
+FLOAT_GROUP = 64                # numbers of a weight that are read at a time, if they are no integers
+FLOATS_PREFETCHED = 2048        # bytes ahead, in rows of floats
+LARGEST_INT8 = np.float32(127)
+GROUP_WORDS = 2 + QUANT_GROUP // 4      # of rounded activations: the scale, a float32; where the sum starts; the integers
+SUMS = {dtype: ir.VectorType(FLOAT, QUANT_GROUP // 4) if dtype in BLOCK_BYTES else VECTOR for dtype in WEIGHT_ROWS}
 
 
-def factors(inp, weight):
-    """What is multiplied with this weight: inp (N, C), float32, or integers, and the scales of its rows, (N), or none."""
+def factor(inp, weight):
+    """What is multiplied with this weight: inp (N, C), float32, or its groups rounded, (N, C / QUANT_GROUP * GROUP_WORDS), int32."""
     raise NotImplementedError("only compiled code calls it")
 
 
-@overload(factors)
-def compile_factors(inp, weight):
-    if weight.dtype in BLOCK_BYTES:
-        return lambda inp, weight: round_activations(inp)
-    return lambda inp, weight: (inp, np.empty(0, dtype=np.float32))
+@overload(factor)
+def compile_factor(inp, weight):
+    zero_point = ZERO_POINTS.get(weight.dtype)
+    return (lambda inp, weight: inp) if zero_point is None else lambda inp, weight: round_activations(inp, zero_point)
 
 
-@jit()      # reassociated, a product of large numbers would overflow
-def round_activations(inp):
-    """inp (N, C) as int16, and the scale of each row (N).
+@jit()      # no fused or reordered operations: rounds alike everywhere
+def round_activations(inp, zero_point):
+    """The groups of inp (N, C), each as GROUP_WORDS words.
 
     The maximum is taken on the bits: without the sign bit, floats sort like integers with the same bits, and integer
     comparisons vectorize. Infinity and NaN sort above all numbers; they make the scale NaN, and everything computed from it.
     """
     N, C = inp.shape
-    rounded, scales = np.empty((N, C), dtype=np.int16), np.empty(N, dtype=np.float32)
+    words = np.empty((N, C // QUANT_GROUP * GROUP_WORDS), dtype=np.int32)
     for n in range(N):
-        bits = inp[n].view(np.int32)
-        largest_bits = np.int32(0)
-        for c in range(C):
-            largest_bits = np.int32(max(largest_bits, bits[c] & np.int32(0x7fffffff)))
-        largest = np.int32(largest_bits).view(np.float32)
-        finite = np.float32(1e-33) < largest and largest_bits < np.int32(0x7f800000)     # 32767 / 1e-33 is still a float
-        if not finite:
-            scales[n], rounded[n, :] = largest * np.float32(0), 0
-            continue
-        factor = LARGEST_INT16 / largest
-        scales[n] = largest / LARGEST_INT16
-        for c in range(C):
-            rounded[n, c] = np.int16(np.floor(inp[n, c] * factor + np.float32(0.5)))
-    return rounded, scales
+        for g in range(C // QUANT_GROUP):
+            numbers, group = inp[n, g * QUANT_GROUP:(g + 1) * QUANT_GROUP], words[n, g * GROUP_WORDS:(g + 1) * GROUP_WORDS]
+            bits, rounded = numbers.view(np.int32), group[2:].view(np.int8)
+            largest_bits = np.int32(0)
+            for i in range(QUANT_GROUP):
+                largest_bits = np.int32(max(largest_bits, bits[i] & np.int32(0x7fffffff)))
+            largest = np.int32(largest_bits).view(np.float32)
+            finite = np.float32(1e-33) < largest and largest_bits < np.int32(0x7f800000)     # 127 / 1e-33 is still a float
+            scale = largest / LARGEST_INT8 if finite else largest * np.float32(0)
+            inverse = LARGEST_INT8 / largest if finite else np.float32(0)
+            total = np.int32(0)
+            for i in range(QUANT_GROUP):
+                integer = np.int32(np.floor(numbers[i] * inverse + np.float32(0.5)) if finite else np.float32(0))
+                rounded[i] = integer
+                total += integer
+            group[0], group[1] = np.float32(scale).view(np.int32), -zero_point * total
+    return words
 
 
 @intrinsic
 def dot_products(typing, out, inp, weight):
     """out (N, OC) = inp (N, C) @ weight (OC, C).T over the whole groups of each row; the caller adds the rest.
 
-    inp is the first of `factors`. N is at most INPUT_ROWS, OC at most WEIGHT_ROWS.
+    inp is a `factor`. N is at most INPUT_ROWS, OC at most WEIGHT_ROWS.
     """
     def emit(context, build, signature, arguments):
         arrays = [context.make_array(kind)(context, build, array) for kind, array in zip(signature.args, arguments)]
@@ -206,15 +214,16 @@ def emit_dot_products(build, dtype, out, inp, weight):
 
 def sums_of_lanes(build, vectors):
     """A vector whose first lanes are the sums of the lanes of 1, 2 or 4 vectors."""
-    distance = 1
+    lanes, distance = vectors[0].type.count, 1
     while len(vectors) > 1:     # one vector of every two, with the lanes of both side by side
-        first, second = halves_to_swap(distance)
+        first = [lanes + lane - distance if lane & distance else lane for lane in range(lanes)]
+        second = [lanes + lane if lane & distance else lane + distance for lane in range(lanes)]
         vectors = [build.fadd(shuffle(build, *pair, first), shuffle(build, *pair, second))
                    for pair in zip(vectors[::2], vectors[1::2])]
         distance *= 2
     [total] = vectors
-    while distance < LANES:
-        total = build.fadd(total, shuffle(build, total, total, [lane ^ distance for lane in range(LANES)]))
+    while distance < lanes:
+        total = build.fadd(total, shuffle(build, total, total, [lane ^ distance for lane in range(lanes)]))
         distance *= 2
     return total
 
@@ -230,14 +239,14 @@ def emit_loop_over_groups(build, dtype, input_rows, weight_rows, groups):
     build.branch(loop)
     build.position_at_end(loop)
     g = build.phi(INT64)
-    totals = {(n, i): build.phi(VECTOR) for n in range(len(input_rows)) for i in range(len(weight_rows))}
+    totals = {(n, i): build.phi(SUMS[dtype]) for n in range(len(input_rows)) for i in range(len(weight_rows))}
     build.cbranch(build.icmp_signed("<", g, groups), body, after)
 
     build.position_at_end(body)
     add_group = add_group_of_integers if dtype in BLOCK_BYTES else add_group_of_floats
     sums = add_group(build, dtype, g, input_rows, weight_rows, totals)
     for phi, start, following in [(g, INT64(0), build.add(g, INT64(1)))] + [
-            (total, VECTOR(None), sums[ni]) for ni, total in totals.items()]:
+            (total, SUMS[dtype](None), sums[ni]) for ni, total in totals.items()]:
         phi.add_incoming(start, before)
         phi.add_incoming(following, body)
     build.branch(loop)
@@ -277,55 +286,49 @@ def add_group_of_floats(build, dtype, g, input_rows, weight_rows, totals):
 def add_group_of_integers(build, dtype, g, input_rows, weight_rows, totals):
     """The same for a block of integers."""
     sums = {}
-    offset = build.mul(g, INT64(BLOCK_BYTES[dtype]))
-    input_offset = build.mul(g, INT64(2 * QUANT_GROUP))
-    inputs = [load_as(build, SHORTS, row, input_offset) for row in input_rows]
+    input_offset, offset = build.mul(g, INT64(4 * GROUP_WORDS)), build.mul(g, INT64(BLOCK_BYTES[dtype]))
+    after_scale = build.add(offset, INT64(2))
+    inputs = [group_of_activations(build, row, input_offset) for row in input_rows]
     for i, row in enumerate(weight_rows):
-        scale = splat(build, build.fpext(load_as(build, HALF, row, offset), FLOAT))
-        after_scale = build.add(offset, INT64(2))
+        scale = build.fpext(splat(build, load_as(build, HALF, row, offset), SUMS[dtype].count), SUMS[dtype])
         if dtype == types.int8:
-            weights = build.sext(load_as(build, ir.VectorType(BYTE, QUANT_GROUP), row, after_scale), SHORTS)
+            weights = build.xor(load_as(build, BYTES, row, after_scale), BYTES([ZERO_POINTS[dtype]] * QUANT_GROUP))
         else:
-            half = ir.VectorType(INT16, QUANT_GROUP // 2)
-            both = build.zext(load_as(build, ir.VectorType(BYTE, QUANT_GROUP // 2), row, after_scale), half)
-            lower = build.sub(build.and_(both, half([15] * 16)), half([8] * 16))
-            upper = build.sub(build.and_(both, half([240] * 16)), half([128] * 16))      # times 16
-        for n in range(len(input_rows)):
-            if dtype == types.int8:
-                products = sums_of_pairs(build, inputs[n], weights)
-            else:
-                first, second = (shuffle(build, inputs[n], inputs[n], range(start, start + 16)) for start in (0, 16))
-                sixteenfold = sums_of_pairs(build, second, upper)
-                products = build.add(sums_of_pairs(build, first, lower), build.ashr(sixteenfold, INTEGERS([4] * LANES)))
-            products = build.sitofp(products, VECTOR)
-            sums[n, i] = build.fadd(build.fmul(products, scale, flags=FUSED), totals[n, i], flags=FUSED)
+            half = ir.VectorType(BYTES.element, QUANT_GROUP // 2)
+            both = load_as(build, half, row, after_scale)
+            lower, upper = build.and_(both, half([15] * half.count)), build.lshr(both, half([4] * half.count))
+            weights = shuffle(build, lower, upper, range(QUANT_GROUP))
+        for n, (input_scale, start, integers) in enumerate(inputs):
+            products = build.sitofp(sums_of_four(build, start, weights, integers), SUMS[dtype])
+            both_scales = build.fmul(scale, splat(build, input_scale, SUMS[dtype].count))
+            sums[n, i] = build.fadd(build.fmul(products, both_scales, flags=FUSED), totals[n, i], flags=FUSED)
         prefetch(build, pointer(build, build.add(build.add(row, offset), INT64(PREFETCH_AHEAD))), level=2)
     return sums
 
 
-# x86's multiplication of int16, which adds neighboring products: length of the vectors -> feature and LLVM's name.
-MULTIPLY_PAIRS = {32: ("avx512bw", "llvm.x86.avx512.pmaddw.d.512"), 16: ("avx2", "llvm.x86.avx2.pmadd.wd"),
-                  8: ("sse2", "llvm.x86.sse2.pmadd.wd")}
+def splat(build, number, lanes):
+    """A vector with number in every lane."""
+    nothing = ir.VectorType(number.type, lanes)(ir.Undefined)
+    return shuffle(build, build.insert_element(nothing, number, INT32(0)), nothing, [0] * lanes)
 
 
-def sums_of_pairs(build, a, b):
-    """A vector of int32 whose LANES lanes sum to the dot product of two vectors of int16."""
-    total = INTEGERS(None)
-    length = min(a.type.count, 2 * LANES)
-    feature, name = MULTIPLY_PAIRS[length]
-    kind = ir.VectorType(INT32, length // 2)
-    for start in range(0, a.type.count, length):
-        pair = [shuffle(build, vector, vector, range(start, start + length)) for vector in (a, b)]
-        if feature in FEATURES:
-            sums = call(build, name, kind, pair)
-        else:
-            every_other = [[build.sext(shuffle(build, vector, vector, range(first, length, 2)), kind) for vector in pair]
-                           for first in (0, 1)]
-            sums = build.add(*(build.mul(*factors) for factors in every_other))
-        if length // 2 < LANES:
-            sums = shuffle(build, sums, kind(None), range(LANES))
-        total = build.add(total, sums)
-    return total
+def group_of_activations(build, row, offset):
+    """What `round_activations` wrote there: the scale, where the sum starts, as a vector, and the integers."""
+    scale, start, integers = (load_as(build, kind, row, build.add(offset, INT64(at)))
+                              for kind, at in ((FLOAT, 0), (INT32, 4), (BYTES, 8)))
+    return scale, build.insert_element(ir.VectorType(INT32, QUANT_GROUP // 4)(None), start, INT32(0)), integers
+
+
+def sums_of_four(build, start, weights, integers):
+    """start plus products of bytes without and with a sign: the lanes of both sum to the dot product."""
+    if "avxvnni" in FEATURES or {"avx512vnni", "avx512vl"} <= FEATURES:
+        fours = [build.bitcast(factor, start.type) for factor in (weights, integers)]
+        return call(build, "llvm.x86.avx512.vpdpbusd.256", start.type, [start, *fours])
+    words = ir.VectorType(INT32, QUANT_GROUP)
+    sums = build.mul(build.zext(weights, words), build.sext(integers, words))       # LLVM finds its multiplication of int16
+    for first, second in (range(0, 32, 2), range(1, 32, 2)), (range(8), range(8, 16)):
+        sums = build.add(shuffle(build, sums, sums, first), shuffle(build, sums, sums, second))
+    return build.add(start, sums)
 
 
 def rows_at_once(weight):
@@ -356,8 +359,8 @@ def compile_rest_of_product(inp, weight):
 
 
 @jit(fastmath=FASTMATH - {"reassoc"})     # sums keep the order written here
-def multiply_few_rows(out, inp, rounded, scales, weight, bias):
-    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), on one thread. rounded and scales are factors(inp, weight)."""
+def multiply_few_rows(out, inp, rounded, weight, bias):
+    """out (N, OC) = inp (N, C) @ weight (OC, C).T + bias (OC), on one thread. rounded is factor(inp, weight)."""
     N, OC = out.shape
     step, has_rest = rows_at_once(weight), inp.shape[1] % FLOAT_GROUP > 0
     for o in range(0, OC, step):
@@ -367,9 +370,6 @@ def multiply_few_rows(out, inp, rounded, scales, weight, bias):
             dot_products(tile, rounded[n:n + INPUT_ROWS], weight[part])
     for n in range(N):
         row = out[n]
-        if scales.size > 0:
-            for o in range(OC):
-                row[o] *= scales[n]
         if has_rest:
             for o in range(OC):
                 row[o] += rest_of_product(inp[n], weight[o])

@@ -132,6 +132,16 @@ def matmul_forward_bfloat16(inp, weight, bias):
     return matmul_forward(bfloat16(inp), bfloat16(weight), bias)
 
 
+def round_activations(inp):
+    """inp (N, C), float32, its groups of 32 rounded to integers from -127 to 127, each with the scale of its group."""
+    groups = inp.reshape(len(inp), -1, 32)
+    largest = abs(groups).max(axis=-1, keepdims=True)
+    largest[largest <= 1e-33] = np.inf      # all integers are 0
+    integers = np.floor(groups * (np.float32(127) / largest) + np.float32(0.5))     # in float32, so that ties go one way
+    largest[np.isinf(largest)] = 0
+    return (integers * (largest.astype(np.float64) / 127)).reshape(inp.shape)
+
+
 def matmul_backward_bfloat16(dout, inp, weight):
     dinp, dweight, _ = matmul_backward(bfloat16(dout), bfloat16(inp), bfloat16(weight))
     return dinp, dweight, float64(dout).sum(axis=0)

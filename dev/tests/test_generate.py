@@ -117,7 +117,12 @@ def test_batch_equals_single(kind):
         assert read(Decoder(config, params, B, THREADS), texts[:B], [1] * T).tobytes() == alone[:B].tobytes()
     together = read(Decoder(config, params, MEMORY_BOUND_ROWS + 1, THREADS), texts, [1] * T)
     for t in range(T):
-        assert_close(together[:, t], alone[:, t], 3e-4 if BITS[kind] < 16 else 1e-5)
+        assert_close(together[:, t], alone[:, t], bound_of_one_by_one(kind))
+
+
+def bound_of_one_by_one(kind):
+    """Against integers, few rows of activations are rounded to 8 bits. test_decode_kernels.py checks that precisely."""
+    return 5e-2 if BITS[kind] < 16 else 1e-5
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BITS if kind != "float32"])
@@ -134,7 +139,7 @@ def test_compact_weights_equal_float32_of_the_rounded_weights(name, parts, kind)
         for weight, array in zip(tensor, weights):
             weight[...] = stored_values(array)
     actual = read(Decoder(config, rounded, 2, THREADS), texts, [1] * T if parts == "one by one" else [T])
-    assert_close(actual, full_logits(config, params, texts), 3e-4 if BITS[kind] < 16 else 1e-5)
+    assert_close(actual, full_logits(config, params, texts), bound_of_one_by_one(kind) if parts == "one by one" else 1e-5)
 
 
 def stored_values(array):
