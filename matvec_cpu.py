@@ -135,7 +135,7 @@ SUMS = {dtype: ir.VectorType(FLOAT, QUANT_GROUP // 4) if dtype in BLOCK_BYTES el
 
 
 def factor(inp, weight):
-    """What is multiplied with this weight: inp (N, C), float32, or its groups rounded, (N, C / QUANT_GROUP * GROUP_WORDS), int32."""
+    """What is multiplied with this weight: inp (N, C), float32, or what `round_activations` returns."""
     raise NotImplementedError("only compiled code calls it")
 
 
@@ -147,7 +147,7 @@ def compile_factor(inp, weight):
 
 @jit()      # no fused or reordered operations: rounds alike everywhere
 def round_activations(inp, zero_point):
-    """The groups of inp (N, C), each as GROUP_WORDS words.
+    """The groups of inp (N, C), rounded: (N, C / QUANT_GROUP * GROUP_WORDS) words.
 
     The maximum is taken on the bits: without the sign bit, floats sort like integers with the same bits, and integer
     comparisons vectorize. Infinity and NaN sort above all numbers; they make the scale NaN, and everything computed from it.
