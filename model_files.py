@@ -15,6 +15,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from hugging_face import (ADAPTER, CONFIG_HINT, DTYPES, GPT2_SCALES, HUGGING_FAC
                           check_classifiers, check_sizes, check_tensors, config_from_settings, config_from_shapes, gpt2_tensors,
                           hugging_face_settings, join_names, make_config, missing_biases, scale_queries, settings_from_config,
                           stored_tensors)
-from machine import check_memory, main_memory
+from machine import check_memory, main_memory, usable_cores
 from tokenizer import NO_TOKENIZER, SPECIAL_IDS, TOKENIZER_FILES, GPT2Tokenizer, Tokenizer, load_tokenizer
 
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
@@ -219,9 +220,9 @@ def load_hugging_face(source, paths, config_path):
     check_memory(f"the model in {source}", 4 * sum(map(prod, shapes.values())), main_memory(), "this machine",
                  "choose a smaller model")
     params = Tensors(shapes)
-    for name, view in stored_views(config, params):
-        if name in tensors:
-            convert_into(view, tensors[name])
+    found = [(view, tensors[name]) for name, view in stored_views(config, params) if name in tensors]
+    with ThreadPoolExecutor(usable_cores()) as pool:    # NumPy copies without Python's lock
+        list(pool.map(convert_into, *zip(*found)))
     scale_queries(config, params, *scales)
     if others:
         note(f"{source}: left out {join_names(others)}, which GPT-2's language model does not use")
