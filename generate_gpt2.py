@@ -40,7 +40,6 @@ DAMAGED_WEIGHTS_HINT = "the model's weights are damaged, or it diverged in train
 # Compact weights: bfloat16, or integers of 8 or 4 bits (GGUF's Q8_0 and Q4_0). matvec_cpu.WEIGHT_DTYPES has the array types.
 
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
-COMPACT = tuple(kind for kind in BITS if kind != "float32")
 LINEAR_WEIGHTS = ("qkvw", "attprojw", "fcw", "fcprojw")
 
 
@@ -573,7 +572,7 @@ def main():
     threads = kernels.use_threads(options.threads)
     prompt = read_prompt(options)
     kind = options.quantize or options.dtype or "float32"
-    config, params, tokenizer = load(options, as_stored=[compact for compact in COMPACT if BITS[compact] <= BITS[kind]])
+    config, params, tokenizer = load(options, as_stored=[stored for stored in BITS if BITS[stored] <= BITS[kind]])
     rounds = kind != "float32" and "float32" in weight_kinds(params)
     num_params = sum(map(prod, parameter_shapes(config).values()))
     check_cache_memory(config, options.num_samples, rounds * (BITS[kind] + 1) * num_params // 8, main_memory(), "this machine")

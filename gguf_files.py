@@ -64,6 +64,7 @@ NAMES = {
     "lnfb": "output_norm.bias",
 }
 STORED_KINDS = {    # kinds that kernels_cpu.py multiplies as they are -> kind in a file, dtype of the array
+    "float32": (GGMLQuantizationType.F32, np.float32),
     "bfloat16": (GGMLQuantizationType.BF16, np.uint16),
     "int8": (GGMLQuantizationType.Q8_0, np.int8),
     "int4": (GGMLQuantizationType.Q4_0, np.uint8),
@@ -340,11 +341,12 @@ def read_as_stored(file, path, start, config, tensors, kinds):
     params = {}
     for name, shape, ours, _ in stored_tensors(config):
         tensor = tensors[name]
-        if tensor.kind in kinds and ours in MATRICES and ours != "wpe":
-            dtype = np.dtype(kinds[tensor.kind])
+        position, dtype = start + tensor.offset, np.dtype(kinds.get(tensor.kind, np.uint8))
+        is_aligned = position % dtype.itemsize == 0     # otherwise Numba would compile other kernels for it
+        if tensor.kind in kinds and ours in MATRICES and ours != "wpe" and is_aligned:
             sizes = (shape[0], tensor.row_bytes // dtype.itemsize)
             # Copy-on-write: the file never changes.
-            array = np.asarray(np.memmap(path, dtype, "c", start + tensor.offset, sizes))
+            array = np.asarray(np.memmap(path, dtype, "c", position, sizes))
         else:
             array = np.empty(shape, np.float32)
             for rows, numbers in strips(file, path, start, tensor):

@@ -94,11 +94,11 @@ class Ours:
     def __init__(self, task, file=MODEL):
         import numba
 
-        from generate_gpt2 import COMPACT, Decoder, compile_kernels, prompt_dtype, weight_kinds
+        from generate_gpt2 import BITS, Decoder, compile_kernels, prompt_dtype, weight_kinds
         from model_files import load_model
 
         numba.set_num_threads(task["threads"])
-        config, params = load_model(Path(task["folder"], file), COMPACT)
+        config, params = load_model(Path(task["folder"], file), BITS)
         kinds = weight_kinds(params)
         compile_kernels(config.exact_gelu, kinds, prompt_dtype(kinds))
         self.decoder = Decoder(config, params, 1, task["threads"], prompt_dtype(kinds))

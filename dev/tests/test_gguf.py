@@ -77,10 +77,10 @@ def test_round_trip(tmp_path, params, tokenizer, type, bound):
     assert sorted(tmp_path.iterdir()) == [path]
 
 
-AS_STORED = "bfloat16", "int8", "int4"
+AS_STORED = "float32", "bfloat16", "int8", "int4"
 
 
-@pytest.mark.parametrize("type, kind", [("bf16", "bfloat16"), ("q8_0", "int8"), ("q4_0", "int4")])
+@pytest.mark.parametrize("type, kind", [("f32", "float32"), ("bf16", "bfloat16"), ("q8_0", "int8"), ("q4_0", "int4")])
 def test_matrices_as_they_lie(tmp_path, params, tokenizer, type, kind):
     """Those that the decoder multiplies as they are. It computes the same as when it rounds the file's numbers itself."""
     path = tmp_path / "model.gguf"
@@ -289,6 +289,23 @@ def write_other(path, fields=None, tensors=None, architecture="gpt2"):
     writer.write_tensors_to_file()
     writer.close()
     return params
+
+
+def header_end(path):
+    with open(path, "rb") as file:
+        return gguf_files.parse_header(file, path)[2]
+
+
+def test_matrices_at_odd_positions(tmp_path):
+    """Which a file without alignment may have. They are copied."""
+    path = tmp_path / "model.gguf"
+    params = write_other(path, {"general.alignment": 1})
+    data = path.read_bytes()[-(-header_end(path) // 32) * 32:]      # the package aligns it all the same
+    for letters in range(4):
+        write_other(path, {"general.alignment": 1, "general.name": letters * "a"})
+        path.write_bytes(path.read_bytes()[:header_end(path)] + data)
+        _, stored = read_gguf(path, AS_STORED)
+        assert stored.wte.flags.aligned and stored.wte.tobytes() == params.wte[:7].tobytes()
 
 
 def test_every_kind_that_the_package_converts(tmp_path):
