@@ -527,18 +527,19 @@ def tokenizer_files(path, fields, ids, rows):
             and len(tokens) == len(set(tokens)) == len(types) == rows):
         raise UserError(f"{path} has a damaged tokenizer, expected {rows:,} different tokens, their types, and merges; "
                         f"{REPAIR_HINT}")
-    known = {id: token for id, token in enumerate(tokens) if types[id] != TokenType.UNUSED}
+    unused, control, own = map(int, (TokenType.UNUSED, TokenType.CONTROL, TokenType.USER_DEFINED))     # compare faster
+    known = {id: token for id, (token, kind) in enumerate(zip(tokens, types)) if kind != unused}
     named = {name.removesuffix("_id"): known[id] for name, id in ids.items() if id in known}
-    added = {id: {"content": token, "special": types[id] == TokenType.CONTROL} for id, token in known.items()
-             if types[id] in (TokenType.CONTROL, TokenType.USER_DEFINED) and token not in named.values()}
+    added = {id: {"content": tokens[id], "special": kind == control} for id, kind in enumerate(types)
+             if kind in (control, own) and tokens[id] not in named.values()}
     settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **named,
                 "add_bos_token": fields.get("tokenizer.ggml.add_bos_token") is True}
     return {
-        "vocab.json": json.dumps({token: id for id, token in known.items()}).encode(),      # GPT-2's: the same bytes
+        "vocab.json": json.dumps(dict(zip(known.values(), known))).encode(),      # GPT-2's: the same bytes
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
         "tokenizer_config.json": json.dumps(settings | ({"added_tokens_decoder": added} if added else {}), indent=2).encode(),
     }
 
 
 def is_list_of(kind, values):
-    return isinstance(values, list) and all(type(value) is kind for value in values)
+    return isinstance(values, list) and set(map(type, values)) <= {kind}

@@ -65,6 +65,8 @@ MINIMUM_STEPS = 3
 STEP_TOKENS = {"cpu": 256, "cuda": 4096}    # larger batches get fewer steps
 PROFILED_STEPS = 3
 MATRIX_SIZE = {"cpu": 3072, "cuda": 8192}   # of the products that measure the machine's rate
+TILE_BYTES = 24 * 1024    # of both factors of a tile, less than a first-level cache
+TILE_REPEATS = 20_000
 COPIED_FLOATS = 2 ** 28   # of the copy that measures a GPU's memory
 RATE_REPEATS = 5
 SPIN_ROUNDS = 50_000      # about 0.1 ms on a GPU
@@ -193,6 +195,7 @@ def measure_ours(task, dtype="float32"):
     train = our_training(model, RandomBatches(task["shape"], config.vocab_size), task)
     result = time_training(train, task) | dict(peak_memory=peak_memory(), versions=versions("numpy", "numba"))
     result["product_rate"] = our_product_rate(train_gpt2.kernels, task["threads"], dtype)
+    result["tile_rate"] = our_tile_rate(task["threads"], dtype)
     with timing_kernels() as result["kernels"]:
         result["profiled_seconds"] = sum(train(PROFILED_STEPS)[0])
     return result
@@ -311,6 +314,37 @@ def our_product_rate(kernels, threads, dtype):
     inp, weight = (generator.standard_normal((n, n), dtype=np.float32) for _ in range(2))
     out, no_bias, workspace = np.zeros_like(inp), np.empty(0, dtype=np.float32), kernels.make_workspace(threads, dtype)
     return product_rate(lambda: kernels.matmul_forward(out, inp, weight, no_bias, workspace), n, WallClock())
+
+
+def our_tile_rate(threads, dtype):
+    """FLOP/s of single tiles, on all threads: the instructions alone, with all factors in the first-level cache."""
+    import numpy as np
+    from numba import njit, prange
+
+    from matmul_cpu import LANES, WORDS, configure_tiles, multiply_tile, release_tiles, tile_shape
+
+    @njit
+    def shape_of(words):
+        return tile_shape(words)
+
+    @njit(parallel=True)
+    def multiply_tiles(out, words, depth):
+        for thread in prange(len(words)):
+            factors = words[thread]
+            _, rows, vectors, _ = tile_shape(factors)
+            one, zero, a, b = np.float32(1), np.float32(0), factors.ctypes.data, factors[depth * rows:].ctypes.data
+            configure_tiles(factors)
+            for _ in range(TILE_REPEATS):
+                multiply_tile(factors, vectors, out[thread].ctypes.data, 4 * vectors * LANES, one, zero, a, 4 * depth, rows, b,
+                              depth)
+            release_tiles(factors)
+
+    numbers, rows, vectors, _ = shape_of(np.empty(0, dtype=WORDS[dtype]))
+    depth = TILE_BYTES // (4 * (rows + vectors * LANES)) // 16 * 16
+    words = np.zeros((threads, TILE_BYTES // 4), dtype=WORDS[dtype])
+    out = np.zeros((threads, rows * vectors * LANES), dtype=np.float32)
+    seconds = typical_seconds(lambda: multiply_tiles(out, words, depth), WallClock())
+    return threads * TILE_REPEATS * 2 * rows * vectors * LANES * depth * numbers / seconds
 
 
 SPIN = r"""
@@ -448,6 +482,7 @@ def pytorch(**settings):
 
 
 OURS, OURS_BF16, OURS_TF32 = "gpt2-by-hand", "gpt2-by-hand bf16", "gpt2-by-hand tf32"
+NUMBERS = {OURS: "float32", OURS_BF16: "bfloat16", OURS_TF32: "tf32"}     # that its products multiply
 OURS_INT8, OURS_INT4 = "gpt2-by-hand int8", "gpt2-by-hand int4"
 PROGRAMS = {
     "cpu": {
@@ -673,9 +708,11 @@ def print_floor(config, results, summaries, ours, size):
              if ours_beside(name) == ours for result in rounds]
     peak, program = max(rates)
     our_peak = max(rate for rate, name in rates if name == ours)
-    print(f"The fastest {'tf32' if ours == OURS_TF32 else 'float32'} products of {size} x {size} matrices were those of "
-          f"{program}: {peak / 1e9:,.0f} GFLOP/s; ours reach {our_peak / 1e9:,.0f}. FLOPs of a step's products: "
-          "6 N (12 L C^2 + Vp C) in the linear layers and the classifier, 6 L C B T (T+1) in the causal half of attention.\n")
+    tile_rates = [result["tile_rate"] for programs in results.values() for result in programs.get(ours, ())
+                  if "tile_rate" in result]
+    tiles = f", {our_peak / max(tile_rates):.0%} of single tiles in the first-level cache" if tile_rates else ""
+    print(f"The fastest {NUMBERS[ours]} products of {size} x {size} matrices were those of {program}: {peak / 1e9:,.0f} GFLOP/s; "
+          f"ours reach {our_peak / 1e9:,.0f}{tiles}. FLOPs of a step's products: 6 N (12 L C^2 + Vp C) in the linear layers and the classifier, 6 L C B T (T+1) in the causal half of attention.\n")
     rows = []
     for shape, summary in ((shape, summary) for shape, summary in summaries.items() if ours in summary):
         linear, attention = training_flops(config, *shape)
@@ -836,7 +873,7 @@ def main():
         print_floor(config, results, summaries, name, MATRIX_SIZE[options.device])
     for shape, by_program in results.items():
         for name in filter(is_ours, by_program):
-            print_kernels(f"kernel at {shape}{', tf32' if name == OURS_TF32 else ''}", by_program[name])
+            print_kernels(f"kernel at {shape}{f', {NUMBERS[name]}' if name != OURS else ''}", by_program[name])
     draw_steps(summaries, options, gpu or f"{options.threads} CPU threads")
 
 

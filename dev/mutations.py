@@ -956,9 +956,9 @@ MUTATIONS = [Mutation(*row) for row in [
     ("checkpoint: byte count not compared", "hugging_face.py",
      "if tensors[name].size != expected:", "if False:", checkpoints("damaged_safetensors")),
     ("checkpoint: all tensors held while they are converted", "model_files.py",
-     "    for name, view in stored_views(config, params):\n",
-     "    held = [tensor.data.copy() for tensor in tensors.values()]\n"
-     "    for name, view in stored_views(config, params):\n",
+     "    with ThreadPoolExecutor(usable_cores()) as pool:",
+     "    held = [list(tensor.parts()) for tensor in tensors.values()]\n"
+     "    with ThreadPoolExecutor(usable_cores()) as pool:",
      checkpoints("in_memory_twice")),
     ("checkpoint: tensors may overlap", "model_files.py",
      "if begin != position:", "if begin > position:", checkpoints("damaged_safetensors")),
@@ -1788,7 +1788,7 @@ MUTATIONS = [Mutation(*row) for row in [
     ("gguf: another tokenizer is GPT-2's", "gguf_files.py",
      "if kind in ((TOKENIZER, PRE_TOKENIZER), (TOKENIZER, \"default\")):", "if True:", gguf("other_tokenizers")),
     ("gguf: unused tokens read", "gguf_files.py",
-     "if types[id] != TokenType.UNUSED}", "}", gguf("tokenizer_round_trip")),
+     "if kind != unused}", "}", gguf("tokenizer_round_trip")),
     ("gguf: special tokens forgotten", "gguf_files.py",
      '({"added_tokens_decoder": added} if added else {})', "{}", gguf("tokenizer_round_trip")),
     ("gguf: duplicate tokens", "gguf_files.py",

@@ -20,7 +20,7 @@ from dev import benchmark, benchmark_generate
 from dev.benchmark import OURS, OURS_INT4, OURS_INT8, OURS_TF32, PROGRAMS, Peers, Program, Shape
 from dev.benchmark_generate import seconds_until, time_generation, write_model
 from device import open_device
-from generate_gpt2 import COMPACT, Decoder, prompt_dtype, weight_kinds
+from generate_gpt2 import BITS, Decoder, prompt_dtype, weight_kinds
 from gpt2 import Config, training_flops
 from launcher import parse_signatures
 from model_files import load_model
@@ -271,7 +271,7 @@ def test_our_programs_read_the_model_that_all_read(tmp_path, monkeypatch):
     assert (load_model(tmp_path / "model-f32.gguf")[1].flat == params.flat).all() and (tmp_path / "model-q8_0.gguf").exists()
     threads = numba.get_num_threads()
     for name, file in ((OURS, "model"), (OURS_INT8, "model-q8_0.gguf"), (OURS_INT4, "model-q4_0.gguf")):
-        weights = load_model(tmp_path / file, COMPACT)[1]
+        weights = load_model(tmp_path / file, BITS)[1]
         model = benchmark_generate.PROGRAMS[name].measure(dict(folder=tmp_path, threads=threads))
         model.read([8, 9])
         model.forget()
