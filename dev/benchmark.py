@@ -711,8 +711,9 @@ def print_floor(config, results, summaries, ours, size):
     tile_rates = [result["tile_rate"] for programs in results.values() for result in programs.get(ours, ())
                   if "tile_rate" in result]
     tiles = f", {our_peak / max(tile_rates):.0%} of single tiles in the first-level cache" if tile_rates else ""
-    print(f"The fastest {NUMBERS[ours]} products of {size} x {size} matrices were those of {program}: {peak / 1e9:,.0f} GFLOP/s; "
-          f"ours reach {our_peak / 1e9:,.0f}{tiles}. FLOPs of a step's products: 6 N (12 L C^2 + Vp C) in the linear layers and the classifier, 6 L C B T (T+1) in the causal half of attention.\n")
+    print(f"The fastest {NUMBERS[ours]} products of {size} x {size} matrices were those of {program}: {peak / 1e9:,.0f} "
+          f"GFLOP/s; ours reach {our_peak / 1e9:,.0f}{tiles}. FLOPs of a step's products: 6 N (12 L C^2 + Vp C) in the linear "
+          "layers and the classifier, 6 L C B T (T+1) in the causal half of attention.\n")
     rows = []
     for shape, summary in ((shape, summary) for shape, summary in summaries.items() if ours in summary):
         linear, attention = training_flops(config, *shape)

@@ -281,8 +281,8 @@ def test_trained_tokenizer(library, tmp_path):
 
 
 def test_every_byte_is_a_character(encoding):
-    assert b"".join(as_bytes(map(chr, tokenizer.byte_alphabet()))) == bytes([*range(33, 127), *range(161, 173), *range(174, 256),
-                                                                  *range(33), *range(127, 161), 173])
+    assert b"".join(as_bytes(map(chr, tokenizer.byte_alphabet()))) == bytes([
+        *range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173])
 
 
 # ---- GPT-2's vocabulary
