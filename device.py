@@ -3,6 +3,7 @@
 `open_device` opens one by its name. `CudaDevice` below and `CpuDevice` in cuda_on_cpu have the same methods, so kernels_gpu.py
 and the programs do not depend on which of the two they run on. How both launch kernels is in launcher.py.
 """
+import functools
 import itertools
 import operator
 import re
@@ -39,15 +40,18 @@ def open_device(name: str, dtype: str) -> Device:
     return CudaDevice(int(match[1] or 0), dtype)
 
 
-def layout(matrices: DeviceArray) -> tuple[bool, int]:
-    """Whether float32 matrices are transposed, and their leading dimension: how many numbers apart rows (or columns) start.
+@functools.cache
+def layout(shape: tuple, strides: tuple) -> tuple[int, int, int]:
+    """How cuBLAS takes float32 matrices: transposed (1) or not (0); the leading dimension; the distance of those in a batch.
 
-    The stride of a single row or column means nothing, but cuBLAS requires a leading dimension of at least its length.
+    The leading dimension is how many numbers apart rows (or columns) start. The stride of a single row or column means nothing,
+    but cuBLAS requires a leading dimension of at least its length. Cached, because products repeat.
     """
-    rows, columns = matrices.shape[-2:]
-    if matrices.strides[-1] == 4:
-        return False, max(matrices.strides[-2] // 4, columns)
-    return True, max(matrices.strides[-1] // 4, rows)
+    rows, columns = shape[-2:]
+    between = strides[0] // 4
+    if strides[-1] == 4:
+        return 0, max(strides[-2] // 4, columns), between
+    return 1, max(strides[-1] // 4, rows), between
 
 
 class CudaDevice(Device):
@@ -57,14 +61,16 @@ class CudaDevice(Device):
     GPU only, the one that CuPy allocates and launches on; a second one raises ValueError.
     """
     index = None        # of the GPU that this process uses
+    library_bytes = 500_000_000     # cuBLAS and its workspace, compiled kernels, temporary arrays: an estimate
 
     def __init__(self, index: int, dtype: str):
         super().__init__()
         try:
             import cupy
             import cupyx
-            from cupy_backends.cuda.libs import cublas
-        except ImportError as error:
+            from cupy_backends.cuda.libs import cublas, nvrtc
+            nvrtc.getVersion()      # loads the library
+        except (ImportError, RuntimeError) as error:
             raise UserError(f"--device cuda needs CuPy and its CUDA libraries ({str(error).splitlines()[0]}): "
                             "pip install -r requirements-gpu.txt, or choose --device cpu") from error
         try:
@@ -78,15 +84,20 @@ class CudaDevice(Device):
             raise ValueError(f"cuda:{index}: this process already uses cuda:{CudaDevice.index}; start one process per GPU")
         self.cupy, self.cupyx, self.cublas = cupy, cupyx, cublas
         self.Array = cupy.ndarray
-        self.device = cupy.cuda.Device(index).use()
+        self.device = cupy.cuda.Device(index)
         self.name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
+        try:
+            self.device.use()
+            self.handle = cupy.cuda.device.get_cublas_handle()
+        except RuntimeError as error:
+            raise UserError(f"--device cuda:{index}: {self.name} cannot be used ({str(error).splitlines()[0]}); free its "
+                            "memory, end the process that keeps it to itself, or choose another GPU") from error
         self.capability = self.device.compute_capability
         if dtype == "tf32" and int(self.capability) < FIRST_WITH_TF32:
             raise UserError(f"--dtype tf32 needs a GPU of compute capability 8.0; {self.name} has "
                             f"{self.capability[:-1]}.{self.capability[-1]}: leave it at float32")
         self.dtype = dtype
         self.compute_type = cublas.CUBLAS_COMPUTE_32F_FAST_TF32 if dtype == "tf32" else cublas.CUBLAS_COMPUTE_32F
-        self.handle = cupy.cuda.device.get_cublas_handle()
         self.alpha_and_beta = np.empty(2, dtype=np.float32)     # cuBLAS reads them during the call
         self.alpha_address = self.alpha_and_beta.ctypes.data
         CudaDevice.index = index
@@ -128,6 +139,8 @@ class CudaDevice(Device):
     def copy_to_device(self, array: DeviceArray, values: np.ndarray) -> None:
         """Copy a NumPy array into a GPU array of the same shape and dtype."""
         array.set(np.ascontiguousarray(values))
+        # A GPU that reads pageable memory by itself may still be reading the values when `set` returns.
+        self.cupy.cuda.get_current_stream().synchronize()
 
     def to_host(self, array: DeviceArray) -> np.ndarray:
         """A copy of a GPU array as a NumPy array. Waits until everything launched before has run."""
@@ -136,16 +149,17 @@ class CudaDevice(Device):
     def uploader(self, shape: Shape, dtype) -> Callable[[np.ndarray], DeviceArray]:
         """A function that copies a NumPy array to the GPU while kernels run, and returns the GPU array at once.
 
-        Kernels launched afterwards wait for the copy. The array stays valid for kernels launched before the second next call.
-        The copy runs on a second stream, from pinned memory, the only host memory that a GPU can read by itself.
+        Kernels launched after the next call wait for the copy, and find the array valid until the one after it: what was
+        launched for the batch before need not wait. The copy runs on a second stream, from pinned memory.
         """
         cuda = self.cupy.cuda
-        copies, previous_call = cuda.Stream(non_blocking=True), cuda.Event()
+        copies, previous_call, previous_copy = cuda.Stream(non_blocking=True), cuda.Event(), None
         buffers = itertools.cycle([(self.cupyx.empty_pinned(shape, dtype), self.empty(shape, dtype), cuda.Event())
                                    for _ in range(3)])
         cuda.get_current_stream().synchronize()     # kernels may still be using this memory for arrays freed before
 
         def upload(array):
+            nonlocal previous_copy
             stream = cuda.get_current_stream()
             pinned, uploaded, copied = next(buffers)
             copied.synchronize()                    # the copy of three calls ago: now the pinned memory may change
@@ -154,7 +168,9 @@ class CudaDevice(Device):
             previous_call.record(stream)
             uploaded.set(pinned, stream=copies)
             copied.record(copies)
-            stream.wait_event(copied)
+            if previous_copy:
+                stream.wait_event(previous_copy)
+            previous_copy = copied
             return uploaded
 
         return upload
@@ -182,21 +198,19 @@ class CudaDevice(Device):
         cuBLAS is column-major: it takes a row-major matrix for its transpose. So it is asked for c.T = b.T @ a.T.
         """
         self.check_product(c, a, b)
-        cublas = self.cublas
-        operations = cublas.CUBLAS_OP_N, cublas.CUBLAS_OP_T
-        (b_transposed, b_stride), (a_transposed, a_stride), (_, c_stride) = map(layout, (b, a, c))
+        transposed_b, rows_b, next_b = layout(b.shape, b.strides)
+        transposed_a, rows_a, next_a = layout(a.shape, a.strides)
+        _, rows_c, next_c = layout(c.shape, c.strides)
         self.alpha_and_beta[:] = alpha, beta
-        call = [self.handle, operations[b_transposed], operations[a_transposed], c.shape[-1], c.shape[-2], a.shape[-1]]
-        for array, stride, scalars in ((b, b_stride, [self.alpha_address]), (a, a_stride, []),
-                                       (c, c_stride, [self.alpha_address + 4])):
-            call += scalars
-            call += array.data.ptr, self.cupy.cuda.runtime.CUDA_R_32F, stride
-            if c.ndim == 3:
-                call.append(array.strides[0] // 4)
-        if c.ndim == 3:
-            cublas.gemmStridedBatchedEx(*call, len(c), self.compute_type, cublas.CUBLAS_GEMM_DEFAULT)
+        alpha, beta, kind = self.alpha_address, self.alpha_address + 4, self.cupy.cuda.runtime.CUDA_R_32F
+        sizes = self.handle, transposed_b, transposed_a, c.shape[-1], c.shape[-2], a.shape[-1]
+        way = self.compute_type, self.cublas.CUBLAS_GEMM_DEFAULT
+        if c.ndim == 2:
+            self.cublas.gemmEx(*sizes, alpha, b.data.ptr, kind, rows_b, a.data.ptr, kind, rows_a,
+                               beta, c.data.ptr, kind, rows_c, *way)
         else:
-            cublas.gemmEx(*call, self.compute_type, cublas.CUBLAS_GEMM_DEFAULT)
+            self.cublas.gemmStridedBatchedEx(*sizes, alpha, b.data.ptr, kind, rows_b, next_b, a.data.ptr, kind, rows_a, next_a,
+                                             beta, c.data.ptr, kind, rows_c, next_c, len(c), *way)
 
     # Timing
 

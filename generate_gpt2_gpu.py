@@ -9,7 +9,7 @@ import generate_gpt2
 import kernels_gpu as kernels
 from device import open_device
 from generate_gpt2 import check_cache_memory, load, parse_options, read_prompt, run
-from gpt2 import Tensors, parameter_shapes
+from gpt2 import ALIGNMENT, Tensors, parameter_shapes
 
 MEMORY_BOUND_ROWS = 12      # up to this many rows, a matrix product is memory-bound: reading the weight takes the time
 OUT_OF_MEMORY_HINT = "choose a smaller --model or fewer --num-samples"
@@ -48,7 +48,7 @@ class Decoder(generate_gpt2.Decoder):
         if len(self.acts.residual) != N:
             self.acts = Tensors({"residual": (N, C), "residual2": (N, C), "ln": (N, C), "mean": (N,), "rstd": (N,),
                                  "qkv": (N, 3 * C), "att": (N, C), "proj": (N, C), "fch": (N, 4 * C), "fch_gelu": (N, 4 * C)},
-                                self.device.empty)
+                                self.device.empty, ALIGNMENT)
         params, acts, no_bias = self.params, self.acts, self.no_bias
         norm = acts.ln, acts.mean, acts.rstd
         bias_gelu_forward = kernels.bias_gelu_exact_forward if self.config.exact_gelu else kernels.bias_gelu_forward
@@ -73,13 +73,13 @@ class Decoder(generate_gpt2.Decoder):
 
     def logits_on_device(self, rows):
         kernels.use(self.device)
-        logits = self.device.empty((len(rows), self.config.vocab_size))
-        linear_forward(logits, rows, self.params.wte[:self.config.vocab_size], self.no_bias)                     # (n, V)
+        logits = self.device.empty((len(rows), self.config.padded_vocab_size))      # whole rows, at aligned addresses
+        linear_forward(logits, rows, self.params.wte, self.no_bias)                                              # (n, Vp)
         return logits
 
     def logits(self, rows):
         """The logits (n, V) of the tokens that follow, for rows (n, C) of what `forward` returned."""
-        return self.device.to_host(self.logits_on_device(rows))
+        return self.device.to_host(self.logits_on_device(rows))[:, :self.config.vocab_size]
 
     def losses(self, rows, targets):
         """The cross-entropies (n,), in nats, of targets (n,), a NumPy array, given rows (n, C) of what `forward` returned."""
@@ -95,7 +95,7 @@ def main():
     prompt = read_prompt(options)
     device = open_device(options.device, "float32")
     config, params, tokenizer = load(options)
-    check_cache_memory(config, options.num_samples, 4 * params.size, device.memory(), device.name)
+    check_cache_memory(config, options.num_samples, 4 * params.size + device.library_bytes, device.memory(), device.name)
     run(Decoder(config, params, options.num_samples, device), tokenizer, prompt, options)
 
 

@@ -12,6 +12,7 @@ CONTEXT = 1024
 VOCABULARY = 50257
 HEADS_BY_DEPTH = {2: 2, 4: 4, 6: 6, 8: 8, 12: 12, 24: 16, 36: 20, 48: 25}
 CHANNELS_PER_HEAD = 64
+ALIGNMENT = 64      # numbers: 256 bytes, to which CuPy aligns whole arrays; a cache line has 64 bytes
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ RECOMPUTED = ("ln1", "ln1_mean", "ln1_rstd", "qkv", "att", "att_lse", "residual2
 
 def activations(config: Config, B: int, T: int, recompute: bool, allocate: Callable) -> "Tensors":
     """The Tensors of activation_shapes. With `recompute`, all layers of those in RECOMPUTED share memory."""
-    acts = Tensors(activation_shapes(config, B, T, recompute), allocate)
+    acts = Tensors(activation_shapes(config, B, T, recompute), allocate, ALIGNMENT)
     if recompute:
         for name in RECOMPUTED:
             setattr(acts, name, config.num_layers * [getattr(acts, name)[0]])
@@ -169,23 +170,25 @@ def new_array(size: int) -> np.ndarray:
 class Tensors:
     """One flat buffer, `flat`. Each entry of a name -> shape table is an attribute: a view into it.
 
-    `allocate(size)` returns the buffer, which may be longer than needed.
+    allocate(size): returns the buffer, which may be longer than needed
+    alignment: each view starts at a multiple of so many numbers. Parameters lie end to end, as in a checkpoint; others start at
+        multiples of ALIGNMENT, because kernels load several neighboring numbers at once.
     """
 
-    def __init__(self, shapes: dict[str, tuple], allocate: Callable = new_array):
-        self.shapes = shapes
-        self.size = sum(prod(shape) for shape in shapes.values())
-        self.flat = allocate(self.size)
-        offset = 0
+    def __init__(self, shapes: dict[str, tuple], allocate: Callable = new_array, alignment: int = 1):
+        self.shapes, self.places, self.size = shapes, {}, 0
         for name, shape in shapes.items():
-            setattr(self, name, self.flat[offset:offset + prod(shape)].reshape(shape))
-            offset += prod(shape)
+            start = ceil_div(self.size, alignment) * alignment
+            self.size = start + prod(shape)
+            self.places[name] = slice(start, self.size)
+        self.flat = allocate(self.size)
+        for name, shape in shapes.items():
+            setattr(self, name, self.flat[self.places[name]].reshape(shape))
 
     def slices(self, within: slice | None = None) -> list[tuple[str, slice]]:
         """(name, slice of `flat`) pairs in the order of the table, cut to the slice `within` if it is given."""
         start, stop = (within.start, within.stop) if within else (0, self.size)
-        ends = np.cumsum([prod(shape) for shape in self.shapes.values()]).tolist()
-        slices = [(name, slice(max(begin, start), min(end, stop))) for name, begin, end in zip(self.shapes, [0, *ends], ends)]
+        slices = [(name, slice(max(place.start, start), min(place.stop, stop))) for name, place in self.places.items()]
         return [(name, part) for name, part in slices if part.start < part.stop]
 
     def items(self) -> list[tuple[str, np.ndarray]]:

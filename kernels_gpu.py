@@ -54,8 +54,8 @@ __device__ inline void operator+=(Four& sum, Four term) {
 }
 
 // Access to rows of `length` floats, four per thread. It is vectorized, one 16-byte access (CUDA's float4), if the length is a
-// multiple of 4 and all arrays start at multiples of 16 bytes, which holds for GPT-2's own sizes. Otherwise the floats are
-// accessed one by one; those past the end of a row read as 0 and are not written.
+// multiple of 4 and all arrays start at multiples of 16 bytes, which holds for GPT-2's own sizes (see gpt2.ALIGNMENT).
+// Otherwise the floats are accessed one by one; those past the end of a row read as 0 and are not written.
 struct Fours {
     size_t length;
     bool vectorized;
@@ -575,7 +575,7 @@ extern "C" __global__ void causal_softmax_backward(
 // its own key and value, which the block appends to the cache. The keys are dealt out to the warps in turn, four channels per
 // lane. Once all scores are in shared memory, every warp finds the largest and the sum itself: waiting for another warp to do
 // it would take as long.
-extern "C" __global__ void attention_cached_forward(
+extern "C" __global__ void __launch_bounds__(512, 1) attention_cached_forward(
     float* __restrict__ out,            // (B, NH*HS)
     float* keys,                        // (B, NH, maxT, HS)
     float* values,                      // (B, NH, maxT, HS)
@@ -677,6 +677,9 @@ def attention_backward(dqkv, dout, out, lse, qkv, scores, dscores):
         device.gemm(dq, scale, dscores, k, 0.0)
 
 
+CACHED_POSITIONS = 8192     # whose scores, 4 bytes each, fit into shared memory beside `threads`
+
+
 def attention_cached_forward(out, keys, values, qkv, position):
     """attention_forward for T tokens that follow `position` others, with a KV cache.
 
@@ -687,7 +690,7 @@ def attention_cached_forward(out, keys, values, qkv, position):
     B, NH, maxT, HS = keys.shape
     T = len(out) // B
     end, scale = position + T, HS ** -0.5
-    if T == 1 and end <= 8192:      # their scores, 4 bytes each, fit into shared memory
+    if T == 1 and end <= CACHED_POSITIONS:
         warps = min(16, 1 << (position // 8).bit_length())      # a power of two for sum_over_y
         device.launch("attention_cached_forward", B * NH, (32, warps), out, keys, values, qkv, scale, B, NH, maxT, HS, position,
                       shared_bytes=16 * ceil_div(end, 4))
@@ -848,6 +851,7 @@ extern "C" __global__ void fused_classifier(
     for (int i = 4 * threadIdx.x; i < vocab_size; i += 4 * blockDim.x) seen = see(seen, fours.load(row, i), vocab_size - i);
     seen = block_softmax(seen, warps);
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(seen.sum) - (target_logit - seen.largest);
+    if (dloss == 0) return;
     float factor = dloss / seen.sum;
     for (int i = 4 * threadIdx.x; i < Vp; i += 4 * blockDim.x) {
         Four logit = fours.load(row, i), dlogit;
@@ -877,7 +881,7 @@ extern "C" __global__ void add_mean_loss(
 def fused_classifier(losses, logits, targets, dloss, vocab_size):
     """losses (N) from logits (N, Vp) and int32 targets (N), the logits being overwritten by their gradients.
 
-    Derived in dev/derivations/classifier.md.
+    If dloss is 0, only the losses are computed. Derived in dev/derivations/classifier.md.
     """
     N, Vp = logits.shape
     device.launch("fused_classifier", N, row_threads(Vp, most=1024), losses, logits, targets, dloss, vocab_size, N, Vp)

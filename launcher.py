@@ -21,13 +21,13 @@ C_TYPES = {name: np.dtype(dtype) for name, dtype in {
 MAX_GRID = (2 ** 31 - 1, 65535, 65535)      # the limits that hold for every GPU
 MAX_BLOCK = (1024, 1024, 64)
 MAX_THREADS = 1024                          # per block
-MAX_SHARED_BYTES = 48 * 1024
+MAX_SHARED_BYTES = 47 * 1024                # of a launch; the other 1 KB of 48 is for arrays of fixed size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernel signatures, and the check of a launch's arguments
 
-KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\((\d+)\) )?(\w+)\(')
+KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\((\d+)(?:, \d+)?\) )?(\w+)\(')
 DECLARATION = re.compile(r"(const )?(\w[\w ]*?)\s*(\*?)\s*(?:__restrict__ )?(\w+)")
 SHAPE = re.compile(r"\(([\w ,*+-]+)\)( or empty)?")
 
@@ -151,6 +151,7 @@ class Device:
     Subclasses add the type of their arrays, `Array`; the functions `address`, `contiguous` and `writable` of an array; and the
     methods that device.CudaDevice documents: memory, arrays, compiling, matrix products, timing.
     """
+    library_bytes = 0       # of the device's memory that its libraries take besides the arrays
 
     def __init__(self):
         self.kernels = {}       # name -> Kernel
@@ -191,18 +192,29 @@ class Device:
         for name, array in (("c", c), ("a", a), ("b", b)):
             if not isinstance(array, self.Array) or array.dtype != np.float32:
                 raise TypeError(f"gemm: {name} is {describe(array)}, expected {type_name(self.Array)} of float32")
-            if not (array.ndim == c.ndim and array.ndim in (2, 3)
-                    and (has_whole_rows(array) or array is not c and has_whole_rows(array.swapaxes(-1, -2)))):
-                raise ValueError(f"gemm: {name} has shape {array.shape} and strides {array.strides}, expected a matrix, or a "
-                                 f"batch of them, with contiguous rows{'' if array is c else ' or columns'}")
-        if not (c.shape[-2:] == (a.shape[-2], b.shape[-1]) and a.shape[-1] == b.shape[-2]
-                and c.shape[:-2] == a.shape[:-2] == b.shape[:-2]):
-            raise ValueError(f"gemm: c {c.shape}, a {a.shape} and b {b.shape} do not match")
+        check_matrices(c.shape, c.strides, a.shape, a.strides, b.shape, b.strides)
 
 
-def has_whole_rows(matrices):
+@functools.cache
+def check_matrices(c_shape, c_strides, a_shape, a_strides, b_shape, b_strides):
+    """Raise ValueError unless float32 arrays of these shapes can be multiplied. Cached, because products repeat."""
+    for name, shape, strides in (("c", c_shape, c_strides), ("a", a_shape, a_strides), ("b", b_shape, b_strides)):
+        if not (len(shape) == len(c_shape) and len(shape) in (2, 3) and (
+                has_whole_rows(shape, strides) or name != "c" and has_whole_rows(transposed(shape), transposed(strides)))):
+            raise ValueError(f"gemm: {name} has shape {shape} and strides {strides}, expected a matrix, or a batch of them, "
+                             f"with contiguous rows{'' if name == 'c' else ' or columns'}")
+    if not (c_shape[-2:] == (a_shape[-2], b_shape[-1]) and a_shape[-1] == b_shape[-2]
+            and c_shape[:-2] == a_shape[:-2] == b_shape[:-2]):
+        raise ValueError(f"gemm: c {c_shape}, a {a_shape} and b {b_shape} do not match")
+
+
+def has_whole_rows(shape, strides):
     """Whether the rows of float32 matrices are contiguous and do not overlap."""
-    return matrices.strides[-1] == 4 and (matrices.shape[-2] == 1 or matrices.strides[-2] >= 4 * matrices.shape[-1])
+    return strides[-1] == 4 and (shape[-2] == 1 or strides[-2] >= 4 * shape[-1])
+
+
+def transposed(sizes):
+    return sizes[:-2] + (sizes[-1], sizes[-2])
 
 
 @functools.cache

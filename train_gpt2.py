@@ -22,8 +22,8 @@ from checkpoint import Saver, checkpoints, delete_checkpoint
 from dataloader import DataLoader, ValidationLoader
 from distributed import SINGLE_PROCESS, DataParallel, World, join_world
 from files import cache_lifetime
-from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize,
-                  memory_needed, new_array, parameter_shapes, scratch_shapes)
+from gpt2 import (ALIGNMENT, BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks,
+                  initialize, memory_needed, new_array, parameter_shapes, scratch_shapes)
 from hellaswag import count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, NO_BIAS
 from machine import check_memory, main_memory
@@ -54,7 +54,7 @@ class GPT2:
         self.adam_m, self.adam_v = new_array(self.params.size), new_array(self.params.size)
         self.owned = slice(0, self.params.size)     # of the flat arrays; DataParallel narrows it to a shard
         self.acts = activations(config, batch_size, sequence_length, recompute, new_array)
-        self.scratch = Tensors(scratch_shapes(config, batch_size, sequence_length, CLASSIFIER_ROWS))
+        self.scratch = Tensors(scratch_shapes(config, batch_size, sequence_length, CLASSIFIER_ROWS), alignment=ALIGNMENT)
         self.tokens = None
 
     def initialize(self, seed: int) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 import kernels_gpu as kernels
 from dataloader import DataLoader, ValidationLoader
 from device import open_device
-from gpt2 import (BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks, initialize,
-                  memory_needed, parameter_shapes, scratch_shapes, training_flops)
+from gpt2 import (ALIGNMENT, BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks,
+                  initialize, memory_needed, parameter_shapes, scratch_shapes, training_flops)
 from kernels_gpu import CLASSIFIER_ROWS
 from launcher import Device, DeviceArray
 from machine import check_memory
@@ -44,7 +44,7 @@ class GPT2:
         self.params, self.grads = Tensors(shapes, device.zeros), Tensors(shapes, device.zeros)
         self.adam_m, self.adam_v = device.zeros(self.params.size), device.zeros(self.params.size)
         self.acts = activations(config, batch_size, sequence_length, recompute, device.empty)
-        self.scratch = Tensors(gpu_scratch_shapes(config, batch_size, sequence_length), device.empty)
+        self.scratch = Tensors(gpu_scratch_shapes(config, batch_size, sequence_length), device.empty, ALIGNMENT)
         self.sequence_length = sequence_length
         self.no_bias = device.empty(0)
         self.report = device.zeros(2)       # a step's loss and gradient norm, side by side for one copy to the host
@@ -85,7 +85,7 @@ class GPT2:
             raise ValueError(f"tokens are {T} long, expected at most {self.sequence_length}")
         acts, scratch = self.acts.flat, self.scratch.flat
         self.acts = activations(self.config, B, T, self.recompute, lambda size: acts)
-        self.scratch = Tensors(gpu_scratch_shapes(self.config, B, T), allocate=lambda size: scratch)
+        self.scratch = Tensors(gpu_scratch_shapes(self.config, B, T), lambda size: scratch, ALIGNMENT)
         self.tokens = tokens
         params, acts = self.params, self.acts
 
@@ -137,7 +137,7 @@ class GPT2:
     def mean_loss(self):
         total = self.device.zeros(1)
         kernels.add_mean_loss(total, self.acts.losses, 1 / self.tokens.size)
-        return total[0]
+        return total.reshape(())
 
     def backward(self, targets: DeviceArray, accumulation_steps: int = 1) -> DeviceArray:
         """Return the mean loss against targets (B, T); accumulate into `grads` the gradient of loss / accumulation_steps.
@@ -307,8 +307,8 @@ def run(options) -> int:
     config, params, moments, tokenizer = load_or_create_model(options, *loaders)
     B, T = options.batch_size, options.sequence_length
     needed = memory_needed(config, activation_shapes(config, B, T, options.recompute), gpu_scratch_shapes(config, B, T))
-    memory = check_memory(f"{options.model} with batches of {B} x {T}", needed, device.memory(), device.name,
-                          memory_hint(options.recompute))
+    memory = check_memory(f"{options.model} with batches of {B} x {T}", needed + device.library_bytes, device.memory(),
+                          device.name, memory_hint(options.recompute))
     train_loader, val_loader = Prefetch(loaders[0], device), loaders[1] and OnDevice(loaders[1], device)
     model = GPT2(config, B, T, device, options.recompute)
     load_weights(model, params, moments, options.seed)

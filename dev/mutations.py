@@ -43,6 +43,8 @@ kernel = tests_in("test_kernels.py")
 cuda = tests_in("test_kernels_gpu.py")
 whole_cuda = tests_in("test_train_gpt2_gpu.py")
 cuda_decoding = tests_in("test_generate_gpu.py")
+cuda_device = tests_in("test_device.py")
+emulated_cuda = tests_in("test_cuda_on_cpu.py")
 checkpoints = tests_in("test_model_files.py")
 generating = tests_in("test_generate.py")
 decoding = tests_in("test_decode_kernels.py")
@@ -799,8 +801,26 @@ MUTATIONS = [Mutation(*row) for row in [
      "        v[:, position:] = qkv[b, 2 * NH:]\n", "", cuda("cached")),
     ("cuda decode attention: prompt's scores not scaled", GPU, "device.gemm(scores, scale, qkv[b, :NH]",
      "device.gemm(scores, 1.0, qkv[b, :NH]", cuda("cached")),
-    ("cuda decode attention: more scores than shared memory holds", GPU, "T == 1 and end <= 8192", "T == 1",
+    ("cuda decode attention: more scores than shared memory holds", GPU, "T == 1 and end <= CACHED_POSITIONS", "T == 1",
      cuda("cached or room")),
+    ("cuda: tensors end to end", "gpt2.py", "start = ceil_div(self.size, alignment) * alignment", "start = self.size",
+     whole_cuda("several_numbers")),
+    ("cuda: the decoder's tensors end to end", "generate_gpt2_gpu.py", "self.device.empty, ALIGNMENT)", "self.device.empty)",
+     whole_cuda("several_numbers")),
+    ("cuda: a GPU that is full raises", "device.py", "        except RuntimeError as error:\n", "        except KeyError as error:\n",
+     cuda_device("full")),
+    ("cuda: a missing compiler raises", "device.py", "except (ImportError, RuntimeError) as error:",
+     "except ImportError as error:", cuda_device("without_its_compiler")),
+    ("cuda: a batch is used while it is copied", "device.py", "            if previous_copy:\n", "            if False:\n",
+     cuda_device("waits")),
+    ("cuda: sizes of two batches mixed", "device.py", "rows_b, next_b, a.data.ptr", "rows_b, next_a, a.data.ptr",
+     cuda_device("gemm")),
+    ("cuda: an operand that is transposed is not", "device.py", "return 1, max(", "return 0, max(", cuda_device("gemm")),
+    ("cuda: products that do not match", "launcher.py", "and a_shape[-1] == b_shape[-2]\n", "\n", cuda_device("product")),
+    ("emulator: denormals kept", "cuda_on_cpu/cuda_on_cpu.h", "ldmxcsr(before | 0x8040)", "ldmxcsr(before)",
+     emulated_cuda("denormals")),
+    ("emulator: denormals flushed for good", "cuda_on_cpu/cuda_on_cpu.h",
+     "~FlushDenormals() { __builtin_ia32_ldmxcsr(before); }", "~FlushDenormals() {}", emulated_cuda("denormals")),
     ("cuda decode: positions from 0", "generate_gpt2_gpu.py", "params.wpe[position:end])", "params.wpe[:T])",
      cuda_decoding("cached_forward")),
     ("cuda decode: first layer's cache for all", "generate_gpt2_gpu.py", "self.keys[l, :B]", "self.keys[0, :B]",

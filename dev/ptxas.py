@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "dev" / "ptxas.txt"
-ARCHITECTURES = ("sm_80", "sm_90")      # A100, H100
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")    # T4, A100, RTX 30, H100, B200, RTX 50
 REGISTERS = 65536                       # per multiprocessor, shared by up to 4 * 16 warps
 
 
@@ -98,14 +98,16 @@ def threads(registers):
 
 def table(kernels):
     """The lines of the table. `kernels`: architecture -> kernel name -> Usage."""
-    lines = ["Registers per thread, threads that fit a multiprocessor's registers, bytes of static shared memory per block,",
-             "bytes spilled per thread, as NVRTC compiles kernels_gpu.py. Written by `python dev/ptxas.py`.", "",
-             " " * 28 + "".join(f"{architecture:^38}" for architecture in kernels).rstrip(),
-             f"{'kernel':28}" + f"{'registers':>10}{'threads':>9}{'shared':>9}{'spilled':>10}" * len(kernels)]
-    for name in kernels[ARCHITECTURES[0]]:
-        row = [f"{usage.registers:10}{threads(usage.registers):9}{usage.shared:9}{usage.spilled:10}"
-               for usage in (kernels[architecture][name] for architecture in kernels)]
-        lines.append(f"{name:28}" + "".join(row))
+    version = [ctypes.c_int(), ctypes.c_int()]
+    load_nvrtc().nvrtcVersion(*map(ctypes.byref, version))
+    lines = [f"kernels_gpu.py as NVRTC {version[0].value}.{version[1].value} compiles it, written by `python dev/ptxas.py`.",
+             "Shared: bytes of static shared memory per block. For each architecture: registers per thread, and threads whose "
+             "registers fit.", "",
+             " " * 36 + "".join(f"{architecture:>14}" for architecture in kernels),
+             f"{'kernel':28}{'shared':>8}" + f"{'regs':>7}{'thr.':>7}" * len(kernels)]
+    for name, usage in kernels[ARCHITECTURES[0]].items():
+        registers = [by_name[name].registers for by_name in kernels.values()]
+        lines.append(f"{name:28}{usage.shared:8}" + "".join(f"{count:7}{threads(count):7}" for count in registers))
     return lines
 
 

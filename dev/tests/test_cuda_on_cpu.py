@@ -54,6 +54,14 @@ extern "C" __global__ void write(
     *out = 1;
 }
 
+extern "C" __global__ void halve(
+    float* out,                 // (N)
+    const float* inp,           // (N)
+    int N)
+{
+    out[threadIdx.x] = inp[threadIdx.x] * 0.5f;
+}
+
 extern "C" __global__ void backwards(
     float* out,                 // (N)
     const float* inp,           // (N)
@@ -376,6 +384,13 @@ def test_syncwarp(device):
 
 def test_unwritten_arrays_are_nan(device):
     assert np.isnan(device.empty((2, 3))).all() and (device.empty(3, np.int32) == -1).all()
+
+
+def test_denormals_are_zero_in_a_kernel_only(device):
+    inp, out = np.array([1e-38, 2e-38, 3e-38], dtype=np.float32), device.empty(3)
+    device.launch("halve", 1, 3, out, inp, 3)
+    assert out.tolist() == [0, 0, np.float32(1.5e-38)]
+    assert (inp * np.float32(0.5) > 0).all()
 
 
 def test_functions(device):

@@ -4,10 +4,11 @@ import re
 import pytest
 
 from dev import ptxas
-from kernels_gpu import SOURCES
-from launcher import parse_signatures
+from kernels_gpu import CACHED_POSITIONS, SOURCES
+from launcher import MAX_SHARED_BYTES, parse_signatures
 
 PREAMBLE, *LAYERS = SOURCES
+DEFINITION = r"__global__ void (?:__launch_bounds__\([\d, ]+\) )?(\w+)\(.*?\n}"
 
 
 @pytest.fixture(scope="module", params=[(layer, architecture) for layer in LAYERS for architecture in ptxas.ARCHITECTURES],
@@ -30,16 +31,27 @@ def test_compiles_without_spills(layer_and_compiled):
     assert not any(usage.spilled for usage in usages.values()), compiled.log
 
 
+def test_fits_every_gpu(layer_and_compiled):
+    """A block of the largest size has registers, and arrays of fixed size fit beside the largest that a launch may ask for."""
+    layer, compiled = layer_and_compiled
+    sources = bodies(layer, DEFINITION)
+    largest = {"attention_cached_forward": 4 * CACHED_POSITIONS}
+    for name, usage in ptxas.usages(compiled.log).items():
+        assert ptxas.threads(usage.registers) >= parse_signatures(layer)[name].max_threads
+        dynamic = largest.get(name, MAX_SHARED_BYTES) if "extern __shared__" in sources[name] else 0
+        assert usage.shared + dynamic <= 48 * 1024
+
+
 def test_float4_is_read_and_written_by_one_instruction(layer_and_compiled):
     """A compiler may split a float4 into four accesses, which would quietly make a kernel slower."""
     layer, compiled = layer_and_compiled
-    sources = bodies(layer, r"__global__ void (\w+)\(.*?\n}")
+    sources = bodies(layer, DEFINITION)
     assembly = bodies(compiled.ptx, r"\.entry (\w+)\(.*?\n}")
     assert sources.keys() == assembly.keys() == parse_signatures(layer).keys()
     for name in sources:
-        assert assembly[name].count("st.global.v4.f32") >= sources[name].count("fours.store("), name
-        loads = len(re.findall(r"ld\.global(?:\.nc)?\.v4\.f32", assembly[name]))
-        assert loads >= sources[name].count("fours.load("), name
+        for ours, instruction in ("store", r"st\.global"), ("load", r"ld\.global(?:\.nc)?"):
+            found = re.findall(rf"{instruction}\.(?:v4\.[fb]32|v2\.b64)", assembly[name])
+            assert len(found) >= sources[name].count(f"fours.{ours}("), name
 
 
 def bodies(text, pattern):

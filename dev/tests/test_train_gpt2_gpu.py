@@ -15,7 +15,8 @@ from cli import UserError
 from cuda_on_cpu import CpuDevice
 from dataloader import DataLoader, write_tokens
 from device import CudaDevice
-from gpt2 import Config, activation_shapes, memory_needed, model_config
+from generate_gpt2_gpu import Decoder
+from gpt2 import ALIGNMENT, Config, Tensors, activation_shapes, memory_needed, model_config, parameter_shapes
 
 STEPS = 12
 
@@ -184,6 +185,16 @@ def test_prefetched_batches_are_those_of_the_loader(on, tokens):
 
 # Memory
 
+def test_tensors_start_where_kernels_load_several_numbers_at_once():
+    """Whatever the number of tokens: 15 in training, 1 in decoding."""
+    config, device = model_config("d2"), CpuDevice()
+    model = train_gpt2_gpu.GPT2(config, 1, 15, device)
+    decoder = Decoder(config, Tensors(parameter_shapes(config)), 1, device)
+    decoder.forward(np.zeros((1, 1), dtype=np.int32))
+    for tensors in model.acts, model.scratch, decoder.acts:
+        assert not any(place.start % ALIGNMENT for place in tensors.places.values())
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_memory_needed_is_what_is_allocated(monkeypatch, recompute):
     counting, allocated = CpuDevice(), []
@@ -192,7 +203,8 @@ def test_memory_needed_is_what_is_allocated(monkeypatch, recompute):
     config = model_config("d2")
     train_gpt2_gpu.GPT2(config, 2, 8, counting, recompute)
     needed = memory_needed(config, activation_shapes(config, 2, 8, recompute), train_gpt2_gpu.gpu_scratch_shapes(config, 2, 8))
-    assert 4 * sum(allocated) == pytest.approx(needed, abs=64)
+    gaps = 4 * ALIGNMENT * 30       # between 30 tensors
+    assert 0 <= 4 * sum(allocated) - needed < gaps
 
 
 def test_too_large_a_model_is_refused_before_anything_is_allocated(run, tokens, tmp_path, monkeypatch):
