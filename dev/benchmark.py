@@ -371,7 +371,7 @@ TIMES_MOVED = {
     "causal_softmax": {"scores": 1.5},                                     # read only up to the diagonal
     "causal_softmax_backward": {"scores": 1.5, "dscores": 1.5},
     "bias_gelu_forward": {"inp": 2},
-    "fused_classifier": {"logits": 2},
+    "fused_classifier": {"logits": 2},      # at least: a third time, if the L2 cache does not hold the row for the second read
     "add_mean_loss": {"total": 2},
     "adamw_update": {"params": 2, "grads": 2, "m": 2, "v": 2},
 }
