@@ -22,6 +22,7 @@ import kernels_float64 as exact
 import kernels_gpu
 import train_gpt2
 from dev import figures
+from launcher import parse_signatures
 from test_kernels import finite_differences, relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -312,7 +313,7 @@ def cpu_kernels():
 
 def gpu_kernels():
     """The names of the CUDA kernels in kernels_gpu, and of the functions that launch them or call cuBLAS."""
-    compiled = re.findall(r"__global__ void (\w+)\(", "".join(kernels_gpu.SOURCES))
+    compiled = [name for source in kernels_gpu.SOURCES for name in parse_signatures(source)]
     return {*compiled, *(name for name, function in vars(kernels_gpu).items() if callable(function) and
                          getattr(function, "__module__", "") == "kernels_gpu" and
                          {"launch", "gemm"} & {*function.__code__.co_names})}
