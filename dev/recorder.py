@@ -8,7 +8,6 @@ import functools
 import math
 import time
 from dataclasses import replace
-from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -198,13 +197,12 @@ class Recorder:
                        adam_m=Tensors(model.params.shapes, lambda size: model.adam_m),
                        adam_v=Tensors(model.params.shapes, lambda size: model.adam_v))
         buffer = next(buffer for buffer, tensors in buffers.items() if np.may_share_memory(array, tensors.flat))
-        tensors, stop = buffers[buffer], 0
+        tensors = buffers[buffer]
         first = (array.ctypes.data - tensors.flat.ctypes.data) // array.itemsize
-        for name, shape in tensors.shapes.items():
-            start, stop = stop, stop + prod(shape)
-            if start <= first and first + array.size <= stop:
-                one_layer = array.shape == shape[1:] and not (model.recompute and name in RECOMPUTED)
-                return buffer, name, (first - start) // array.size if one_layer else None
+        for name, place in tensors.places.items():
+            if place.start <= first and first + array.size <= place.stop:
+                one_layer = array.shape == tensors.shapes[name][1:] and not (model.recompute and name in RECOMPUTED)
+                return buffer, name, (first - place.start) // array.size if one_layer else None
         return buffer, "", None
 
 
