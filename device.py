@@ -149,8 +149,9 @@ class CudaDevice(Device):
     def uploader(self, shape: Shape, dtype) -> Callable[[np.ndarray], DeviceArray]:
         """A function that copies a NumPy array to the GPU while kernels run, and returns the GPU array at once.
 
-        Kernels launched after the next call wait for the copy, and find the array valid until the one after it: what was
-        launched for the batch before need not wait. The copy runs on a second stream, from pinned memory.
+        Call it for the next batch before launching kernels on this one: they wait for the copy of an array only if they are
+        launched after the next call. The array is valid for kernels launched before the call after that. So no kernel waits
+        for the copy of a later batch. The copy runs on a second stream, from pinned memory.
         """
         cuda = self.cupy.cuda
         copies, previous_call, previous_copy = cuda.Stream(non_blocking=True), cuda.Event(), None

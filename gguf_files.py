@@ -307,8 +307,8 @@ class Header:
 def read_gguf(path: str | Path, as_stored: Iterable = ()) -> tuple[Config, Tensors | SimpleNamespace]:
     """Read a GPT-2 from a GGUF file: its Config and its parameters, converted to float32, wte padded with zeros.
 
-    as_stored: keys of STORED_KINDS: matrices of these kinds are mapped into memory as they lie in the file. If there are any, a
-        SimpleNamespace of arrays is returned, or of a list of them with one for each layer. Its wte has no padding.
+    as_stored: keys of STORED_KINDS: matrices of these kinds are mapped into memory as they lie there, if aligned. If there are
+        any, a SimpleNamespace of arrays is returned, or of a list of them with one for each layer. Its wte has no padding.
 
     Raises UserError if the file is damaged, or holds another model than a GPT-2.
     """
@@ -336,17 +336,21 @@ def read_gguf(path: str | Path, as_stored: Iterable = ()) -> tuple[Config, Tenso
 
 def read_as_stored(file, path, start, config, tensors, kinds):
     """The parameters of a model for `read_gguf`. kinds: kind in the file -> dtype of the array."""
-    converted = 4 * sum(prod(tensor.shape) for tensor in tensors.values() if tensor.kind not in kinds)
+    def is_mapped(tensor, ours):
+        """Whether an array over the file is used. Numba would compile other kernels for one that is not aligned."""
+        return (tensor.kind in kinds and ours in MATRICES and ours != "wpe"
+                and (start + tensor.offset) % np.dtype(kinds[tensor.kind]).itemsize == 0)
+
+    converted = sum(4 * prod(shape) for name, shape, ours, _ in stored_tensors(config) if not is_mapped(tensors[name], ours))
     check_memory(f"the model in {path}", converted, main_memory(), "this machine", "choose a smaller model")
     params = {}
     for name, shape, ours, _ in stored_tensors(config):
         tensor = tensors[name]
-        position, dtype = start + tensor.offset, np.dtype(kinds.get(tensor.kind, np.uint8))
-        is_aligned = position % dtype.itemsize == 0     # otherwise Numba would compile other kernels for it
-        if tensor.kind in kinds and ours in MATRICES and ours != "wpe" and is_aligned:
+        if is_mapped(tensor, ours):
+            dtype = np.dtype(kinds[tensor.kind])
             sizes = (shape[0], tensor.row_bytes // dtype.itemsize)
             # Copy-on-write: the file never changes.
-            array = np.asarray(np.memmap(path, dtype, "c", position, sizes))
+            array = np.asarray(np.memmap(path, dtype, "c", start + tensor.offset, sizes))
         else:
             array = np.empty(shape, np.float32)
             for rows, numbers in strips(file, path, start, tensor):

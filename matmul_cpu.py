@@ -221,7 +221,7 @@ def store(build, vector, place):
 
 
 def shuffle(build, first, second, lanes):
-    """The vector of the given lanes: 0 to LANES - 1 are those of first, LANES and up those of second."""
+    """The vector of the given lanes: the first numbers count the lanes of first, those that follow the lanes of second."""
     return build.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes)))
 
 

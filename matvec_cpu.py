@@ -147,8 +147,9 @@ def compile_factor(inp, weight):
 
 @jit()      # no fused or reordered operations: rounds alike everywhere
 def round_activations(inp, zero_point):
-    """The groups of inp (N, C), rounded: (N, C / QUANT_GROUP * GROUP_WORDS) words.
+    """inp (N, C), float32, rounded to 8 bits, as int32 (N, C / QUANT_GROUP * GROUP_WORDS).
 
+    A group is its scale (the bits of a float32), -zero_point times the sum of its integers, and the integers, four in a word.
     The maximum is taken on the bits: without the sign bit, floats sort like integers with the same bits, and integer
     comparisons vectorize. Infinity and NaN sort above all numbers; they make the scale NaN, and everything computed from it.
     """
@@ -178,7 +179,8 @@ def round_activations(inp, zero_point):
 def dot_products(typing, out, inp, weight):
     """out (N, OC) = inp (N, C) @ weight (OC, C).T over the whole groups of each row; the caller adds the rest.
 
-    inp is a `factor`. N is at most INPUT_ROWS, OC at most WEIGHT_ROWS.
+    inp is rows of what `factor` returned: against integers, rounded groups in place of (N, C) numbers. N is at most
+    INPUT_ROWS, OC at most WEIGHT_ROWS.
     """
     def emit(context, build, signature, arguments):
         arrays = [context.make_array(kind)(context, build, array) for kind, array in zip(signature.args, arguments)]

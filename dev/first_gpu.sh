@@ -5,11 +5,12 @@
 #     dev/first_gpu.sh benchmark OUT      steps and kernels beside PyTorch's, if this Python has it
 #     dev/first_gpu.sh training OUT       300 steps of GPT-2 124M in float32 and in TF32, and whether two runs are the same
 #
-# Each writes what it finds to the folder OUT; the exit status is 1 if something failed. PYTHON names the Python, if it is not
-# python3. It needs no network, because the tokens are drawn at random, and no CUDA toolkit. `dev/first_gpu.sh record OUT`
+# Each writes what it finds to the folder OUT; the exit status is 1 if something failed. PYTHON, DEVICE and MODELS in the
+# environment replace python3, cuda and "d4 d12". It needs no network, because the tokens are drawn at random, and no CUDA toolkit. `dev/first_gpu.sh record OUT`
 # writes dev/first_gpu_losses.csv, the losses of the CPU program.
 set -uo pipefail
-part=${1:?"expected tests, benchmark, training or record"} out=$(mkdir -p "${2:?"expected a folder"}" && cd "$2" && pwd)
+part=${1:?"expected tests, benchmark, training or record"} out=${2:?"expected a folder"}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} device=${DEVICE:-cuda} recorded=dev/first_gpu_losses.csv status=0
 
@@ -54,7 +55,8 @@ ten_steps() {   # ten_steps PROGRAM NAME FLAGS...: of d4 and d12
     local program=$1 name=$2 model
     shift 2
     for model in ${MODELS:-d4 d12}; do
-        train "$program" "$name-$model" --model "$model" --batch-size 4 --sequence-length 64 --num-iterations 10 --learning-rate 3e-4 "$@"
+        train "$program" "$name-$model" --model "$model" --batch-size 4 --sequence-length 64 --num-iterations 10 \
+            --learning-rate 3e-4 "$@" || return 1
     done
 }
 
@@ -76,7 +78,7 @@ PYTHON
 }
 
 record_losses() {
-    ten_steps train_gpt2.py recorded
+    ten_steps train_gpt2.py recorded || return 1
     $python - "$recorded" "$out" ${MODELS:-d4 d12} <<'PYTHON'
 import csv, sys
 recorded, out, *models = sys.argv[1:]
@@ -94,7 +96,7 @@ case $part in
         run versions report_versions
         run tests $python -m pytest -q dev/tests/test_device.py dev/tests/test_kernels_gpu.py dev/tests/test_train_gpt2_gpu.py \
             dev/tests/test_generate_gpu.py -k cuda
-        make_tokens
+        make_tokens || exit 1
         run steps ten_steps train_gpt2_gpu.py losses --device "$device"
         run losses compare_losses
         if command -v compute-sanitizer > /dev/null; then
@@ -105,7 +107,7 @@ case $part in
         run benchmark $python dev/benchmark.py --device "$device" --model d12 --shapes 4x1024 32x1024 --rounds 2 \
             --output "$out/benchmark.png";;
     training)
-        make_tokens
+        make_tokens || exit 1
         for dtype in float32 tf32 tf32-again; do
             run "train-$dtype" train train_gpt2_gpu.py "$dtype" --device "$device" --dtype "${dtype%-again}" --model d12 --batch-size 4 \
                 --sequence-length 1024 --num-iterations 300
@@ -114,8 +116,8 @@ case $part in
         cut -d, -f1,2,6 "$out/tf32-again/log.csv" > "$out/tf32-again.csv"
         run identical cmp "$out/tf32.csv" "$out/tf32-again.csv";;
     record)
-        make_tokens
-        record_losses;;
+        make_tokens || exit 1
+        run record record_losses;;
     *)
         echo "first_gpu.sh: $part, expected tests, benchmark, training or record" >&2
         exit 2;;

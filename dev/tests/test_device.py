@@ -477,7 +477,7 @@ def test_an_upload_waits_for_the_kernels_that_used_its_buffer(fake_cupy):
     [copies] = cupy.streams
     arrays = []
     for i in range(8):
-        cupy.stream.log.append(f"kernels {i}")      # they may use the arrays of uploads i - 1 and i - 2
+        cupy.stream.log.append(f"kernels {i}")      # they may use the array of upload i - 2
         arrays.append(upload(np.zeros(3, np.int32)))
         before_copy, copy = copies.log[-2:]
         assert copy == "copy"
