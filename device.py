@@ -205,13 +205,13 @@ class CudaDevice(Device):
         self.alpha_and_beta[:] = alpha, beta
         alpha, beta, kind = self.alpha_address, self.alpha_address + 4, self.cupy.cuda.runtime.CUDA_R_32F
         sizes = self.handle, transposed_b, transposed_a, c.shape[-1], c.shape[-2], a.shape[-1]
-        way = self.compute_type, self.cublas.CUBLAS_GEMM_DEFAULT
+        algorithm = self.compute_type, self.cublas.CUBLAS_GEMM_DEFAULT
         if c.ndim == 2:
             self.cublas.gemmEx(*sizes, alpha, b.data.ptr, kind, rows_b, a.data.ptr, kind, rows_a,
-                               beta, c.data.ptr, kind, rows_c, *way)
+                               beta, c.data.ptr, kind, rows_c, *algorithm)
         else:
             self.cublas.gemmStridedBatchedEx(*sizes, alpha, b.data.ptr, kind, rows_b, next_b, a.data.ptr, kind, rows_a, next_a,
-                                             beta, c.data.ptr, kind, rows_c, next_c, len(c), *way)
+                                             beta, c.data.ptr, kind, rows_c, next_c, len(c), *algorithm)
 
     # Timing
 

@@ -12,7 +12,7 @@ CONTEXT = 1024
 VOCABULARY = 50257
 HEADS_BY_DEPTH = {2: 2, 4: 4, 6: 6, 8: 8, 12: 12, 24: 16, 36: 20, 48: 25}
 CHANNELS_PER_HEAD = 64
-ALIGNMENT = 64      # numbers: 256 bytes, to which CuPy aligns whole arrays; a cache line has 64 bytes
+ALIGNMENT = 64      # elements: 256 bytes, to which CuPy aligns whole arrays; a cache line has 64 bytes
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,8 @@ class Tensors:
     """One flat buffer, `flat`. Each entry of a name -> shape table is an attribute: a view into it.
 
     allocate(size): returns the buffer, which may be longer than needed
-    alignment: each view starts at a multiple of so many numbers. Parameters lie end to end, as in a checkpoint; others start at
-        multiples of ALIGNMENT, because kernels load several neighboring numbers at once.
+    alignment: in elements; each view starts at a multiple of it. Parameters are contiguous, as in a checkpoint. Activations and
+        scratch use ALIGNMENT, because kernels load several neighboring elements at once.
     """
 
     def __init__(self, shapes: dict[str, tuple], allocate: Callable = new_array, alignment: int = 1):

@@ -225,16 +225,16 @@ def shuffle(build, first, second, lanes):
     return build.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes)))
 
 
-def halves_to_swap(distance):
+def halves_to_swap(distance, lanes=LANES):
     """Lanes of two vectors for `shuffle`: groups of `distance` lanes, alternately from both, and those that were left out."""
-    first = [LANES + j - distance if j & distance else j for j in range(LANES)]
-    return first, [LANES + j if j & distance else j + distance for j in range(LANES)]
+    first = [lanes + j - distance if j & distance else j for j in range(lanes)]
+    return first, [lanes + j if j & distance else j + distance for j in range(lanes)]
 
 
-def splat(build, number):
+def splat(build, number, lanes=LANES):
     """The vector with number in every lane: a broadcast."""
-    nothing = VECTOR(ir.Undefined)
-    return shuffle(build, build.insert_element(nothing, number, INT32(0)), nothing, [0] * LANES)
+    nothing = ir.VectorType(number.type, lanes)(ir.Undefined)
+    return shuffle(build, build.insert_element(nothing, number, INT32(0)), nothing, [0] * lanes)
 
 
 def clamped_row_indices(build, rows, count):

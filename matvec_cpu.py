@@ -8,7 +8,8 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from matmul_cpu import (FASTMATH, FEATURES, FLOAT, FUSED, INT16, INT32, INT64, INTEGERS, LANES, PREFETCH_AHEAD, VECTOR,
-                        bfloat16_number, call, clamped_row_indices, jit, load, pointer, prefetch, shuffle)
+                        bfloat16_number, call, clamped_row_indices, halves_to_swap, jit, load, pointer, prefetch, shuffle,
+                        splat)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights (OC, C) that are not float32. The type of the array tells the format:
@@ -218,8 +219,7 @@ def sums_of_lanes(build, vectors):
     """A vector whose first lanes are the sums of the lanes of 1, 2 or 4 vectors."""
     lanes, distance = vectors[0].type.count, 1
     while len(vectors) > 1:     # one vector of every two, with the lanes of both side by side
-        first = [lanes + lane - distance if lane & distance else lane for lane in range(lanes)]
-        second = [lanes + lane if lane & distance else lane + distance for lane in range(lanes)]
+        first, second = halves_to_swap(distance, lanes)
         vectors = [build.fadd(shuffle(build, *pair, first), shuffle(build, *pair, second))
                    for pair in zip(vectors[::2], vectors[1::2])]
         distance *= 2
@@ -308,12 +308,6 @@ def add_group_of_integers(build, dtype, g, input_rows, weight_rows, totals):
     return sums
 
 
-def splat(build, number, lanes):
-    """A vector with number in every lane."""
-    nothing = ir.VectorType(number.type, lanes)(ir.Undefined)
-    return shuffle(build, build.insert_element(nothing, number, INT32(0)), nothing, [0] * lanes)
-
-
 def group_of_activations(build, row, offset):
     """What `round_activations` wrote there: the scale, where the sum starts, as a vector, and the integers."""
     scale, start, integers = (load_as(build, kind, row, build.add(offset, INT64(at)))
@@ -324,7 +318,7 @@ def group_of_activations(build, row, offset):
 def sums_of_four(build, start, weights, integers):
     """start plus products of bytes without and with a sign: the lanes of both sum to the dot product."""
     if "avxvnni" in FEATURES or {"avx512vnni", "avx512vl"} <= FEATURES:
-        fours = [build.bitcast(factor, start.type) for factor in (weights, integers)]
+        fours = [build.bitcast(vector, start.type) for vector in (weights, integers)]
         return call(build, "llvm.x86.avx512.vpdpbusd.256", start.type, [start, *fours])
     words = ir.VectorType(INT32, QUANT_GROUP)
     sums = build.mul(build.zext(weights, words), build.sext(integers, words))       # LLVM finds its multiplication of int16

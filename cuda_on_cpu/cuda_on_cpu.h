@@ -50,7 +50,7 @@ namespace cuda_on_cpu {
 // ---------------------------------------------------------------------------------------------------------------------
 // The state of a launch, and aborting it
 
-constexpr int MAX_THREADS = 1024, MAX_DYNAMIC_SHARED = 48 * 1024;      // per block, on every GPU
+constexpr int MAX_THREADS = 1024, MAX_DYNAMIC_SHARED = 47 * 1024;      // per block, see launcher.py
 constexpr int GUARD = 64;                                               // bytes after the dynamic shared memory
 constexpr size_t STACK = 128 * 1024, STACK_GUARD = 16 * 1024;           // bytes; touching the guard is a segmentation fault
 constexpr int UNSET = 0xFF;                                             // floats made of such bytes are NaN, integers -1

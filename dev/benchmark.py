@@ -332,16 +332,17 @@ def our_tile_rate(threads, dtype):
         for thread in prange(len(words)):
             factors = words[thread]
             _, rows, vectors, _ = tile_shape(factors)
-            one, zero, a, b = np.float32(1), np.float32(0), factors.ctypes.data, factors[depth * rows:].ctypes.data
+            a, b = factors.ctypes.data, factors[depth * rows:].ctypes.data
             configure_tiles(factors)
             for _ in range(TILE_REPEATS):
-                multiply_tile(factors, vectors, out[thread].ctypes.data, 4 * vectors * LANES, one, zero, a, 4 * depth, rows, b,
-                              depth)
+                multiply_tile(factors, vectors, out[thread].ctypes.data, 4 * vectors * LANES, np.float32(1), np.float32(0), a,
+                              4 * depth, rows, b, depth)
             release_tiles(factors)
 
     numbers, rows, vectors, _ = shape_of(np.empty(0, dtype=WORDS[dtype]))
     depth = TILE_BYTES // (4 * (rows + vectors * LANES)) // 16 * 16
-    words = np.zeros((threads, TILE_BYTES // 4), dtype=WORDS[dtype])
+    one = {"float32": 1, "bfloat16": 0x3f803f80}[dtype]     # not zeros, with which a processor may run faster
+    words = np.full((threads, TILE_BYTES // 4), one, dtype=WORDS[dtype])
     out = np.zeros((threads, rows * vectors * LANES), dtype=np.float32)
     seconds = typical_seconds(lambda: multiply_tiles(out, words, depth), WallClock())
     return threads * TILE_REPEATS * 2 * rows * vectors * LANES * depth * numbers / seconds

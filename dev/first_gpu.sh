@@ -6,8 +6,8 @@
 #     dev/first_gpu.sh training OUT       300 steps of GPT-2 124M in float32 and in TF32, and whether two runs are the same
 #
 # Each writes what it finds to the folder OUT; the exit status is 1 if something failed. PYTHON, DEVICE and MODELS in the
-# environment replace python3, cuda and "d4 d12". It needs no network, because the tokens are drawn at random, and no CUDA toolkit. `dev/first_gpu.sh record OUT`
-# writes dev/first_gpu_losses.csv, the losses of the CPU program.
+# environment replace python3, cuda and "d4 d12". It needs no network, because the tokens are drawn at random, and no CUDA
+# toolkit. `dev/first_gpu.sh record OUT` writes dev/first_gpu_losses.csv, the losses of the CPU program.
 set -uo pipefail
 part=${1:?"expected tests, benchmark, training or record"} out=${2:?"expected a folder"}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
@@ -38,17 +38,22 @@ PYTHON
 make_tokens() {     # words of a language have about these frequencies
     $python - "$out/tokens.bin" <<'PYTHON'
 import sys
+import zlib
 import numpy as np
 from dataloader import write_tokens
 tokens = np.random.default_rng(1337).zipf(1.2, 4_000_000)
-write_tokens(sys.argv[1], tokens[tokens < 50257][:1_300_000].astype(np.uint16))
+tokens = tokens[tokens < 50257][:1_300_000].astype(np.uint16)
+if zlib.crc32(tokens.tobytes()) != 1435750095:
+    print("first_gpu.sh: this version of NumPy draws other tokens than those of the recorded losses", file=sys.stderr)
+write_tokens(sys.argv[1], tokens)
 PYTHON
 }
 
 train() {   # train PROGRAM NAME FLAGS...
     local program=$1 name=$2
     shift 2
-    $python "$program" --input-bin "$out/tokens.bin" --sample-every 0 --output-dir "$out/$name" "$@" && rm -f "$out/$name"/*.safetensors
+    $python "$program" --input-bin "$out/tokens.bin" --sample-every 0 --output-dir "$out/$name" "$@" \
+        && rm -f "$out/$name"/*.safetensors
 }
 
 ten_steps() {   # ten_steps PROGRAM NAME FLAGS...: of d4 and d12
@@ -71,7 +76,8 @@ for model in models:
     assert len(actual) == len(expected) > 0, f"{len(actual)} losses of {model}, expected {len(expected)}"
     for theirs, ours in zip(expected, actual):
         error = abs(float(ours["train_loss"]) / float(theirs["train_loss"]) - 1)
-        print(f"{model} step {ours['step']:>2}: {ours['train_loss']}, on the CPU {theirs['train_loss']}, relative difference {error:.1e}")
+        print(f"{model} step {ours['step']:>2}: {ours['train_loss']}, on the CPU {theirs['train_loss']}, "
+              f"relative difference {error:.1e}")
         worst = max(worst, error) if error == error else float("inf")
 sys.exit(0 if worst < 1e-4 else f"first_gpu.sh: losses differ by {worst:.1e}, expected less than 1e-4")
 PYTHON
@@ -109,8 +115,8 @@ case $part in
     training)
         make_tokens || exit 1
         for dtype in float32 tf32 tf32-again; do
-            run "train-$dtype" train train_gpt2_gpu.py "$dtype" --device "$device" --dtype "${dtype%-again}" --model d12 --batch-size 4 \
-                --sequence-length 1024 --num-iterations 300
+            run "train-$dtype" train train_gpt2_gpu.py "$dtype" --device "$device" --dtype "${dtype%-again}" \
+                --model d12 --batch-size 4 --sequence-length 1024 --num-iterations 300
         done
         cut -d, -f1,2,6 "$out/tf32/log.csv" > "$out/tf32.csv"
         cut -d, -f1,2,6 "$out/tf32-again/log.csv" > "$out/tf32-again.csv"
