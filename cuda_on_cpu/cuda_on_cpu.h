@@ -28,10 +28,14 @@ struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) int2 { int x, y; };
 struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
 static const int warpSize = 32;
@@ -62,21 +66,26 @@ struct Fiber {
     char* stack;
 };
 
+struct Warp;
+typedef void Work(const Warp& warp);
+
 struct Thread {
     uint3 index;
     State state;
     Fiber* fiber;           // once it has started
     int line;               // of the source, where it waits
     unsigned mask;          // the lanes it waits for, one bit each
+    Work* work;             // for an instruction of the whole warp: what the last lane to arrive does for all, else null
     bool waits() const { return state == AT_BARRIER || state == IN_WARP; }
 };
 
 // Every lane offers a value; the last to arrive copies them all. So a lane that resumes early can offer its next value while
-// others still have to read this one.
+// others still have to read this one. For an instruction of the whole warp, every lane offers the address of its registers.
 struct Warp {
     unsigned live, arrived;
     unsigned participants[32];
     uint64_t offered[32], exchanged[32];
+    template <class T> T& registers(int lane) const { return *(T*)exchanged[lane]; }
 };
 
 static const char *kernel_name, *file, *arguments;
@@ -223,21 +232,27 @@ static void complete_exchange(int warp_index, unsigned mask) {
         int lane = __builtin_ctz(rest);
         Thread& thread = threads[32 * warp_index + lane];
         if (!first) first = &thread;
-        if (thread.mask != mask || thread.line != first->line) fail_waiting("lanes of a warp differ in intrinsic or in mask");
+        if (thread.mask != mask || thread.line != first->line || thread.work != first->work)
+            fail_waiting("lanes of a warp differ in intrinsic or in mask");
         warp.exchanged[lane] = warp.offered[lane];
         warp.participants[lane] = lanes;
+    }
+    if (first->work) {
+        if (lanes != ~0u) fail_waiting("an instruction of a whole warp lacks lanes");
+        first->work(warp);
     }
     for (unsigned rest = lanes; rest; rest &= rest - 1) threads[32 * warp_index + __builtin_ctz(rest)].state = READY;
     warp.arrived &= ~lanes;
 }
 
-static Warp& exchange(unsigned mask, uint64_t value, int line) {
+static Warp& exchange(unsigned mask, uint64_t value, int line, Work* work = nullptr) {
     int lane = current % 32;
     Warp& warp = warps[current / 32];
     if (!(mask >> lane & 1)) fail_thread("is not in its own mask", line);
     threads[current].state = IN_WARP;
     threads[current].line = line;
     threads[current].mask = mask;
+    threads[current].work = work;
     warp.offered[lane] = value;
     warp.arrived |= 1u << lane;
     complete_exchange(current / 32, mask);
@@ -417,6 +432,95 @@ inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
 inline float __int_as_float(int bits) { return same_bits<float>(bits); }
 inline float __uint_as_float(unsigned bits) { return same_bits<float>(bits); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensor cores. A tile of 8 by 8 bfloat16 numbers is spread over the lanes of a warp: lane i has those of row i / 4 in columns
+// 2 * (i % 4), in the lower half of a register, and 2 * (i % 4) + 1.
+
+namespace cuda_on_cpu {
+
+inline unsigned bf16_bits(float x) {
+    unsigned bits = __float_as_uint(x);
+    return x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+inline float low(unsigned pair) { return __uint_as_float(pair << 16); }
+inline float high(unsigned pair) { return __uint_as_float(pair & 0xFFFF0000); }
+
+struct LoadRegisters { unsigned row[4], *tiles; };      // the row that the lane names, and where its part of the tiles goes
+
+static void load(const Warp& warp) {
+    for (int lane = 0; lane < 32; lane++)
+        for (int k = 0; k < 4; k++)
+            warp.registers<LoadRegisters>(lane).tiles[k] = warp.registers<LoadRegisters>(8 * k + lane / 4).row[lane % 4];
+}
+
+static void load_transposed(const Warp& warp) {
+    for (int lane = 0; lane < 32; lane++) {
+        int row = 2 * (lane % 4), column = lane / 4, shift = column % 2 * 16;
+        for (int k = 0; k < 4; k++) {
+            unsigned upper = warp.registers<LoadRegisters>(8 * k + row).row[column / 2] >> shift;
+            unsigned lower = warp.registers<LoadRegisters>(8 * k + row + 1).row[column / 2] >> shift;
+            warp.registers<LoadRegisters>(lane).tiles[k] = (upper & 0xFFFF) | lower << 16;
+        }
+    }
+}
+
+static bool in_shared_memory(const char* row) {
+    if (row >= dynamic_shared && row + 16 <= dynamic_shared + MAX_DYNAMIC_SHARED) return true;
+    for (int i = 0; i < shared_count; i++)
+        if (row >= shared[i].start && row + 16 <= (char*)shared[i].start + shared[i].bytes) return true;
+    return false;
+}
+
+static void load_tiles(unsigned* tiles, const void* row, int line, Work* work) {
+    if ((uintptr_t)row % 16) fail_thread("loads a row of a tile that is not aligned to 16 bytes", line);
+    uint4 numbers = *(const uint4*)row;
+    if (!in_shared_memory((const char*)row)) fail_thread("loads a row of a tile from outside of shared memory", line);
+    LoadRegisters registers = {{numbers.x, numbers.y, numbers.z, numbers.w}, tiles};
+    exchange(~0u, (uint64_t)&registers, line, work);
+}
+
+struct MultiplyRegisters { float* c; const unsigned* a; unsigned b[2]; };
+
+// The tiles of a are its upper and lower left, then its upper and lower right. Those of b, upper and lower, are transposed.
+static void multiply(const Warp& warp) {
+    typedef float Row __attribute__((vector_size(32)));
+    unsigned a[16][8];
+    Row b[16], c[16];
+    for (int lane = 0; lane < 32; lane++) {
+        const MultiplyRegisters& from = warp.registers<MultiplyRegisters>(lane);
+        int row = lane / 4, column = 2 * (lane % 4);
+        for (int k = 0; k < 4; k++) a[k % 2 * 8 + row][k / 2 * 4 + lane % 4] = from.a[k];
+        for (int k = 0; k < 2; k++) {
+            b[k * 8 + column][row] = low(from.b[k]);
+            b[k * 8 + column + 1][row] = high(from.b[k]);
+            memcpy((float*)&c[k * 8 + row] + column, from.c + 2 * k, 8);
+        }
+    }
+    for (int k = 0; k < 8; k++)
+        for (int row = 0; row < 16; row++) {
+            c[row] += low(a[row][k]) * b[2 * k];
+            c[row] += high(a[row][k]) * b[2 * k + 1];
+        }
+    for (int lane = 0; lane < 32; lane++)
+        for (int k = 0; k < 2; k++)
+            memcpy(warp.registers<MultiplyRegisters>(lane).c + 2 * k, (float*)&c[k * 8 + lane / 4] + 2 * (lane % 4), 8);
+}
+
+}  // namespace cuda_on_cpu
+
+// What a kernel defines with inline PTX for a GPU: cvt.rn.bf16x2.f32, ldmatrix.m8n8.x4, the same with .trans, and mma.m16n8k16.
+inline unsigned bf16_pair(float low, float high) { return cuda_on_cpu::bf16_bits(high) << 16 | cuda_on_cpu::bf16_bits(low); }
+inline void load_tiles(unsigned (&tiles)[4], const void* row, int line = __builtin_LINE()) {
+    cuda_on_cpu::load_tiles(tiles, row, line, cuda_on_cpu::load);
+}
+inline void load_tiles_transposed(unsigned (&tiles)[4], const void* row, int line = __builtin_LINE()) {
+    cuda_on_cpu::load_tiles(tiles, row, line, cuda_on_cpu::load_transposed);
+}
+inline void multiply_tiles(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, int line = __builtin_LINE()) {
+    cuda_on_cpu::MultiplyRegisters registers = {c, a, {b0, b1}};
+    cuda_on_cpu::exchange(~0u, (uint64_t)&registers, line, cuda_on_cpu::multiply);
+}
 
 #ifdef __SANITIZE_ADDRESS__
 #include "sanitizers.h"

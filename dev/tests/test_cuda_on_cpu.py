@@ -186,6 +186,106 @@ extern "C" __global__ void __launch_bounds__(64) functions(
 }
 """
 
+TILES = r"""
+// Where the values of a lane are in a (M, K), b (N, K) and c (M, N), all in column-major order: the layouts of CUTLASS's
+// MMA_Traits<SM80_16x8x16_F32BF16BF16F32_TN>.
+__device__ int a_place(int lane, int i) { return 32 * (lane % 4) + lane / 4 + 16 * (i % 2) + 8 * (i / 2 % 2) + 128 * (i / 4); }
+__device__ int b_place(int lane, int i) { return 16 * (lane % 4) + lane / 4 + 8 * (i % 2) + 64 * (i / 2); }
+__device__ int c_place(int lane, int i) { return 32 * (lane % 4) + lane / 4 + 16 * (i % 2) + 8 * (i / 2); }
+
+extern "C" __global__ void multiply(
+    float* c,                   // (warps, 8, 16)
+    const float* a,             // (warps, 16, 16)
+    const float* b,             // (warps, 16, 8)
+    int warps, int rounds)
+{
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    a += 256 * warp, b += 128 * warp, c += 128 * warp;
+    float sums[4];
+    unsigned left[4], right[2];
+    for (int i = 0; i < 4; i++) {
+        left[i] = bf16_pair(a[a_place(lane, 2 * i)], a[a_place(lane, 2 * i + 1)]);
+        if (i < 2) right[i] = bf16_pair(b[b_place(lane, 2 * i)], b[b_place(lane, 2 * i + 1)]);
+        sums[i] = c[c_place(lane, i)];
+    }
+    for (int i = 0; i < rounds; i++) multiply_tiles(sums, left, right[0], right[1]);
+    for (int i = 0; i < 4; i++) c[c_place(lane, i)] = sums[i];
+}
+
+// c += a b, all (16, 16) in row-major order. The rows in shared memory are 24 numbers long.
+extern "C" __global__ void load_and_multiply(
+    float* c,                   // (16, 16)
+    const float* a,             // (16, 16)
+    const float* b,             // (16, 16)
+    int rounds)
+{
+    __shared__ __align__(16) unsigned a_rows[16][12], b_rows[16][12];
+    int lane = threadIdx.x;
+    for (int i = lane; i < 128; i += 32) {
+        a_rows[i / 8][i % 8] = bf16_pair(a[2 * i], a[2 * i + 1]);
+        b_rows[i / 8][i % 8] = bf16_pair(b[2 * i], b[2 * i + 1]);
+    }
+    __syncwarp();
+    for (int round = 0; round < rounds; round++) {
+        unsigned left[4], right[4];
+        load_tiles(left, &a_rows[lane % 16][lane / 16 * 4]);
+        load_tiles_transposed(right, &b_rows[lane % 16][lane / 16 * 4]);
+        for (int half = 0; half < 2; half++) {
+            float sums[4] = {};
+            multiply_tiles(sums, left, right[2 * half], right[2 * half + 1]);
+            for (int i = 0; i < 4; i++) c[(lane / 4 + i / 2 * 8) * 16 + half * 8 + lane % 4 * 2 + i % 2] += sums[i];
+        }
+    }
+}
+
+// Each lane names the row that `which` gives.
+extern "C" __global__ void load(
+    unsigned* tiles,            // (2, 32, 4)
+    const unsigned* rows,       // (40, 4)
+    const int* which,           // (32)
+    int n)
+{
+    extern __shared__ __align__(16) unsigned shared[];
+    for (int i = threadIdx.x; i < 160; i += 32) shared[i] = rows[i];
+    __syncwarp();
+    for (int transposed = 0; transposed < 2; transposed++) {
+        unsigned own[4];
+        const unsigned* row = shared + 4 * which[threadIdx.x];
+        if (transposed) load_tiles_transposed(own, row);
+        else load_tiles(own, row);
+        for (int k = 0; k < 4; k++) tiles[(transposed * 32 + threadIdx.x) * 4 + k] = own[k];
+    }
+}
+
+extern "C" __global__ void pairs(
+    unsigned* out,              // (N)
+    const float* low,           // (N)
+    const float* high,          // (N)
+    int N)
+{
+    for (int i = threadIdx.x; i < N; i += blockDim.x) out[i] = bf16_pair(low[i], high[i]);
+}
+
+extern "C" __global__ void misuse_tiles(
+    const float* far,           // (4)
+    int what, int n)
+{
+    __shared__ __align__(16) float rows[32][4];
+    int lane = threadIdx.x;
+    float c[4] = {};
+    unsigned tiles[4] = {};
+    if (what == 0 && lane == n) return;
+    if (what <= 1) multiply_tiles(c, tiles, 0, 0);    // of all lanes
+    if (what == 2 && lane < n) __syncthreads();    // instead
+    if (what == 3 && lane < n) __shfl_sync(FULL, 1, 0);    // as well
+    if (what == 2 || what == 3) load_tiles(tiles, rows[lane]);    // the others
+    if (what == 4) lane < n ? load_tiles(tiles, rows[lane]) : load_tiles_transposed(tiles, rows[lane]);    // one of two
+    if (what == 5) load_tiles(tiles, (char*)rows[lane] + (lane == n ? 8 : 0));    // misaligned
+    if (what == 6) load_tiles_transposed(tiles, lane == n ? far : rows[lane]);    // not shared
+    if (what == 7) load_tiles(tiles, rows[0] + 4 * (lane + n));    // too far
+}
+"""
+
 MISTAKES = r"""
 extern "C" __global__ void different_barriers(int n) {
     if (threadIdx.x < n)
@@ -270,7 +370,7 @@ extern "C" __global__ void misuse(
 }
 """
 
-SOURCES = [COMMON, SEMANTICS, WARPS, FUNCTIONS, MISTAKES, BOUNDS]
+SOURCES = [COMMON, SEMANTICS, WARPS, FUNCTIONS, TILES, MISTAKES, BOUNDS]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["forward", "reverse"])
@@ -398,6 +498,98 @@ def test_functions(device):
     device.launch("functions", 1, 1, out, inp, 3)
     expected = [7, 7, 3.5, 0.5, np.exp(0.5), np.log(3), 3, np.tanh(0.5), 7, 0, 0.5, 0x3f000000, 3, 8, 0, 1]
     assert np.allclose(out, expected, rtol=1e-6, atol=0)
+
+
+# Tensor cores
+
+def small_integers(*shape):
+    return np.random.default_rng(0).integers(-99, 99, shape).astype(np.float32)
+
+
+def bf16(values):
+    """The upper halves of float32 numbers, rounded to the nearest, to even from the middle."""
+    bits = values.view(np.uint32).astype(np.uint64)
+    return np.where(np.isnan(values), 0x7FFF, bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint32)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_product_of_tiles(device, sanitizer, rounds):
+    a, b, c = small_integers(3, 16, 16), small_integers(3, 16, 8), small_integers(3, 16, 8)
+    for working in (device, sanitizer):
+        out = np.ascontiguousarray(c.swapaxes(1, 2))
+        working.launch("multiply", 1, 96, out, np.ascontiguousarray(a.swapaxes(1, 2)), b, 3, rounds)
+        assert np.array_equal(out.swapaxes(1, 2), c + rounds * a @ b)
+
+
+def test_tiles_hold_large_and_small_numbers_and_nan(device):
+    a, b, out = np.ones((16, 16), np.float32), np.zeros((16, 8), np.float32), device.zeros((8, 16))
+    b[5] = [2 ** -100, 2.0 ** 100, np.inf, -np.inf, np.nan, 1, -3, 0]
+    device.launch("multiply", 1, 32, out, a, b, 1, 1)
+    assert np.array_equal(out, np.repeat(b[5][:, None], 16, 1), equal_nan=True)
+
+
+def test_tiles_from_shared_memory(device, sanitizer):
+    a, b, c = small_integers(16, 16), small_integers(16, 16).T.copy(), small_integers(16, 16)
+    for working in (device, sanitizer):
+        out = c.copy()
+        working.launch("load_and_multiply", 1, 32, out, a, b, 3)
+        assert np.array_equal(out, c + 3 * a @ b)
+
+
+def test_each_lane_names_a_row_and_gets_a_pair_of_each_tile(device):
+    rng = np.random.default_rng(0)
+    numbers, which = rng.integers(0, 2 ** 16, (40, 8), dtype=np.uint16), rng.integers(0, 40, 32, dtype=np.int32)
+    out = device.empty((2, 32, 4), np.uint32)
+    device.launch("load", 1, 32, out, numbers.view(np.uint32), which, 0, shared_bytes=640)
+    tiles = numbers[which].reshape(4, 8, 8).astype(np.uint32)
+    for tiles_of_load, registers in zip((tiles, tiles.swapaxes(1, 2)), out):
+        for i in range(32):
+            row, column = i // 4, 2 * (i % 4)
+            assert registers[i].tolist() == [tile[row, column] | tile[row, column + 1] << 16 for tile in tiles_of_load]
+
+
+def test_bf16_pair(device):
+    bits = np.random.default_rng(0).integers(0, 2 ** 32, 100000, dtype=np.uint32)
+    bits[::3] = bits[::3] & 0xFFFF0000 | 0x8000     # in the middle between two
+    bits[::5] = bits[::5] & 0x80000000 | bits[::5] & 0x007FFFFF     # denormal
+    bits[:9] = 0, 0x80000000, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001, 0x7F7FFFFF, 0xFFFFFFFF
+    low = bits.view(np.float32)
+    high, out = low[::-1].copy(), device.empty(bits.size, np.uint32)
+    device.launch("pairs", 1, 64, out, low, high, bits.size)
+    assert np.array_equal(out, bf16(high) << 16 | bf16(low))
+    assert (out[:9] & 0xFFFF).tolist() == [0, 0x8000, 0x7F80, 0xFF80, 0x7FFF, 0x7FFF, 0x7FFF, 0x7F80, 0x7FFF]
+    ties = np.array([0x3F808000, 0x3F818000, 0xBF808000, 0xBF818000, 0x3F808001, 0x3F817FFF], np.uint32).view(np.float32)
+    out = device.empty(6, np.uint32)
+    device.launch("pairs", 1, 1, out, ties, device.zeros(6), 6)
+    assert out.tolist() == [0x3F80, 0x3F82, 0xBF80, 0xBF82, 0x3F81, 0x3F81]
+
+
+@pytest.mark.parametrize("threads, what, n, message", [
+    (32, 0, 9, "an instruction of a whole warp lacks lanes: of 32 threads 1 have returned; "
+               "31 wait at {of all lanes}, the first being (0, 0, 0)"),
+    (20, 1, 0, "an instruction of a whole warp lacks lanes: of 20 threads 0 have returned; "
+               "20 wait at {of all lanes}, the first being (0, 0, 0)"),
+    (32, 2, 9, "deadlock: of 32 threads 0 have returned; 9 wait at {instead}, the first being (0, 0, 0); "
+               "23 wait at {the others}, the first being (9, 0, 0)"),
+    (32, 3, 9, "lanes of a warp differ in intrinsic or in mask: of 32 threads 0 have returned; "
+               "9 wait at {as well}, the first being (0, 0, 0); 23 wait at {the others}, the first being (9, 0, 0)"),
+    (32, 4, 9, "lanes of a warp differ in intrinsic or in mask: of 32 threads 0 have returned; "
+               "32 wait at {one of two}, the first being (0, 0, 0)"),
+    (32, 5, 9, "thread (9, 0, 0) loads a row of a tile that is not aligned to 16 bytes at {misaligned}"),
+    (32, 6, 9, "thread (9, 0, 0) loads a row of a tile from outside of shared memory at {not shared}"),
+])
+def test_misused_tiles(device, threads, what, n, message):
+    far = np.zeros(8, np.float32)
+    far = far[-far.ctypes.data % 16 // 4:][:4]      # aligned
+    with fails("misuse_tiles: block (0, 0, 0): " + re.sub(r"{([^}]*)}", lambda match: place(match[1]), message)):
+        device.launch("misuse_tiles", 1, threads, far, what, n)
+
+
+@pytest.mark.parametrize("n, thread", [(4, 28), (-3, 0)])
+def test_loading_a_row_out_of_bounds(sanitizer, n, thread):
+    with fails(f"misuse_tiles: block (0, 0, 0): thread ({thread}, 0, 0) reads 16 bytes at {place('too far')}: "
+               "memory of no array"):
+        sanitizer.launch("misuse_tiles", 1, 32, np.zeros(4, np.float32), 7, n)
 
 
 # What CUDA forbids
