@@ -3,16 +3,18 @@
 `open_device` opens one by its name. `CudaDevice` below and `CpuDevice` in cuda_on_cpu have the same methods, so kernels_gpu.py
 and the programs do not depend on which of the two they run on. How both launch kernels is in launcher.py.
 """
-import functools
 import itertools
 import operator
 import re
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
-from cli import UserError
-from launcher import Device, DeviceArray, Shape
+import cublaslt
+from cli import UserError, note
+from distributed import SINGLE_PROCESS, Nccl, World
+from launcher import FLOATS, Device, DeviceArray, Shape
 
 # FLOPs per multiprocessor and clock cycle, by compute capability: one multiply-add (two FLOPs) in each of its 64 or 128 cores,
 # or those of its tensor cores (dense matrices, TF32).
@@ -20,38 +22,29 @@ FLOPS_PER_CYCLE = {
     "float32": {"70": 128, "75": 128, "80": 128, "86": 256, "87": 256, "89": 256, "90": 256, "100": 256, "103": 256,
                 "120": 256},
     "tf32": {"80": 1024, "86": 256, "89": 256, "90": 2048, "100": 4096, "120": 256},
+    "bfloat16": {"80": 2048, "86": 512, "89": 512, "90": 4096, "100": 8192, "120": 512},
 }
-FIRST_WITH_TF32 = 80
+FIRST_WITH_TENSOR_CORES = 80    # for tf32 and bfloat16
 
 
-def open_device(name: str, dtype: str) -> Device:
-    """The device "cuda", "cuda:1" or "cpu", for matrix products in "float32" or "tf32".
+def open_device(name: str, dtype: str, world: World = SINGLE_PROCESS) -> Device:
+    """The device "cuda", "cuda:1" or "cpu", with the dtype "float32", "tf32" or "bfloat16", see Device.
+
+    With several processes in the world, "cuda" is a GPU of its own for each process of a machine.
 
     Raises UserError if the device does not exist or does not support the dtype.
     """
     if name == "cpu":
-        if dtype != "float32":
-            raise UserError(f"--dtype {dtype} needs a GPU; with --device cpu leave it at float32", status=2)
+        if dtype == "tf32":
+            raise UserError("--dtype tf32 needs a GPU; with --device cpu choose float32 or bfloat16", status=2)
         from cuda_on_cpu import CpuDevice
-        return CpuDevice()
+        return CpuDevice(dtype)
     match = re.fullmatch(r"cuda(?::(\d+))?", name)
     if not match:
         raise UserError(f"--device {name}: expected cpu, cuda, or cuda:1 for the second GPU", status=2)
-    return CudaDevice(int(match[1] or 0), dtype)
-
-
-@functools.cache
-def layout(shape: tuple, strides: tuple) -> tuple[int, int, int]:
-    """How cuBLAS takes float32 matrices: transposed (1) or not (0); the leading dimension; the distance of those in a batch.
-
-    The leading dimension is how many numbers apart rows (or columns) start. The stride of a single row or column means nothing,
-    but cuBLAS requires a leading dimension of at least its length. Cached, because products repeat.
-    """
-    rows, columns = shape[-2:]
-    between = strides[0] // 4
-    if strides[-1] == 4:
-        return 0, max(strides[-2] // 4, columns), between
-    return 1, max(strides[-1] // 4, rows), between
+    if match[1] and world.size > 1:
+        raise UserError(f"--device {name} is one GPU; leave it at cuda: each of {world.size} processes takes its own", status=2)
+    return CudaDevice(int(match[1] or world.local_rank), dtype)
 
 
 class CudaDevice(Device):
@@ -62,14 +55,16 @@ class CudaDevice(Device):
     """
     index = None        # of the GPU that this process uses
     library_bytes = 500_000_000     # cuBLAS and its workspace, compiled kernels, temporary arrays: an estimate
+    workspace_bytes = 32 * 2**20    # of cuBLAS, as NVIDIA advises for an H100
 
     def __init__(self, index: int, dtype: str):
-        super().__init__()
+        super().__init__(dtype)
         try:
             import cupy
             import cupyx
-            from cupy_backends.cuda.libs import cublas, nvrtc
-            nvrtc.getVersion()      # loads the library
+            from cupy_backends.cuda.libs import nvrtc
+            nvrtc.getVersion()          # loads the library
+            cublaslt.open_library()
         except (ImportError, RuntimeError) as error:
             raise UserError(f"--device cuda needs CuPy and its CUDA libraries ({str(error).splitlines()[0]}): "
                             "pip install -r requirements-gpu.txt, or choose --device cpu") from error
@@ -82,24 +77,22 @@ class CudaDevice(Device):
             raise UserError(f"--device cuda:{index}: the last GPU here is cuda:{count - 1}")
         if CudaDevice.index not in (None, index):
             raise ValueError(f"cuda:{index}: this process already uses cuda:{CudaDevice.index}; start one process per GPU")
-        self.cupy, self.cupyx, self.cublas = cupy, cupyx, cublas
+        self.cupy, self.cupyx = cupy, cupyx
         self.Array = cupy.ndarray
         self.device = cupy.cuda.Device(index)
         self.name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
         try:
             self.device.use()
-            self.handle = cupy.cuda.device.get_cublas_handle()
+            cupy.cuda.Stream(non_blocking=True).use()       # CUDA records no graph of the default stream
+            self.workspace = cupy.empty(self.workspace_bytes, np.uint8)
+            self.products = cublaslt.CublasLt(self.workspace.data.ptr, self.workspace_bytes, tf32=dtype == "tf32")
         except RuntimeError as error:
             raise UserError(f"--device cuda:{index}: {self.name} cannot be used ({str(error).splitlines()[0]}); free its "
                             "memory, end the process that keeps it to itself, or choose another GPU") from error
         self.capability = self.device.compute_capability
-        if dtype == "tf32" and int(self.capability) < FIRST_WITH_TF32:
-            raise UserError(f"--dtype tf32 needs a GPU of compute capability 8.0; {self.name} has "
+        if dtype != "float32" and int(self.capability) < FIRST_WITH_TENSOR_CORES:
+            raise UserError(f"--dtype {dtype} needs a GPU of compute capability 8.0; {self.name} has "
                             f"{self.capability[:-1]}.{self.capability[-1]}: leave it at float32")
-        self.dtype = dtype
-        self.compute_type = cublas.CUBLAS_COMPUTE_32F_FAST_TF32 if dtype == "tf32" else cublas.CUBLAS_COMPUTE_32F
-        self.alpha_and_beta = np.empty(2, dtype=np.float32)     # cuBLAS reads them during the call
-        self.alpha_address = self.alpha_and_beta.ctypes.data
         CudaDevice.index = index
 
     def memory(self) -> tuple[int, int]:
@@ -176,10 +169,6 @@ class CudaDevice(Device):
 
         return upload
 
-    def argsort(self, array: DeviceArray) -> DeviceArray:
-        """The indices that sort a 1-D array, int32. Equal elements keep their order (a stable sort)."""
-        return self.cupy.argsort(array, kind="stable").astype(np.int32)
-
     address = operator.attrgetter("data.ptr")
     contiguous = operator.attrgetter("_c_contiguous")   # flags.c_contiguous, ten times as fast
 
@@ -188,30 +177,58 @@ class CudaDevice(Device):
 
     # Computing
 
+    def replay(self, graphs: dict, key, work: Callable[[], None]) -> None:
+        """Call work, or from the second time on launch the CUDA graph of its launches: for the host, all are one launch.
+
+        The first call is an ordinary one: it compiles kernels, and temporary arrays find their memory. If CUDA cannot record
+        the work, all calls are.
+        """
+        if key in graphs:
+            graphs[key] = graphs[key] or self.record(work)
+            graphs[key]()
+        else:
+            work()
+            graphs[key] = None
+
+    def record(self, work):
+        """A function that launches the CUDA graph of work, or work itself if there can be none."""
+        stream, error = self.cupy.cuda.get_current_stream(), None
+        stream.begin_capture()
+        try:
+            work()
+        except RuntimeError as raised:      # of CUDA, CuPy or cuBLASLt
+            error = raised
+        try:
+            graph = stream.end_capture()
+        except RuntimeError as raised:
+            error = error or raised
+        if error:
+            note(f"no CUDA graphs on {self.name}: {str(error).splitlines()[0]}")
+            return work
+        return partial(graph.launch, stream)
+
     def compile(self, preamble, layer, kernels):
-        module = self.cupy.RawModule(code=preamble + layer, options=("--std=c++17",))
+        module = self.cupy.RawModule(code=preamble + layer, options=("--std=c++17", f"-DFloat={FLOATS[self.dtype]}"))
         return {kernel.name: module.get_function(kernel.name).kernel for kernel in kernels}
 
-    def gemm(self, c: DeviceArray, alpha: float, a: DeviceArray, b: DeviceArray, beta: float) -> None:
-        """c (m, n) = alpha * a (m, k) @ b (k, n) + beta * c. With a beta of 0, c may hold anything, even NaN.
+    def gemm(self, c: DeviceArray, alpha: float, a: DeviceArray, b: DeviceArray, beta: float,
+             bias: DeviceArray | None = None) -> None:
+        """c (m, n) = alpha * a (m, k) @ b (k, n) + beta * c + bias (n). With a beta of 0, c may hold anything, even NaN.
 
-        The arrays are matrices, or batches of them (batch, m, n), with contiguous rows; a and b may be transposed views.
-        cuBLAS is column-major: it takes a row-major matrix for its transpose. So it is asked for c.T = b.T @ a.T.
+        The arrays are matrices, or batches of them (batch, m, n), with contiguous rows; a and b may be transposed views. They
+        are float32 or bf16, a and b the same; c may be float32 either way; the bias is as c. Sums are in float32. No bias, or
+        an empty one: there is none.
         """
-        self.check_product(c, a, b)
-        transposed_b, rows_b, next_b = layout(b.shape, b.strides)
-        transposed_a, rows_a, next_a = layout(a.shape, a.strides)
-        _, rows_c, next_c = layout(c.shape, c.strides)
-        self.alpha_and_beta[:] = alpha, beta
-        alpha, beta, kind = self.alpha_address, self.alpha_address + 4, self.cupy.cuda.runtime.CUDA_R_32F
-        sizes = self.handle, transposed_b, transposed_a, c.shape[-1], c.shape[-2], a.shape[-1]
-        algorithm = self.compute_type, self.cublas.CUBLAS_GEMM_DEFAULT
-        if c.ndim == 2:
-            self.cublas.gemmEx(*sizes, alpha, b.data.ptr, kind, rows_b, a.data.ptr, kind, rows_a,
-                               beta, c.data.ptr, kind, rows_c, *algorithm)
-        else:
-            self.cublas.gemmStridedBatchedEx(*sizes, alpha, b.data.ptr, kind, rows_b, next_b, a.data.ptr, kind, rows_a, next_a,
-                                             beta, c.data.ptr, kind, rows_c, next_c, len(c), *algorithm)
+        problem = self.check_product(c, a, b, bias)
+        self.products.matmul(problem, c.data.ptr, alpha, a.data.ptr, b.data.ptr, beta,
+                             bias.data.ptr if bias is not None and bias.size else 0, self.cupy.cuda.get_current_stream().ptr)
+
+    def collectives(self, world: World) -> Nccl:
+        """What adds and gathers arrays on the GPUs of several processes. Raises UserError if NCCL is missing."""
+        nccl = self.cupy.cuda.nccl
+        if not nccl.available:
+            raise UserError("several GPUs need NVIDIA's NCCL: pip install nvidia-nccl-cu12 (with CUDA 13: nvidia-nccl-cu13)")
+        return Nccl(nccl, world, lambda: self.cupy.cuda.get_current_stream().ptr)
 
     # Timing
 

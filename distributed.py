@@ -7,10 +7,12 @@ Without mpiexec there is one process, and mpi4py is not needed.
 """
 import atexit
 import contextlib
+import logging
 import math
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -43,6 +45,9 @@ class World:
             self.local_rank, self.local_size = self.machine.rank, self.machine.size
 
     def __enter__(self):
+        if self.rank > 0:       # the first process speaks for all
+            sys.stdout = open(os.devnull, "w")
+            logging.disable()   # of notes
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -111,13 +116,13 @@ class World:
 
     def all_gather(self, flat: np.ndarray) -> None:
         """Fill in a flat array, given every process's own shard of it."""
-        self.communicator.Allgatherv(self.mpi.IN_PLACE, [flat, self.shard_sizes(flat.size)])
+        numbers = flat if flat.dtype == np.float32 else flat.view(np.uint16)    # MPI knows no bfloat16
+        self.communicator.Allgatherv(self.mpi.IN_PLACE, [numbers, self.shard_sizes(flat.size)])
 
-    def gather(self, flat: np.ndarray) -> np.ndarray | None:
-        """A copy of a flat array with every process's own shard, on process 0; None elsewhere."""
-        whole = np.empty_like(flat) if self.rank == 0 else None
-        self.communicator.Gatherv(flat[self.shard(flat.size)],
-                                  [whole, self.shard_sizes(flat.size)] if self.rank == 0 else None)
+    def gather(self, mine: np.ndarray, size: int) -> np.ndarray | None:
+        """The flat array of which `mine` is this process's shard, on process 0; None elsewhere."""
+        whole = np.empty(size, mine.dtype) if self.rank == 0 else None
+        self.communicator.Gatherv(mine, [whole, self.shard_sizes(size)] if self.rank == 0 else None)
         return whole
 
     def shard_sizes(self, size):
@@ -140,28 +145,53 @@ def join_world() -> World:
     return World(MPI.COMM_WORLD)
 
 
+class Nccl:
+    """reduce_scatter and all_gather of a World, for CuPy arrays: one GPU per process. Their size is a multiple of world.size.
+
+    Library: NCCL, through CuPy. It works on the current stream, and no call waits for the GPU.
+    """
+
+    def __init__(self, nccl, world: World, stream_of: Callable):
+        """nccl: the module cupy.cuda.nccl. stream_of(): the current stream's address."""
+        self.nccl, self.rank, self.size, self.stream_of = nccl, world.rank, world.size, stream_of
+        identifier = world.communicator.bcast(nccl.get_unique_id() if world.rank == 0 else None)
+        self.communicator = nccl.NcclCommunicator(world.size, identifier, world.rank)
+
+    def mine(self, flat):
+        length = flat.size // self.size
+        return slice(self.rank * length, (self.rank + 1) * length)
+
+    def reduce_scatter(self, flat) -> None:
+        """World.reduce_scatter of a float32 array."""
+        mine = self.mine(flat)
+        self.communicator.reduceScatter(flat.data.ptr, flat[mine].data.ptr, mine.stop - mine.start, self.nccl.NCCL_FLOAT32,
+                                        self.nccl.NCCL_SUM, self.stream_of())
+        flat[:mine.start].fill(0)
+        flat[mine.stop:].fill(0)
+
+    def all_gather(self, flat) -> None:
+        """World.all_gather of an array of any dtype."""
+        mine = flat[self.mine(flat)]
+        self.communicator.allGather(mine.data.ptr, flat.data.ptr, mine.nbytes, self.nccl.NCCL_CHAR, self.stream_of())
+
+
 class DataParallel:
     """A model that several processes train together, with the methods of train_gpt2.GPT2.
 
     Wraps the model: each method does what all processes do together, and leaves the rest to the model's own. The model updates
-    this process's shard only. The other shards of its moments are never written to, and so take no memory: Linux and macOS
-    provide the pages of np.zeros when they are written.
+    the shard that it owns only.
     """
 
     def __init__(self, model, world: World):
         self.model, self.world = model, world
-        self.shard = model.owned = world.shard(model.params.size)
+        model.owned = world.shard(model.params.size)
 
     def __getattr__(self, name):
         return getattr(self.model, name)    # forward, loss, params, ...
 
-    def set_moments(self, m: np.ndarray, v: np.ndarray) -> None:
-        """Copy this process's shard of the moments from two flat arrays of all."""
-        self.model.adam_m[self.shard], self.model.adam_v[self.shard] = m[self.shard], v[self.shard]
-
     def get_moments(self) -> list:
         """Both moments, flat NumPy arrays, on process 0; None elsewhere."""
-        return [self.world.gather(moment) for moment in (self.model.adam_m, self.model.adam_v)]
+        return [self.world.gather(moment, self.model.params.size) for moment in self.model.get_moments()]
 
     def backward(self, targets: np.ndarray, accumulation_steps: int = 1) -> float:
         """GPT2.backward. A step averages over the batches of all processes: each contributes 1 / world.size."""

@@ -554,9 +554,9 @@ def load(options, as_stored: Iterable = ()) -> tuple[Config, Tensors | SimpleNam
     return config, params, tokenizer
 
 
-def check_cache_memory(config: Config, num_texts: int, more: int, memory: tuple | None, where: str) -> None:
+def check_cache_memory(config: Config, num_texts: int, more: int, memory: tuple | None, where: str, itemsize: int = 4) -> None:
     """Raise UserError if `more` bytes and the KV cache of num_texts texts do not fit in memory, see machine.check_memory."""
-    cache = 2 * 4 * config.num_layers * num_texts * config.max_seq_len * config.channels
+    cache = 2 * itemsize * config.num_layers * num_texts * config.max_seq_len * config.channels
     check_memory(f"generating {num_texts:,} texts", cache + more, memory, where, OUT_OF_MEMORY_HINT)
 
 

@@ -2,7 +2,7 @@
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -105,13 +105,14 @@ def activation_shapes(config: Config, B: int, T: int, recompute: bool = False) -
     }
 
 
+STATISTICS = ("ln1_mean", "ln1_rstd", "att_lse", "ln2_mean", "ln2_rstd", "lnf_mean", "lnf_rstd", "losses")   # always float32
 RECOMPUTED = ("ln1", "ln1_mean", "ln1_rstd", "qkv", "att", "att_lse", "residual2", "ln2", "ln2_mean", "ln2_rstd", "fch",
               "fch_gelu")
 
 
-def activations(config: Config, B: int, T: int, recompute: bool, allocate: Callable) -> "Tensors":
-    """The Tensors of activation_shapes. With `recompute`, all layers of those in RECOMPUTED share memory."""
-    acts = Tensors(activation_shapes(config, B, T, recompute), allocate, ALIGNMENT)
+def activations(config: Config, B: int, T: int, recompute: bool, allocate: Callable, dtype=np.float32) -> "Tensors":
+    """The Tensors of activation_shapes, of a dtype. With `recompute`, all layers of those in RECOMPUTED share memory."""
+    acts = Tensors(activation_shapes(config, B, T, recompute), allocate, ALIGNMENT, dtype, STATISTICS)
     if recompute:
         for name in RECOMPUTED:
             setattr(acts, name, config.num_layers * [getattr(acts, name)[0]])
@@ -135,11 +136,16 @@ def scratch_shapes(config: Config, B: int, T: int, classifier_rows: int) -> dict
     }
 
 
-def memory_needed(config: Config, activation_shapes: dict, scratch_shapes: dict, processes: int = 1) -> int:
-    """Bytes that one process needs to train: parameters, gradients, its shard of the moments, activations and scratch."""
-    parameters, acts, scratch = (sum(map(prod, shapes.values()))
-                                 for shapes in (parameter_shapes(config), activation_shapes, scratch_shapes))
-    return 4 * (2 * parameters + 2 * ceil_div(parameters, processes) + acts + scratch)
+def memory_needed(config: Config, activation_shapes: dict, scratch_shapes: dict, processes: int = 1, dtype=np.float32) -> int:
+    """Bytes that one process needs to train: parameters, gradients, its shard of the moments, activations and scratch.
+
+    The dtype is that of activations; if it is not float32, there is also a copy of the parameters in it.
+    """
+    itemsize, parameters = np.dtype(dtype).itemsize, sum(map(prod, parameter_shapes(config).values()))
+    copies = itemsize * parameters if itemsize < 4 else 0
+    tensors = [*activation_shapes.items(), *scratch_shapes.items()]
+    return (4 * (2 * parameters + 2 * ceil_div(parameters, processes)) + copies
+            + sum((4 if name in STATISTICS else itemsize) * prod(shape) for name, shape in tensors))
 
 
 def ceil_div(length: int, size: int) -> int:
@@ -170,20 +176,23 @@ def new_array(size: int) -> np.ndarray:
 class Tensors:
     """One flat buffer, `flat`. Each entry of a name -> shape table is an attribute: a view into it.
 
-    allocate(size): returns the buffer, which may be longer than needed
+    allocate(size): returns the buffer, an array of `dtype`, which may be longer than needed
     alignment: in elements; each view starts at a multiple of it. Parameters are contiguous, as in a checkpoint. Activations and
         scratch use ALIGNMENT, because kernels load several neighboring elements at once.
+    float32: the names of views that are float32 whatever the dtype
     """
 
-    def __init__(self, shapes: dict[str, tuple], allocate: Callable = new_array, alignment: int = 1):
+    def __init__(self, shapes: dict[str, tuple], allocate: Callable = new_array, alignment: int = 1, dtype=np.float32,
+                 float32: Sequence[str] = ()):
         self.shapes, self.places, self.size = shapes, {}, 0
         for name, shape in shapes.items():
             start = ceil_div(self.size, alignment) * alignment
-            self.size = start + prod(shape)
+            self.size = start + prod(shape) * (4 // np.dtype(dtype).itemsize if name in float32 else 1)
             self.places[name] = slice(start, self.size)
         self.flat = allocate(self.size)
         for name, shape in shapes.items():
-            setattr(self, name, self.flat[self.places[name]].reshape(shape))
+            view = self.flat[self.places[name]]
+            setattr(self, name, (view.view(np.float32) if name in float32 else view).reshape(shape))
 
     def slices(self, within: slice | None = None) -> list[tuple[str, slice]]:
         """(name, slice of `flat`) pairs in the order of the table, cut to the slice `within` if it is given."""

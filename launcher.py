@@ -8,16 +8,19 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 DeviceArray = Any                           # numpy.ndarray on the CPU, cupy.ndarray on a GPU
 Shape = int | tuple[int, ...]
 C_TYPES = {name: np.dtype(dtype) for name, dtype in {
     "float": np.float32, "double": np.float64, "int": np.int32, "unsigned": np.uint32, "unsigned int": np.uint32,
-    "long long": np.int64, "unsigned long long": np.uint64, "size_t": np.uint64, "unsigned char": np.uint8}.items()}
+    "long long": np.int64, "unsigned long long": np.uint64, "size_t": np.uint64, "unsigned char": np.uint8,
+    "bf16": ml_dtypes.bfloat16}.items()}
+FLOATS = {"float32": "float", "tf32": "float", "bfloat16": "bf16"}     # --dtype -> what `Float` stands for in a source
 MAX_GRID = (2 ** 31 - 1, 65535, 65535)      # the limits that hold for every GPU
 MAX_BLOCK = (1024, 1024, 64)
 MAX_THREADS = 1024                          # per block
@@ -42,9 +45,12 @@ class Parameter(NamedTuple):
     or_empty: bool = False      # may have size 0 instead; it is then passed as a null pointer
 
 
-def parse_signatures(source: str) -> dict[str, "Kernel"]:
-    """The kernels that a CUDA source declares, by name. Raises ValueError for one whose arguments could not be checked."""
-    kernels = {}
+def parse_signatures(source: str, Float: str = "float") -> dict[str, "Kernel"]:
+    """The kernels that a CUDA source declares, by name. Float: the C type that this name stands for.
+
+    Raises ValueError for a kernel whose arguments could not be checked.
+    """
+    kernels, c_types = {}, C_TYPES | {"Float": C_TYPES[Float]}
     for match in KERNEL.finditer(source):
         max_threads, name = match.groups()
         parameters = []
@@ -55,12 +61,12 @@ def parse_signatures(source: str) -> dict[str, "Kernel"]:
             shape = SHAPE.match(comment.strip())
             for declaration in declarations:
                 parts = DECLARATION.fullmatch(declaration)
-                if not parts or parts[2] not in C_TYPES:
-                    raise ValueError(f"{name}: unknown type in {declaration!r}, expected one of {', '.join(C_TYPES)}")
+                if not parts or parts[2] not in c_types:
+                    raise ValueError(f"{name}: unknown type in {declaration!r}, expected one of {', '.join(c_types)}")
                 const, c_type, star, parameter = parts.groups()
                 if star and (not shape or len(declarations) > 1):
                     raise ValueError(f"{name}: expected {parameter} on its own line, followed by its shape: // (N, C)")
-                parameters.append(Parameter(parameter, C_TYPES[c_type], bool(star), bool(const),
+                parameters.append(Parameter(parameter, c_types[c_type], bool(star), bool(const),
                                             *((shape[1], bool(shape[2])) if star else ())))
             if closed:
                 break
@@ -119,9 +125,12 @@ class Kernel:
             values[i] = p.dtype.type(args[i])
         for n, ((i, p), size) in enumerate(zip(self.arrays, self.sizes(*integers))):
             array = args[i]
+            if p.or_empty and isinstance(array, device.Array) and array.size == 0:      # of any dtype
+                values[i] = 0
+                continue
             if not isinstance(array, device.Array) or array.dtype != p.dtype:
                 raise TypeError(f"{self.name}: {p.name} is {describe(array)}, expected {type_name(device.Array)} of {p.dtype}")
-            if array.size != size and not (p.or_empty and array.size == 0):
+            if array.size != size:
                 expected = str(self.shapes(*integers)[n]) + " or empty" * p.or_empty
                 raise ValueError(f"{self.name}: {p.name} has shape {array.shape}, expected ({p.shape}) = {expected}")
             if not device.contiguous(array):
@@ -129,7 +138,7 @@ class Kernel:
                                  "C-contiguous array")
             if not p.is_const and not device.writable(array):
                 raise ValueError(f"{self.name}: {p.name} is read-only, expected a writable array")
-            values[i] = device.address(array) if array.size else 0
+            values[i] = device.address(array) if size else 0
         return values
 
 
@@ -153,7 +162,12 @@ class Device:
     """
     library_bytes = 0       # of the device's memory that its libraries take besides the arrays
 
-    def __init__(self):
+    def __init__(self, dtype: str):
+        """dtype: "float32", "tf32" (float32 arrays, and products of numbers rounded to 10 bits) or "bfloat16"."""
+        self.dtype = dtype
+        self.Float = C_TYPES[FLOATS[dtype]]         # of activations and of the weights in products
+        self.width = 16 // self.Float.itemsize      # numbers in a kernel's Part
+        self.temporaries = []   # the memory of `temporary`, the largest last; a CUDA graph may still use the others
         self.kernels = {}       # name -> Kernel
         self.layers = {}        # name -> the two sources that it is compiled from
         self.functions = {}     # name -> function of (grid, block, values, shared_bytes), once compiled
@@ -167,7 +181,7 @@ class Device:
         preamble, *layers = sources
         for layer in layers:
             if (preamble, layer) not in self.layers.values():
-                for name, kernel in parse_signatures(layer).items():
+                for name, kernel in parse_signatures(layer, FLOATS[self.dtype]).items():
                     self.kernels[name], self.layers[name] = kernel, (preamble, layer)
                     self.functions.pop(name, None)
 
@@ -187,20 +201,49 @@ class Device:
             self.functions.update(self.compile(preamble, layer, [self.kernels[name] for name in names]))
         self.functions[kernel_name](grid, block, values, shared_bytes)
 
-    def check_product(self, c: DeviceArray, a: DeviceArray, b: DeviceArray) -> None:
-        """Raise TypeError or ValueError unless `gemm` can compute c = a @ b."""
+    def replay(self, graphs: dict, key, work: Callable[[], None]) -> None:
+        """Call work, which launches kernels on arrays that stay where they are. A GPU may repeat launches of an earlier call.
+
+        graphs: a dictionary, empty at first, for what is to be repeated. key: which work this is
+        """
+        work()
+
+    def temporary(self, shape: Shape, dtype=np.float32) -> DeviceArray:
+        """An uninitialized array, valid until the next call, in memory that all calls share."""
+        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        if not self.temporaries or self.temporaries[-1].size < nbytes:
+            self.temporaries.append(self.empty(nbytes, np.uint8))
+        return self.temporaries[-1][:nbytes].view(dtype).reshape(shape)
+
+    def check_product(self, c: DeviceArray, a: DeviceArray, b: DeviceArray, bias: DeviceArray | None) -> tuple:
+        """The shapes, strides and item sizes of a product: what its layout depends on.
+
+        Raises TypeError or ValueError unless `gemm` can compute c = a @ b + bias.
+        """
         for name, array in (("c", c), ("a", a), ("b", b)):
-            if not isinstance(array, self.Array) or array.dtype != np.float32:
-                raise TypeError(f"gemm: {name} is {describe(array)}, expected {type_name(self.Array)} of float32")
-        check_matrices(c.shape, c.strides, a.shape, a.strides, b.shape, b.strides)
+            if not isinstance(array, self.Array) or array.dtype != np.float32 and array.dtype != self.Float:
+                raise TypeError(f"gemm: {name} is {describe(array)}, expected {type_name(self.Array)} of {self.Float}"
+                                f"{' or float32' * (self.Float != np.float32)}")
+        if not (a.dtype == b.dtype and c.dtype in (a.dtype, np.float32)):
+            raise TypeError(f"gemm: a and b are {a.dtype} and {b.dtype} and c is {c.dtype}, expected the same for a and b, and "
+                            "for c either that or float32")
+        problem = c.shape, c.strides, a.shape, a.strides, b.shape, b.strides, c.itemsize, a.itemsize
+        check_matrices(*problem)
+        if bias is not None and bias.size and not (isinstance(bias, self.Array) and bias.dtype == c.dtype
+                                                   and bias.shape == c.shape[1:] and self.contiguous(bias)):
+            raise TypeError(f"gemm: bias is {describe(bias)} of shape {bias.shape}, expected a contiguous "
+                            f"{type_name(self.Array)} of {c.dtype} of shape {c.shape[1:]}")
+        return problem
 
 
 @functools.cache
-def check_matrices(c_shape, c_strides, a_shape, a_strides, b_shape, b_strides):
-    """Raise ValueError unless float32 arrays of these shapes can be multiplied. Cached, because products repeat."""
-    for name, shape, strides in (("c", c_shape, c_strides), ("a", a_shape, a_strides), ("b", b_shape, b_strides)):
+def check_matrices(c_shape, c_strides, a_shape, a_strides, b_shape, b_strides, c_itemsize, itemsize):
+    """Raise ValueError unless arrays of these shapes can be multiplied. Cached, because products repeat."""
+    for name, shape, strides, size in (("c", c_shape, c_strides, c_itemsize), ("a", a_shape, a_strides, itemsize),
+                                       ("b", b_shape, b_strides, itemsize)):
         if not (len(shape) == len(c_shape) and len(shape) in (2, 3) and (
-                has_whole_rows(shape, strides) or name != "c" and has_whole_rows(transposed(shape), transposed(strides)))):
+                has_whole_rows(shape, strides, size)
+                or name != "c" and has_whole_rows(transposed(shape), transposed(strides), size))):
             raise ValueError(f"gemm: {name} has shape {shape} and strides {strides}, expected a matrix, or a batch of them, "
                              f"with contiguous rows{'' if name == 'c' else ' or columns'}")
     if not (c_shape[-2:] == (a_shape[-2], b_shape[-1]) and a_shape[-1] == b_shape[-2]
@@ -208,9 +251,9 @@ def check_matrices(c_shape, c_strides, a_shape, a_strides, b_shape, b_strides):
         raise ValueError(f"gemm: c {c_shape}, a {a_shape} and b {b_shape} do not match")
 
 
-def has_whole_rows(shape, strides):
-    """Whether the rows of float32 matrices are contiguous and do not overlap."""
-    return strides[-1] == 4 and (shape[-2] == 1 or strides[-2] >= 4 * shape[-1])
+def has_whole_rows(shape, strides, itemsize):
+    """Whether the rows of matrices are contiguous and do not overlap."""
+    return strides[-1] == itemsize and (shape[-2] == 1 or strides[-2] >= itemsize * shape[-1])
 
 
 def transposed(sizes):

@@ -5,9 +5,7 @@ forward and backward passes are flat lists of kernel calls (kernels_cpu.py) that
 the shape of a call's main output.
 """
 import itertools
-import logging
 import math
-import os
 import sys
 import time
 import zlib
@@ -52,7 +50,9 @@ class GPT2:
         shapes = parameter_shapes(config)
         self.params, self.grads = Tensors(shapes), Tensors(shapes)
         self.adam_m, self.adam_v = new_array(self.params.size), new_array(self.params.size)
-        self.owned = slice(0, self.params.size)     # of the flat arrays; DataParallel narrows it to a shard
+        # The part of the flat arrays to update. DataParallel narrows it to a shard: then the rest of the moments is never
+        # written to, and so takes no memory (Linux and macOS provide the pages of np.zeros when they are written).
+        self.owned = slice(0, self.params.size)
         self.acts = activations(config, batch_size, sequence_length, recompute, new_array)
         self.scratch = Tensors(scratch_shapes(config, batch_size, sequence_length, CLASSIFIER_ROWS), alignment=ALIGNMENT)
         self.tokens = None
@@ -70,12 +70,12 @@ class GPT2:
         return self.params
 
     def set_moments(self, m: np.ndarray, v: np.ndarray) -> None:
-        """Copy in AdamW's moments, two flat arrays in the order of the parameters."""
-        self.adam_m[...], self.adam_v[...] = m, v
+        """Copy in AdamW's moments of the owned parameters, from two flat arrays of all in the order of the parameters."""
+        self.adam_m[self.owned], self.adam_v[self.owned] = m[self.owned], v[self.owned]
 
     def get_moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """AdamW's two moments, flat NumPy arrays in the order of the parameters."""
-        return self.adam_m, self.adam_v
+        """AdamW's two moments of the owned parameters, flat NumPy arrays in the order of the parameters."""
+        return self.adam_m[self.owned], self.adam_v[self.owned]
 
     def forward(self, tokens: np.ndarray) -> None:
         """Compute `acts.lnf` (N, C), the normalized output of the last block, from tokens (B, T), N = B*T.
@@ -370,9 +370,6 @@ def run_every_kernel(backward_first: bool, exact_gelu: bool = False, dtype: str 
 
 def main():
     with join_world() as world:
-        if world.rank > 0:
-            sys.stdout = open(os.devnull, "w")
-            logging.disable()       # of notes
         own_flags = {
             "threads": dict(type=bounded(int, 1), help="CPU threads per process (default: the usable cores, divided among the "
                                                        "processes)"),

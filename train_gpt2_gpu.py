@@ -7,6 +7,7 @@ through the launches while Python continues; within a step only `finish_step` wa
 """
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from cli import run_program     # first: from here on, Ctrl-C is one line
 
@@ -15,17 +16,18 @@ import numpy as np
 import kernels_gpu as kernels
 from dataloader import DataLoader, ValidationLoader
 from device import open_device
-from gpt2 import (ALIGNMENT, BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks,
-                  initialize, memory_needed, parameter_shapes, scratch_shapes, training_flops)
+from distributed import SINGLE_PROCESS, DataParallel, World, join_world
+from gpt2 import (ALIGNMENT, BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, ceil_div,
+                  chunks, initialize, memory_needed, parameter_shapes, scratch_shapes, training_flops)
 from kernels_gpu import CLASSIFIER_ROWS
 from launcher import Device, DeviceArray
 from machine import check_memory
 from training import OUT_OF_MEMORY_HINT, data_loaders, load_or_create_model, memory_hint, open_run, prepare_data
 
 
-def gpu_scratch_shapes(config: Config, B: int, T: int) -> dict[str, tuple]:
-    """scratch_shapes, plus the attention scores of one sequence."""
-    scores = (config.num_heads, T, T)
+def gpu_scratch_shapes(config: Config, B: int, T: int, dtype) -> dict[str, tuple]:
+    """scratch_shapes, plus the attention scores of one sequence, unless flash attention does without them."""
+    scores = (0,) if kernels.has_flash_attention(dtype, config.channels // config.num_heads) else (config.num_heads, T, T)
     return scratch_shapes(config, B, T, CLASSIFIER_ROWS) | {"scores": scores, "dscores": scores}
 
 
@@ -34,21 +36,37 @@ class GPT2:
 
     The methods are those of train_gpt2.GPT2. Tokens and targets are int32 arrays on the device. A loss or norm that a method
     returns is an array on the device, of shape () or (1), and may not be computed yet.
+
+    Activations are of the device's `Float`, and so are `weights`, a copy of the parameters for the embedding and for products.
+    With float32 they are the parameters themselves.
+
+    world: the processes that train it together, see DeviceDataParallel. Flat arrays are longer than needed, so that all shards
+    are equally long; moments are those of this process's shard, `owned`.
     """
 
-    def __init__(self, config: Config, batch_size: int, sequence_length: int, device: Device, recompute: bool = False):
+    def __init__(self, config: Config, batch_size: int, sequence_length: int, device: Device, recompute: bool = False,
+                 world: World = SINGLE_PROCESS):
         self.config = config
         self.recompute = recompute
         self.device = device
+
+        def zeros(size, dtype=np.float32):
+            return device.zeros(ceil_div(size, world.size) * world.size, dtype)
+
         shapes = parameter_shapes(config)
-        self.params, self.grads = Tensors(shapes, device.zeros), Tensors(shapes, device.zeros)
-        self.adam_m, self.adam_v = device.zeros(self.params.size), device.zeros(self.params.size)
-        self.acts = activations(config, batch_size, sequence_length, recompute, device.empty)
-        self.scratch = Tensors(gpu_scratch_shapes(config, batch_size, sequence_length), device.empty, ALIGNMENT)
-        self.sequence_length = sequence_length
-        self.no_bias = device.empty(0)
+        self.params, self.grads = Tensors(shapes, zeros), Tensors(shapes, zeros)
+        self.weights = self.params if device.Float == np.float32 else Tensors(shapes, partial(zeros, dtype=device.Float))
+        self.owned = world.shard(self.params.size)
+        self.adam_m, self.adam_v = (device.zeros(self.owned.stop - self.owned.start) for _ in range(2))
+        empty = partial(device.empty, dtype=device.Float)
+        self.acts = activations(config, batch_size, sequence_length, recompute, empty, device.Float)
+        self.scratch = Tensors(gpu_scratch_shapes(config, batch_size, sequence_length, device.Float), empty, ALIGNMENT)
+        self.batch_shape = batch_size, sequence_length
+        self.no_bias = self.no_weights = device.empty(0)
+        self.mean = device.zeros(1)         # of the losses
         self.report = device.zeros(2)       # a step's loss and gradient norm, side by side for one copy to the host
-        self.tokens = None
+        self.batch = device.zeros((2, batch_size * sequence_length), np.int32)      # tokens and targets
+        self.tokens, self.graphs = None, {}
 
     def initialize(self, seed: int) -> None:
         """Initialize the parameters at random, as GPT-2 does."""
@@ -58,19 +76,22 @@ class GPT2:
 
     def set_params(self, params: Tensors) -> None:
         """Copy in the parameters, Tensors of NumPy arrays of the same shapes."""
-        self.device.copy_to_device(self.params.flat, params.flat)
+        size = self.params.size
+        self.device.copy_to_device(self.params.flat[:size], params.flat)
+        if self.weights is not self.params:
+            self.device.copy_to_device(self.weights.flat[:size], params.flat.astype(self.device.Float))
 
     def get_params(self) -> Tensors:
         """A copy of the parameters, as Tensors of NumPy arrays."""
-        return Tensors(self.params.shapes, allocate=lambda size: self.device.to_host(self.params.flat))
+        return Tensors(self.params.shapes, allocate=lambda size: self.device.to_host(self.params.flat[:size]))
 
     def set_moments(self, m: np.ndarray, v: np.ndarray) -> None:
-        """Copy in AdamW's moments, two flat NumPy arrays in the order of the parameters."""
-        self.device.copy_to_device(self.adam_m, m)
-        self.device.copy_to_device(self.adam_v, v)
+        """Copy in AdamW's moments of the owned parameters, from two flat NumPy arrays of all in the order of the parameters."""
+        self.device.copy_to_device(self.adam_m, m[self.owned])
+        self.device.copy_to_device(self.adam_v, v[self.owned])
 
     def get_moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Copies of AdamW's two moments, flat NumPy arrays in the order of the parameters."""
+        """Copies of AdamW's two moments of the owned parameters, flat NumPy arrays in the order of the parameters."""
         return self.device.to_host(self.adam_m), self.device.to_host(self.adam_v)
 
     def forward(self, tokens: DeviceArray) -> None:
@@ -81,15 +102,25 @@ class GPT2:
         """
         kernels.use(self.device)
         B, T = tokens.shape
-        if T > self.sequence_length:
-            raise ValueError(f"tokens are {T} long, expected at most {self.sequence_length}")
+        if T > self.batch_shape[1]:
+            raise ValueError(f"tokens are {T} long, expected at most {self.batch_shape[1]}")
         acts, scratch = self.acts.flat, self.scratch.flat
-        self.acts = activations(self.config, B, T, self.recompute, lambda size: acts)
-        self.scratch = Tensors(gpu_scratch_shapes(self.config, B, T), lambda size: scratch, ALIGNMENT)
-        self.tokens = tokens
-        params, acts = self.params, self.acts
+        self.acts = activations(self.config, B, T, self.recompute, lambda size: acts, self.device.Float)
+        self.scratch = Tensors(gpu_scratch_shapes(self.config, B, T, self.device.Float), lambda size: scratch, ALIGNMENT)
+        self.tokens = self.batch[0, :B * T].reshape(B, T)
+        self.tokens[...] = tokens
+        self.replay(self.forward_pass, "forward")
 
-        kernels.encoder_forward(acts.encoded, tokens, params.wte, params.wpe)                                    # (N, C)
+    def replay(self, work, *key):
+        """Call work, or repeat its launches as a CUDA graph if the batch has the shape that the model was built for."""
+        if self.tokens.shape == self.batch_shape:
+            self.device.replay(self.graphs, key, work)
+        else:
+            work()
+
+    def forward_pass(self):
+        params, weights, acts = self.params, self.weights, self.acts
+        kernels.encoder_forward(acts.encoded, self.tokens, weights.wte, weights.wpe)                             # (N, C)
         kernels.layernorm_forward(acts.ln1[0], acts.ln1_mean[0], acts.ln1_rstd[0],
                                   acts.encoded, params.ln1w[0], params.ln1b[0])                                  # (N, C)
         for l in range(self.config.num_layers):
@@ -101,19 +132,19 @@ class GPT2:
         The last call also computes the layernorm that follows: the first one of block l + 1, or the last of all.
         stop_at_gelu: skip the last two calls, whose outputs the block's backward pass does not read
         """
-        params, acts, proj, no_bias = self.params, self.acts, self.scratch.proj, self.no_bias
+        params, weights, acts, proj, no_bias = self.params, self.weights, self.acts, self.scratch.proj, self.no_bias
         bias_gelu_forward = kernels.bias_gelu_exact_forward if self.config.exact_gelu else kernels.bias_gelu_forward
         residual = acts.residual3[l - 1] if l > 0 else acts.encoded
-        kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l])                         # (N, 3C)
+        kernels.matmul_forward(acts.qkv[l], acts.ln1[l], weights.qkvw[l], weights.qkvb[l])                       # (N, 3C)
         kernels.attention_forward(acts.att[l], acts.att_lse[l], acts.qkv[l], self.scratch.scores)                # (N, C)
-        kernels.matmul_forward(proj, acts.att[l], params.attprojw[l], no_bias)                                   # (N, C)
+        kernels.matmul_forward(proj, acts.att[l], weights.attprojw[l], no_bias)                                  # (N, C)
         kernels.residual_layernorm_forward(acts.residual2[l], acts.ln2[l], acts.ln2_mean[l], acts.ln2_rstd[l],
                                            residual, proj, params.attprojb[l], params.ln2w[l], params.ln2b[l])   # (N, C)
-        kernels.matmul_forward(acts.fch[l], acts.ln2[l], params.fcw[l], no_bias)                                 # (N, 4C)
+        kernels.matmul_forward(acts.fch[l], acts.ln2[l], weights.fcw[l], no_bias)                                # (N, 4C)
         bias_gelu_forward(acts.fch_gelu[l], acts.fch[l], params.fcb[l])                                          # (N, 4C)
         if stop_at_gelu:
             return
-        kernels.matmul_forward(proj, acts.fch_gelu[l], params.fcprojw[l], no_bias)                               # (N, C)
+        kernels.matmul_forward(proj, acts.fch_gelu[l], weights.fcprojw[l], no_bias)                              # (N, C)
         if l + 1 < self.config.num_layers:
             norm = acts.ln1[l + 1], acts.ln1_mean[l + 1], acts.ln1_rstd[l + 1]
             weight, bias = params.ln1w[l + 1], params.ln1b[l + 1]
@@ -126,18 +157,21 @@ class GPT2:
     def loss(self, targets: DeviceArray) -> DeviceArray:
         """The mean cross-entropy of the last forward pass against targets (B, T), in nats per token."""
         kernels.use(self.device)
-        params, acts = self.params, self.acts
-        targets = targets.reshape(self.tokens.size)
+        self.set_targets(targets)
+        self.replay(self.classifier_pass, "loss")
+        return self.mean.reshape(()).copy()
+
+    def set_targets(self, targets):
+        self.targets = self.batch[1, :self.tokens.size]
+        self.targets[...] = targets.reshape(self.tokens.size)
+
+    def classifier_pass(self):
+        acts = self.acts
         for rows in chunks(self.tokens.size, CLASSIFIER_ROWS):
             logits = self.scratch.logits[:rows.stop - rows.start]
-            kernels.matmul_forward(logits, acts.lnf[rows], params.wte, self.no_bias)                             # (rows, Vp)
-            kernels.fused_classifier(acts.losses[rows], logits, targets[rows], 0.0, self.config.vocab_size)      # (rows)
-        return self.mean_loss()
-
-    def mean_loss(self):
-        total = self.device.zeros(1)
-        kernels.add_mean_loss(total, self.acts.losses, 1 / self.tokens.size)
-        return total.reshape(())
+            kernels.matmul_forward(logits, acts.lnf[rows], self.weights.wte, self.no_bias)                       # (rows, Vp)
+            kernels.fused_classifier(acts.losses[rows], logits, self.targets[rows], 0.0, self.config.vocab_size)  # (rows)
+        kernels.mean_loss(self.mean, acts.losses)
 
     def backward(self, targets: DeviceArray, accumulation_steps: int = 1) -> DeviceArray:
         """Return the mean loss against targets (B, T); accumulate into `grads` the gradient of loss / accumulation_steps.
@@ -146,21 +180,25 @@ class GPT2:
         logits.
         """
         kernels.use(self.device)
+        self.set_targets(targets)
+        self.replay(partial(self.backward_pass, accumulation_steps), "backward", accumulation_steps)
+        return self.mean.reshape(()).copy()
+
+    def backward_pass(self, accumulation_steps):
         N = self.tokens.size
-        params, grads, acts = self.params, self.grads, self.acts
-        targets = targets.reshape(N)
+        params, weights, grads, acts = self.params, self.weights, self.grads, self.acts
         dresidual, dln, datt, dqkv, dfch, scores, dscores = (
             getattr(self.scratch, name) for name in ("dresidual", "dln", "datt", "dqkv", "dfch", "scores", "dscores"))
         gelu_backward = kernels.gelu_exact_backward if self.config.exact_gelu else kernels.gelu_backward
 
         for rows in chunks(N, CLASSIFIER_ROWS):
             logits = self.scratch.logits[:rows.stop - rows.start]
-            kernels.matmul_forward(logits, acts.lnf[rows], params.wte, self.no_bias)                             # (rows, Vp)
-            kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
+            kernels.matmul_forward(logits, acts.lnf[rows], weights.wte, self.no_bias)                            # (rows, Vp)
+            kernels.fused_classifier(acts.losses[rows], logits, self.targets[rows],
                                      1 / (N * accumulation_steps), self.config.vocab_size)                       # (rows, Vp)
             # wte's gradient from the classifier. encoder_backward, the last call, adds the embedding's.
-            kernels.matmul_backward(dln[rows], grads.wte, self.no_bias, logits, acts.lnf[rows], params.wte)      # (rows, C)
-        dresidual[...] = 0
+            kernels.matmul_backward(dln[rows], grads.wte, self.no_bias, logits, acts.lnf[rows], weights.wte)     # (rows, C)
+        dresidual.fill(0)
         kernels.layernorm_backward(dresidual, grads.lnfw, grads.lnfb,
                                    dln, acts.lnf_mean, acts.lnf_rstd, acts.residual3[-1], params.lnfw)           # (N, C)
         L = self.config.num_layers
@@ -172,26 +210,26 @@ class GPT2:
                 self.block_forward(l, stop_at_gelu=True)
             # residual3 = residual2 + proj: dresidual is the gradient of both.
             kernels.matmul_backward(dfch, grads.fcprojw[l], grads.fcprojb[l],
-                                    dresidual, acts.fch_gelu[l], params.fcprojw[l])                              # (N, 4C)
+                                    dresidual, acts.fch_gelu[l], weights.fcprojw[l])                             # (N, 4C)
             gelu_backward(dfch, dfch, acts.fch[l])                                                               # (N, 4C)
-            kernels.matmul_backward(dln, grads.fcw[l], grads.fcb[l], dfch, acts.ln2[l], params.fcw[l])           # (N, C)
+            kernels.matmul_backward(dln, grads.fcw[l], grads.fcb[l], dfch, acts.ln2[l], weights.fcw[l])          # (N, C)
             kernels.layernorm_backward(dresidual, grads.ln2w[l], grads.ln2b[l],
                                        dln, acts.ln2_mean[l], acts.ln2_rstd[l], acts.residual2[l], params.ln2w[l])  # (N, C)
             # residual2 = residual + proj: dresidual is the gradient of both.
             kernels.matmul_backward(datt, grads.attprojw[l], grads.attprojb[l],
-                                    dresidual, acts.att[l], params.attprojw[l])                                  # (N, C)
+                                    dresidual, acts.att[l], weights.attprojw[l])                                 # (N, C)
             kernels.attention_backward(dqkv, datt, acts.att[l], acts.att_lse[l], acts.qkv[l], scores, dscores)   # (N, 3C)
-            kernels.matmul_backward(dln, grads.qkvw[l], grads.qkvb[l], dqkv, acts.ln1[l], params.qkvw[l])        # (N, C)
+            kernels.matmul_backward(dln, grads.qkvw[l], grads.qkvb[l], dqkv, acts.ln1[l], weights.qkvw[l])       # (N, C)
             kernels.layernorm_backward(dresidual, grads.ln1w[l], grads.ln1b[l],
                                        dln, acts.ln1_mean[l], acts.ln1_rstd[l], residual, params.ln1w[l])        # (N, C)
         kernels.encoder_backward(grads.wte, grads.wpe, dresidual, self.tokens)                                   # (Vp, C)
-        return self.mean_loss()
+        kernels.mean_loss(self.mean, acts.losses)
 
     def gradient_norm(self) -> DeviceArray:
-        """The Euclidean norm of all gradients together."""
+        """The Euclidean norm of the owned gradients, taken together."""
         kernels.use(self.device)
         norm = self.report[1:]
-        kernels.global_norm(norm, self.grads.flat)
+        kernels.global_norm(norm, self.grads.flat[self.owned])
         return norm
 
     def update(self, step: int, learning_rate: float, weight_decay: float, norm: DeviceArray, grad_clip: float) -> None:
@@ -201,9 +239,11 @@ class GPT2:
         is updated or cleared, so that check_finite can find the first bad tensor.
         """
         kernels.use(self.device)
-        for name, part in self.params.slices():
-            kernels.adamw_update(self.params.flat[part], self.grads.flat[part], self.adam_m[part], self.adam_v[part], norm,
-                                 learning_rate, BETA1, BETA2, EPSILON,
+        for name, part in self.params.slices(self.owned):
+            weights = self.no_weights if self.weights is self.params else self.weights.flat[part]
+            moments = slice(part.start - self.owned.start, part.stop - self.owned.start)
+            kernels.adamw_update(self.params.flat[part], self.grads.flat[part], self.adam_m[moments], self.adam_v[moments],
+                                 weights, norm, learning_rate, BETA1, BETA2, EPSILON,
                                  weight_decay if name in WEIGHT_DECAYED else 0.0, grad_clip, step)
 
     def start_timer(self):
@@ -227,8 +267,33 @@ class GPT2:
         """Run a forward pass; return the logits (V,) of the token after tokens (1, T), both NumPy arrays."""
         self.forward(self.device.to_device(tokens))
         logits = self.scratch.logits[:1]
-        kernels.matmul_forward(logits, self.acts.lnf[-1:], self.params.wte, self.no_bias)
-        return self.device.to_host(logits)[0, :self.config.vocab_size]
+        kernels.matmul_forward(logits, self.acts.lnf[-1:], self.weights.wte, self.no_bias)
+        return self.device.to_host(logits)[0, :self.config.vocab_size].astype(np.float32)
+
+
+class DeviceDataParallel(DataParallel):
+    """distributed.DataParallel for models on devices, one per process: all that it adds and gathers stays there."""
+
+    def __init__(self, model: GPT2, world: World):
+        super().__init__(model, world)
+        self.collectives = model.device.collectives(world)
+        self.norms = model.device.zeros(world.size)     # of every process's shard
+
+    def gradient_norm(self) -> DeviceArray:
+        """The norm of the summed gradients. Afterward `grads` has the sum in this process's shard, and zeros elsewhere."""
+        self.collectives.reduce_scatter(self.model.grads.flat)
+        norm = self.model.gradient_norm()
+        self.norms[self.world.rank:self.world.rank + 1] = norm
+        self.collectives.all_gather(self.norms)
+        kernels.global_norm(norm, self.norms)
+        return norm
+
+    def update(self, step: int, learning_rate: float, weight_decay: float, norm: DeviceArray, grad_clip: float) -> None:
+        """GPT2.update on this process's shard, then an all-gather of the parameters."""
+        self.model.update(step, learning_rate, weight_decay, norm, grad_clip)
+        self.collectives.all_gather(self.model.params.flat)
+        if self.model.weights is not self.model.params:
+            self.collectives.all_gather(self.model.weights.flat)
 
 
 class Prefetch:
@@ -289,34 +354,39 @@ class OnDevice:
 def main():
     own_flags = {
         "device": dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the same kernels on the CPU (slow)"),
-        "dtype": dict(default="float32", choices=["float32", "tf32"],
-                      help="of matrix products; tf32 is faster, with 10 bits of mantissa"),
+        "dtype": dict(default="float32", choices=["float32", "tf32", "bfloat16"],
+                      help="tf32: faster matrix products, with 10 bits of mantissa; bfloat16: faster in everything, with 7"),
     }
-    with open_run("Train GPT-2 on a GPU.", **own_flags) as options:
-        status = run(options)
+    with join_world() as world, open_run("Train GPT-2 on a GPU.", world, **own_flags) as options:
+        status = run(options, world)
     sys.exit(status)
 
 
-def run(options) -> int:
+def run(options, world: World) -> int:
     """Load the model and the data, train, and save. Returns the exit status."""
     from train_gpt2 import load_weights, train_and_save  # here, not above: it loads the CPU's kernels, and Numba
 
-    device = open_device(options.device, options.dtype)
+    device = open_device(options.device, options.dtype, world)
     prepare_data(options.input_bin, options.input_val_bin)
-    loaders = data_loaders(options)
+    loaders = data_loaders(options, world)
     config, params, moments, tokenizer = load_or_create_model(options, *loaders)
     B, T = options.batch_size, options.sequence_length
-    needed = memory_needed(config, activation_shapes(config, B, T, options.recompute), gpu_scratch_shapes(config, B, T))
-    memory = check_memory(f"{options.model} with batches of {B} x {T}", needed + device.library_bytes, device.memory(),
-                          device.name, memory_hint(options.recompute))
+    needed = memory_needed(config, activation_shapes(config, B, T, options.recompute),
+                           gpu_scratch_shapes(config, B, T, device.Float), world.size, device.Float)
+    processes = world.local_size if options.device == "cpu" else 1      # in the same memory
+    memory = check_memory(f"{options.model} with batches of {B} x {T}", processes * needed + device.library_bytes,
+                          device.memory(), device.name, memory_hint(options.recompute))
     train_loader, val_loader = Prefetch(loaders[0], device), loaders[1] and OnDevice(loaders[1], device)
-    model = GPT2(config, B, T, device, options.recompute)
+    model = GPT2(config, B, T, device, options.recompute, world)
+    if world.size > 1:
+        model = DeviceDataParallel(model, world)
     load_weights(model, params, moments, options.seed)
     del params, moments     # to free their memory; and Windows cannot delete a memory-mapped checkpoint
     peak = device.peak_flops()
-    return train_and_save(model, options, train_loader, val_loader, tokenizer,
+    name = f"{device.name}, {options.dtype}" + (f", {world.size} processes" if world.size > 1 else "")
+    return train_and_save(model, options, train_loader, val_loader, tokenizer, world,
                           ideal_seconds=options.accumulation_steps * sum(training_flops(config, B, T)) / peak if peak else None,
-                          device=f"{device.name}, {options.dtype}", memory=memory)
+                          device=name, memory=memory)
 
 
 if __name__ == "__main__":

@@ -442,7 +442,8 @@ def check_finite(step: int, model, **values: float) -> None:
     tensors = [*((f"parameter {name}", tensor) for name, tensor in model.params.items()),
                *((f"activation {name}", tensor) for name, tensor in activations_in_order(model)),
                *((f"gradient d{name}", tensor) for name, tensor in model.grads.items())]
-    first = next((name for name, tensor in tensors if not np.isfinite(tensor).all()), "none of those in memory")
+    first = next((name for name, tensor in tensors if not np.isfinite(tensor.astype(np.float32, copy=False)).all()),
+                 "none of those in memory")
     found = " and ".join(f"{name.replace('_', ' ')} is {value}" for name, value in values.items())
     raise UserError(f"step {step}: {found}; first non-finite tensor: {first}; "
                     "try a lower --learning-rate or a longer --warmup-iters")

@@ -16,7 +16,7 @@ import numpy as np
 
 from cli import UserError
 from files import atomic_file, cache_folder, delete_unused
-from launcher import Device, DeviceArray, Shape
+from launcher import FLOATS, Device, DeviceArray, Shape
 from machine import main_memory
 
 FOLDER = Path(__file__).resolve().parent
@@ -46,8 +46,8 @@ class CpuDevice(Device):
     """
     Array = np.ndarray
 
-    def __init__(self, reverse: bool = False, sanitize: bool = False):
-        super().__init__()
+    def __init__(self, dtype: str = "float32", reverse: bool = False, sanitize: bool = False):
+        super().__init__(dtype)
         if sys.platform == "win32":
             raise UserError("--device cpu needs Linux or macOS; on Windows, run it in WSL")
         machine()   # raises UserError now, not in the middle of a run, if there is no compiler
@@ -74,6 +74,11 @@ class CpuDevice(Device):
         array.reshape(-1).view(np.uint8)[:] = UNSET
         return array
 
+    def temporary(self, shape: Shape, dtype=np.float32) -> DeviceArray:
+        array = super().temporary(shape, dtype)
+        array.reshape(-1).view(np.uint8)[:] = UNSET
+        return array
+
     def to_device(self, array: np.ndarray) -> DeviceArray:
         return np.array(array, order="C")
 
@@ -86,20 +91,21 @@ class CpuDevice(Device):
     def uploader(self, shape: Shape, dtype) -> Callable[[np.ndarray], DeviceArray]:
         return self.to_device
 
-    def argsort(self, array: DeviceArray) -> DeviceArray:
-        return np.argsort(array, kind="stable").astype(np.int32)
-
     address = operator.attrgetter("ctypes.data")
     contiguous = operator.attrgetter("flags.c_contiguous")
     writable = operator.attrgetter("flags.writeable")
 
     # Computing
 
-    def gemm(self, c: DeviceArray, alpha: float, a: DeviceArray, b: DeviceArray, beta: float) -> None:
-        self.check_product(c, a, b)
+    def gemm(self, c: DeviceArray, alpha: float, a: DeviceArray, b: DeviceArray, beta: float,
+             bias: DeviceArray | None = None) -> None:
+        self.check_product(c, a, b, bias)
+        a, b = a.astype(np.float32, copy=False), b.astype(np.float32, copy=False)
         with np.errstate(all="ignore"):     # no warnings about infinity and NaN, as on a GPU
-            product = np.float32(alpha) * (a @ b)
-            c[...] = product if beta == 0 else product + np.float32(beta) * c
+            total = np.float32(alpha) * (a @ b)
+            if beta:
+                total += np.float32(beta) * c.astype(np.float32, copy=False)
+            c[...] = total + bias if bias is not None and bias.size else total
 
     def load(self, sources: Sequence[str]) -> None:
         super().load(sources)
@@ -124,7 +130,7 @@ class CpuDevice(Device):
                     }};
                     return cuda_on_cpu::launch("{kernel.name}", "{file}", body, args, shape, reverse);
                 }}""")
-        flags = FLAGS + (SANITIZE if self.sanitize else FAST)
+        flags = FLAGS + (SANITIZE if self.sanitize else FAST) + [f"-DFloat={FLOATS[self.dtype]}"]
         library = ctypes.PyDLL(str(build("\n".join(text), kernels[0].name, flags)))     # Py: one launch at a time
         return {kernel.name: self.function(kernel, library, file) for kernel in kernels}
 
@@ -148,6 +154,9 @@ class CpuDevice(Device):
                 run(grid, block, copies, shared_bytes)
 
         return run_guarded if self.sanitize else run
+
+    def collectives(self, world):
+        return world    # which adds and gathers NumPy arrays
 
     # Timing
 

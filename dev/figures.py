@@ -39,6 +39,7 @@ CENTERED = dict(horizontalalignment="center", verticalalignment="center")
 # The processors of the roofline: FLOP/s and bytes/s. Two cores of BENCHMARK.md's Xeon; NVIDIA's data sheet of the H100 SXM.
 CPU = "2 CPU cores"
 PROCESSORS = {CPU: (385e9, 30e9), "H100, float32": (67e12, 3.35e12), "H100, TF32": (495e12, 3.35e12)}
+EXAMPLE_LANE = 13       # of a warp: the one that stands out in the figure of FlashAttention
 PROMPT = "ROMEO:\nO my love, my wife!\nDeath hath no power."
 
 
@@ -175,6 +176,77 @@ def evenness(p):
     return np.mean([-np.sum(row * np.log(np.maximum(row, 1e-30))) / np.log(n) for n, row in enumerate(p, 1) if n > 2])
 
 
+def lanes_of_sums():
+    """The lane of a warp that holds each number of a (16, 8) sum of tensor cores: row_of and column_of in kernels_gpu.py."""
+    lanes = np.empty((16, 8), dtype=int)
+    for lane in range(32):
+        for i in range(4):
+            lanes[lane // 4 + i // 2 * 8, 2 * (lane % 4) + i % 2] = lane
+    return lanes
+
+
+def lanes_of_left_factor():
+    """The same of a (16, 16) left factor: register i of a lane has a pair of neighbors in a row."""
+    lanes = np.empty((16, 16), dtype=int)
+    for lane in range(32):
+        for i in range(4):
+            column = i // 2 * 8 + 2 * (lane % 4)
+            lanes[lane // 4 + i % 2 * 8, column:column + 2] = lane
+    return lanes
+
+
+def lanes_of_right_factor():
+    """The same of a (16, 8) right factor: register i of a lane has a pair of neighbors in a column."""
+    lanes = np.empty((16, 8), dtype=int)
+    for lane in range(32):
+        for i in range(2):
+            row = i * 8 + 2 * (lane % 4)
+            lanes[row:row + 2, lane // 4] = lane
+    return lanes
+
+
+def draw_flash_attention(pyplot, model):
+    figure, ((scores, right), (left, sums)) = pyplot.subplots(2, 2, figsize=(WIDTH, 7.2), width_ratios=(16, 8))
+    halves = "[0], [1]", "[2], [3]"
+    draw_lanes(scores, "two sums, 16 x 8 each", np.hstack(2 * [lanes_of_sums()]), (1, 2), ("x[2k]", "x[2k + 1]"), halves)
+    draw_lanes(right, "right factor, 16 x 8", lanes_of_right_factor(), (2, 1), ("",), ("tiles[0]", "tiles[1]"))
+    draw_lanes(left, "left factor, 16 x 16", lanes_of_left_factor(), (1, 2), ("pairs[k][0]", "pairs[k][2]"), ("", ""))
+    draw_lanes(sums, "sums += left @ right", lanes_of_sums(), (1, 2), ("x[n]",), halves)
+    for x, name in ((3.5, "pairs[k][1]"), (11.5, "pairs[k][3]")):
+        left.text(x, 16.3, name, **CENTERED)
+    arrow = left.annotate("", (-1.4, 7.5), (-1.4, 7.5), textcoords=scores.transData, annotation_clip=False,
+                          arrowprops=dict(arrowstyle="->", color=INK, linewidth=1.2))
+    arrow.set_in_layout(False)
+    scores.text(-2.2, 17, "round_to_factor", rotation=90, in_layout=False, **CENTERED)
+    return figure
+
+
+def draw_lanes(axes, title, lanes, pair, columns, rows):
+    """Draw which lane holds each number of a matrix: a cell with the lane's number for each pair of numbers.
+
+    The color stands for lane % 4, and red for one lane, as an example.
+    pair: its shape, (1, 2) or (2, 1)
+    columns, rows: what the tiles of 8 x 8 are called, above and to the right
+    """
+    from matplotlib.patches import Rectangle
+    height, width = pair
+    for row in range(0, len(lanes), height):
+        for column in range(0, len(lanes[0]), width):
+            lane = lanes[row, column]
+            color = RED if lane == EXAMPLE_LANE else (BLUE, ORANGE, GREEN, PURPLE)[lane % 4]
+            axes.add_patch(Rectangle((column - 0.46, row - 0.46), width - 0.08, height - 0.08, facecolor=color))
+            axes.text(column + (width - 1) / 2, row + (height - 1) / 2, str(lane), color="white", fontsize=8, **CENTERED)
+    for row in range(0, len(lanes), 8):
+        axes.text(len(lanes[0]) - 0.2, row + 3.5, rows[row // 8], verticalalignment="center")
+        for column in range(0, len(lanes[0]), 8):
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 8, 8, facecolor="none", edgecolor=INK, linewidth=1.2))
+    for column, name in zip(range(0, len(lanes[0]), 8), columns):
+        axes.text(column + 3.5, -1.2, name, **CENTERED)
+    axes.set_title(title, pad=20 if columns[0] else 6)
+    axes.set(xlim=(-0.6, len(lanes[0]) - 0.4), ylim=(len(lanes) - 0.4, -0.6), aspect="equal")
+    axes.set_axis_off()
+
+
 def draw_initialization(pyplot, model):
     depths = (1, 2, 4, 6, 12, 24, 36, 48)
     figure, axes = pyplot.subplots(figsize=(WIDTH, 3.4))
@@ -273,6 +345,7 @@ DRAWINGS = {
     "layernorm.png": draw_layernorm,
     "attention_tiles.png": draw_attention_tiles,
     "attention.png": draw_attention,
+    "flash_attention.png": draw_flash_attention,
     "initialization.png": draw_initialization,
     "memory.png": draw_memory,
     "roofline.png": draw_roofline,

@@ -34,6 +34,15 @@ def on(request):
 
 
 @pytest.fixture(params=["cpu", "cuda"])
+def on_bfloat16(request):
+    """A device with activations in bfloat16."""
+    try:
+        return open_device(request.param, "bfloat16")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=["cpu", "cuda"])
 def device_flag(request):
     """The flag for a device that this machine has."""
     try:

@@ -431,18 +431,18 @@ def test_checkpoint_before_the_damaged_one(run, stopped, tmp_path):
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-import training, train_gpt2
+import training, train_gpt2, train_gpt2_gpu
 from gpt2 import Config
 from cli import run_program
 training.model_config = lambda name: Config({}, {}, {}, {}, {}, {})
-run_program(train_gpt2.main, training.OUT_OF_MEMORY_HINT)
+run_program({program}.main, training.OUT_OF_MEMORY_HINT)
 """
 ROOT = Path(train_gpt2.__file__).parent
 
 
-def command(config, *flags):
+def command(config, *flags, program="train_gpt2"):
     """The command that runs train_gpt2.py with a small model in its own process."""
-    return [sys.executable, "-c", PROGRAM.format(*astuple(config)), str(ROOT), *map(str, flags)]
+    return [sys.executable, "-c", PROGRAM.format(*astuple(config), program=program), str(ROOT), *map(str, flags)]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")

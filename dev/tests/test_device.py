@@ -1,19 +1,20 @@
 """The launcher's checks, and the behavior that both devices share.
 
-A test that needs a GPU is skipped if there is none. `CudaDevice` is tested without a GPU too, on a fake CuPy: NumPy arrays, a
-cuBLAS that computes from addresses and leading dimensions, and streams that record what they are told to do.
+A test that needs a GPU is skipped if there is none. `CudaDevice` is tested without a GPU too, on a fake CuPy: NumPy arrays,
+products that are computed from addresses, and streams that record what they are told to do.
 """
 import ctypes
-import inspect
 import itertools
 import re
 import shutil
 import sys
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+import cublaslt
 from cli import UserError
 from cuda_on_cpu import CpuDevice
 from device import CudaDevice, open_device
@@ -52,38 +53,49 @@ class FakeArray(np.ndarray):
             stream.log.append("copy")
 
 
-def column_major(address, rows, columns, leading_dimension, transposed=False):
-    """A matrix (rows, columns) as cuBLAS sees it: stored in column-major order, or as its transpose in column-major order."""
-    if transposed:
-        return column_major(address, columns, rows, leading_dimension).T
-    numbers = np.frombuffer((ctypes.c_float * (leading_dimension * (columns - 1) + rows)).from_address(address), np.float32)
-    return np.lib.stride_tricks.as_strided(numbers, (rows, columns), (4, 4 * leading_dimension))
+class FakeProducts:
+    """cublaslt.CublasLt, on arrays in main memory."""
+
+    def __init__(self, workspace, workspace_bytes, tf32):
+        self.tf32 = tf32
+
+    def matmul(self, problem, c, alpha, a, b, beta, bias, stream):
+        assert stream == 99
+        c_shape, c_strides, a_shape, a_strides, b_shape, b_strides, c_itemsize, itemsize = problem
+        c, a, b = (array_at(address, *layout) for address, *layout in (
+            (c, c_shape, c_strides, c_itemsize), (a, a_shape, a_strides, itemsize), (b, b_shape, b_strides, itemsize)))
+        total = alpha * (a.astype(float) @ b.astype(float)) + (beta * c.astype(float) if beta else 0)
+        c[...] = total + array_at(bias, c_shape[-1:], (c_itemsize,), c_itemsize) if bias else total
 
 
-class FakeCublas:
-    CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_GEMM_DEFAULT = 0, 1, 68, 77, -1
-
-    @staticmethod
-    def gemmEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType, algo):
-        assert (handle, Atype, Btype, Ctype, algo) == (1234, 0, 0, 0, -1) and computeType in (68, 77)
-        alpha, beta = ctypes.c_float.from_address(alpha).value, ctypes.c_float.from_address(beta).value
-        c = column_major(C, m, n, ldc)
-        product = alpha * column_major(A, m, k, lda, transa) @ column_major(B, k, n, ldb, transb)
-        c[...] = product if beta == 0 else product + beta * c
-
-    @staticmethod
-    def gemmStridedBatchedEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB, beta,
-                             C, Ctype, ldc, strideC, batchCount, computeType, algo):
-        for i in range(batchCount):
-            FakeCublas.gemmEx(handle, transa, transb, m, n, k, alpha, A + 4 * i * strideA, Atype, lda,
-                              B + 4 * i * strideB, Btype, ldb, beta, C + 4 * i * strideC, Ctype, ldc, computeType, algo)
+def array_at(address, shape, strides, itemsize):
+    nbytes = itemsize + sum((length - 1) * stride for length, stride in zip(shape, strides))
+    dtype = np.float32 if itemsize == 4 else ml_dtypes.bfloat16
+    return np.ndarray(shape, dtype, (ctypes.c_byte * nbytes).from_address(address), 0, strides)
 
 
 class FakeStream:
-    """Records what it is told to do: "copy", entries that the test adds, and what of another stream it waits for."""
+    """Records what it is told to do: "copy", entries that the test adds, and what of another stream it waits for.
 
-    def __init__(self):
-        self.log = []
+    refuses: the error of CUDA when it ends to record a graph, or None
+    """
+    ptr, refuses = 99, None
+
+    def __init__(self, cupy):
+        self.log, self.cupy = [], cupy
+
+    def use(self):
+        self.cupy.stream = self
+
+    def begin_capture(self):
+        self.log.append("begin")
+
+    def end_capture(self):
+        start = self.log.index("begin")
+        self.log, graph = self.log[:start], self.log[start + 1:]
+        if self.refuses:
+            raise RuntimeError(self.refuses)
+        return SimpleNamespace(launch=lambda stream: stream.log.append(tuple(graph)))
 
     def wait_event(self, event):
         self.log.append(event.comes_after)
@@ -110,7 +122,7 @@ class FakeCupy:
     ndarray = FakeArray
 
     def __init__(self, gpus=2, capability="80", free=2 ** 30, missing=None, busy=None):
-        self.stream, self.streams, self.free = FakeStream(), [], free
+        self.stream, self.streams, self.free = None, [], free
         self.modules = []
 
         class CUDARuntimeError(RuntimeError):
@@ -124,22 +136,22 @@ class FakeCupy:
         def fail_with(error):
             if error:
                 raise error
-            return 1234
 
         self.nvrtc = SimpleNamespace(getVersion=lambda: fail_with(missing))
+        self.open_products = lambda *args, **options: fail_with(busy) or FakeProducts(*args, **options)
 
         def new_stream(non_blocking):
             assert non_blocking
-            self.streams.append(FakeStream())
+            self.streams.append(FakeStream(self))
             return self.streams[-1]
 
         device = SimpleNamespace(compute_capability=capability, mem_info=(free, 2 ** 34),
                                  attributes={"MultiProcessorCount": 108, "ClockRate": 1410000})
         device.use = lambda: device
         self.cuda = SimpleNamespace(
-            runtime=SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDeviceCount=get_device_count, CUDA_R_32F=0,
+            runtime=SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDeviceCount=get_device_count,
                                     getDeviceProperties=lambda index: {"name": b"Fake GPU %d" % index}),
-            device=SimpleNamespace(get_cublas_handle=lambda: fail_with(busy)), Device=lambda index: device, Event=FakeEvent,
+            Device=lambda index: device, Event=FakeEvent,
             Stream=new_stream, get_current_stream=lambda: self.stream)
 
     def get_default_memory_pool(self):
@@ -152,9 +164,6 @@ class FakeCupy:
 
     def zeros(self, shape, dtype):
         return np.zeros(shape, dtype).view(FakeArray)
-
-    def argsort(self, array, kind):
-        return np.argsort(array, kind=kind)
 
     def RawModule(self, code, options):
         launches = []
@@ -171,7 +180,9 @@ def fake_cupy(monkeypatch):
     def install(**options):
         monkeypatch.setattr(CudaDevice, "index", None)
         cupy = FakeCupy(**options)
-        libs = SimpleNamespace(cublas=FakeCublas, nvrtc=cupy.nvrtc)
+        libs = SimpleNamespace(nvrtc=cupy.nvrtc)
+        monkeypatch.setattr(cublaslt, "open_library", lambda: None)
+        monkeypatch.setattr(cublaslt, "CublasLt", cupy.open_products)
         for name, module in {"cupy": cupy, "cupyx": SimpleNamespace(empty_pinned=np.empty), "cupy_backends.cuda.libs": libs,
                              "cupy_backends.cuda": SimpleNamespace(libs=libs), "cupy_backends": SimpleNamespace()}.items():
             monkeypatch.setitem(sys.modules, name, module)
@@ -220,7 +231,7 @@ def test_a_declaration():
      "k: the shape (N, M) of x names M, expected an integer parameter"),
     ('extern "C" __global__ void k(half* x) {}',
      "k: unknown type in 'half* x', expected one of float, double, int, unsigned, unsigned int, long long, unsigned long long, "
-     "size_t, unsigned char"),
+     "size_t, unsigned char, bf16, Float"),
     ('extern "C" __global__ void k(int n) {}\n__global__ void other(int n) {}',
      'found 2 kernels, only 1 (k) declared as expected: extern "C" __global__ void name('),
 ])
@@ -385,6 +396,21 @@ def test_gemm(device, batch, transpose_a, transpose_b, beta):
     assert np.isnan(device.to_host(c_padded)).sum() == c_padded.size - c.size
 
 
+@pytest.mark.parametrize("kind, dtype, dtype_c", [("cpu", "bfloat16", "bfloat16"), ("cpu", "bfloat16", "float32"),
+                                                  ("cuda", "bfloat16", "bfloat16"), ("cuda", "bfloat16", "float32"),
+                                                  ("cpu", "float32", "float32"), ("cuda", "float32", "float32")])
+def test_gemm_with_bias(fake_cupy, kind, dtype, dtype_c):
+    """The sum of product and bias is rounded once."""
+    fake_cupy()
+    device = open_device(kind, dtype)
+    a, b, bias = (array.astype(dtype) for array in (normal(5, 4), normal(4, 7), normal(7)))
+    c = device.empty((5, 7), np.dtype(dtype_c))
+    device.gemm(c, 1, *map(device.to_device, (a, b)), 0, device.to_device(bias.astype(dtype_c)))
+    exact = a.astype(float) @ b.astype(float) + bias.astype(float)
+    tolerance = 1e-5 if dtype_c == "float32" else 2 ** -8
+    np.testing.assert_allclose(device.to_host(c).astype(float), exact, rtol=tolerance, atol=1e-6)
+
+
 @pytest.mark.parametrize("change, kind, message", [
     (dict(a=np.zeros((5, 4))), TypeError, "gemm: a is .* of float64, expected .* of float32"),
     (dict(a=np.zeros((5, 3))), ValueError, r"gemm: c \(5, 7\), a \(5, 3\) and b \(4, 7\) do not match"),
@@ -411,12 +437,6 @@ def strided_copy(array):
     """A float32 array of the same shape, with half the strides of the float64 array."""
     base = np.zeros(array.size * 2, np.float32)
     return np.lib.stride_tricks.as_strided(base, array.shape, [stride // 2 for stride in array.strides])
-
-
-def test_argsort_is_stable(device):
-    tokens = np.random.default_rng(0).integers(0, 50, 2000).astype(np.int32)
-    order = device.to_host(device.argsort(device.to_device(tokens)))
-    assert order.dtype == np.int32 and np.array_equal(order, np.argsort(tokens, kind="stable"))
 
 
 def test_arrays(device):
@@ -447,16 +467,6 @@ def test_uploads(device):
 # ----------------------------------------------------------------------------------------------------------------------
 # CudaDevice on the fake CuPy
 
-def test_the_fake_cublas_has_the_signatures_of_the_real_one():
-    pytest.importorskip("cupy", reason="CuPy is not installed")
-    from cupy_backends.cuda.libs import cublas
-    for name in ("gemmEx", "gemmStridedBatchedEx"):
-        real = re.findall(r"(\w+)[,)]", getattr(cublas, name).__doc__)
-        assert real == list(inspect.signature(getattr(FakeCublas, name)).parameters)
-    for name in ("CUBLAS_OP_N", "CUBLAS_OP_T", "CUBLAS_COMPUTE_32F", "CUBLAS_COMPUTE_32F_FAST_TF32", "CUBLAS_GEMM_DEFAULT"):
-        assert getattr(cublas, name) == getattr(FakeCublas, name)
-
-
 def test_a_launch_on_a_gpu(fake_cupy):
     cupy = fake_cupy()
     device = open_device("cuda", "float32")
@@ -466,7 +476,7 @@ def test_a_launch_on_a_gpu(fake_cupy):
     for _ in range(2):
         device.launch("copy", (1, 2), 3, out, inp, 3, shared_bytes=16)
     [(code, options, launches)] = cupy.modules
-    assert code == "// in front\n" + LAUNCH and options == ("--std=c++17",)
+    assert code == "// in front\n" + LAUNCH and options == ("--std=c++17", "-DFloat=float")
     assert launches == 2 * [((1, 2, 1), (3, 1, 1), [out.data.ptr, inp.data.ptr, np.int32(3)], 16)]
     assert launches[0][2][2].dtype == np.int32
 
@@ -474,7 +484,7 @@ def test_a_launch_on_a_gpu(fake_cupy):
 def test_an_upload_waits_for_the_kernels_that_used_its_buffer(fake_cupy):
     cupy = fake_cupy()
     upload = open_device("cuda", "float32").uploader(3, np.int32)
-    [copies] = cupy.streams
+    _, copies = cupy.streams
     arrays = []
     for i in range(8):
         cupy.stream.log.append(f"kernels {i}")      # they may use the array of upload i - 2
@@ -488,6 +498,41 @@ def test_an_upload_waits_for_the_kernels_that_used_its_buffer(fake_cupy):
             assert f"kernels {i - 1}" in before_copy and f"kernels {i}" not in before_copy
 
 
+def test_a_graph_repeats_what_a_work_launches(fake_cupy):
+    """The first call is an ordinary one, the second is recorded; from there on only the graph is launched."""
+    cupy, graphs = fake_cupy(), {}
+    device = open_device("cuda", "float32")
+    works = {name: (lambda name=name: cupy.stream.log.extend([f"{name} 1", f"{name} 2"])) for name in "ab"}
+    for name in "aabaab":
+        device.replay(graphs, name, works[name])
+    assert cupy.stream.log == ["a 1", "a 2", ("a 1", "a 2"), "b 1", "b 2", ("a 1", "a 2"), ("a 1", "a 2"), ("b 1", "b 2")]
+
+
+@pytest.mark.parametrize("where", ["work", "end"])
+def test_what_cuda_does_not_record_is_launched(fake_cupy, caplog, where):
+    cupy, graphs = fake_cupy(), {}
+    device = open_device("cuda", "float32")
+
+    def work():
+        if where == "work" and "begin" in cupy.stream.log:
+            raise NotImplementedError("no calls of cuBLAS\nin a graph")
+        cupy.stream.log.append("launch")
+
+    cupy.stream.refuses = "cudaErrorStreamCaptureInvalidated: no graph" if where == "end" else None
+    for _ in range(3):
+        device.replay(graphs, "key", work)
+    assert cupy.stream.log == 3 * ["launch"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "note: no CUDA graphs on Fake GPU 0: " + (cupy.stream.refuses or "no calls of cuBLAS")]
+
+
+def test_a_mistake_in_a_recorded_work_is_reported(fake_cupy):
+    fake_cupy()
+    device, graphs = open_device("cuda", "float32"), {"key": None}
+    with pytest.raises(ValueError, match="no such kernel"):
+        device.replay(graphs, "key", lambda: device.launch("cpy", 1, 1))
+
+
 def test_peak_flops(fake_cupy):
     fake_cupy(capability="80")
     assert open_device("cuda", "float32").peak_flops() == pytest.approx(19.5e12, rel=0.01)    # NVIDIA's figure for the A100
@@ -496,14 +541,9 @@ def test_peak_flops(fake_cupy):
     assert open_device("cuda", "float32").peak_flops() is None
 
 
-def test_tf32(fake_cupy, monkeypatch):
+def test_tf32(fake_cupy):
     fake_cupy()
-    types = []
-    monkeypatch.setattr(FakeCublas, "gemmEx", lambda *args: types.append(args[-2]))
-    for dtype in ("float32", "tf32"):
-        device = open_device("cuda", dtype)
-        device.gemm(device.zeros((2, 2)), 1, device.zeros((2, 2)), device.zeros((2, 2)), 0)
-    assert types == [68, 77]
+    assert [open_device("cuda", dtype).products.tf32 for dtype in ("float32", "tf32", "bfloat16")] == [False, True, False]
 
 
 def test_out_of_memory(fake_cupy):
@@ -517,11 +557,12 @@ def test_out_of_memory(fake_cupy):
 # Opening a device
 
 @pytest.mark.parametrize("name, dtype, status, message", [
-    ("cpu", "tf32", 2, "--dtype tf32 needs a GPU; with --device cpu leave it at float32"),
+    ("cpu", "tf32", 2, "--dtype tf32 needs a GPU; with --device cpu choose float32 or bfloat16"),
     ("gpu", "float32", 2, "--device gpu: expected cpu, cuda, or cuda:1 for the second GPU"),
     ("cuda:x", "float32", 2, "--device cuda:x: expected cpu, cuda, or cuda:1 for the second GPU"),
     ("cuda:2", "float32", 1, "--device cuda:2: the last GPU here is cuda:1"),
     ("cuda", "tf32", 1, "--dtype tf32 needs a GPU of compute capability 8.0; Fake GPU 0 has 7.5: leave it at float32"),
+    ("cuda", "bfloat16", 1, "--dtype bfloat16 needs a GPU of compute capability 8.0; Fake GPU 0 has 7.5: leave it at float32"),
 ])
 def test_no_such_device(fake_cupy, name, dtype, status, message):
     fake_cupy(capability="75")
@@ -571,4 +612,4 @@ def test_devices_have_the_same_methods():
     def methods(kind):
         return {name for name in dir(kind) if not name.startswith("_")}
     assert methods(CpuDevice) - methods(CudaDevice) == {"Array", "function"}
-    assert methods(CudaDevice) - methods(CpuDevice) == {"allocate", "index"}
+    assert methods(CudaDevice) - methods(CpuDevice) == {"allocate", "index", "record", "workspace_bytes"}

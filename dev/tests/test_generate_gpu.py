@@ -13,6 +13,7 @@ from generate_gpt2 import generate, mean_loss
 from generate_gpt2_gpu import Decoder
 from gpt2 import Config
 from model_files import load_model, save_model
+from test_kernels import relative_error
 from test_generate import (CONFIGS, REFERENCE, THREADS, assert_cached_equals_full, assert_close, full_logits, random_params,
                            random_texts)
 
@@ -37,6 +38,20 @@ def test_growing_texts(on, same_prompt):
             start = end - T // 2
         assert_close(decoder.next_logits([text[:end] for text in texts]),
                      full_logits(config, params, [text[start:end] for text in texts])[:, -1])
+
+
+def test_bfloat16(on_bfloat16):
+    """Logits, of a prompt and then of one token after another, and losses are near those in float32."""
+    config, n = CONFIGS["odd"], 9
+    params, text = random_params(config), random_texts(config, 1, n)[0]
+    tokens = np.array([text], dtype=np.int32)
+    decoder, exact = Decoder(config, params, 1, on_bfloat16), generate_gpt2.Decoder(config, params, 1, THREADS)
+    for part in np.split(tokens, [5, 6, 7, 8], axis=1):
+        found, expected = (each.logits(each.forward(part)) for each in (decoder, exact))
+        assert found.dtype == np.float32 and relative_error(found, expected) < 3e-2
+        assert (np.float32(found).view(np.uint32) & 0xFFFF).any(), "logits are not rounded to bfloat16"
+    losses = [mean_loss(each, text) for each in (decoder, exact)]
+    assert math.isclose(*losses, rel_tol=2e-2) and losses[0] != losses[1]
 
 
 def test_greedy_text_of_transformers(on):

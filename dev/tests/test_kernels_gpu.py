@@ -32,7 +32,7 @@ OUTPUTS = {
     "attention_cached_forward": ("out", "keys", "values"),
     "bias_gelu_forward": ("out", "inp"),
     "bias_gelu_exact_forward": ("out", "inp"),
-    "add_mean_loss": ("total",),
+    "mean_loss": ("mean",),
 }
 BOUND = cpu.BOUND
 BOUNDS = {"attention_backward": cpu.BOUNDS["attention_backward"]}
@@ -57,26 +57,52 @@ def run(request):
 
 # Calling the kernels
 
+FLOAT32 = "inp2_bias", "losses", "grads", "params", "m", "v"       # arguments that are float32 with any dtype
+
+
+
+
 class Runner:
     """The kernels of kernels_gpu.py on one device, with the interface of kernels_float64.py."""
 
     def __init__(self, device):
         self.device = device
 
+    def is_activation(self, kernel, name, arg):
+        """Whether the kernel takes this argument as an array of the device's Float."""
+        float32 = name in FLOAT32 or name == "weight" and "layernorm" in kernel or name == "bias" and "mat" not in kernel
+        return isinstance(arg, np.ndarray) and arg.dtype == np.float32 and not float32
+
+    def rounded(self, kernel, args):
+        """The arguments as the kernel gets them: float32 arrays of numbers rounded to the device's Float."""
+        return {name: arg.astype(self.device.Float).astype(np.float32) if self.is_activation(kernel, name, arg) else arg
+                for name, arg in args.items()}
+
     def __call__(self, kernel, args):
-        """Copy the arrays among the arguments to the device, and the results back."""
+        """Copy the arrays among the arguments to the device, and the results back, as float32."""
         kernels_gpu.use(self.device)
-        args = {name: self.device.to_device(arg) if isinstance(arg, np.ndarray) else arg for name, arg in args.items()}
+        args = {name: self.activation(arg) if self.is_activation(kernel, name, arg)
+                else self.device.to_device(arg) if isinstance(arg, np.ndarray) else arg for name, arg in args.items()}
         values = getattr(self, kernel)(**args)
         values = values if isinstance(values, tuple) else (values,)
-        return {output: value.added(self.device) if isinstance(value, Added) else self.device.to_host(value)
-                for output, value in zip(OUTPUTS[kernel], values)}
+        return {output: value.added(self.device) if isinstance(value, Added)
+                else self.host(value) for output, value in zip(OUTPUTS[kernel], values)}
+
+    def activation(self, array):
+        return self.device.to_device(array.astype(self.device.Float))
+
+    def host(self, array):
+        return self.device.to_host(array).astype(np.float32, copy=False)
 
     def unset(self, *shape):
+        """An array of the device's Float."""
+        return self.activation(unset(*shape))
+
+    def unset32(self, *shape):
         return self.device.to_device(unset(*shape))
 
-    def accumulator(self, *shape):
-        return Added(self.device, *shape)
+    def accumulator(self, *shape, dtype=np.float32):
+        return Added(self.device, *shape, dtype=dtype)
 
     def encoder_forward(self, tokens, wte, wpe):
         out = self.unset(tokens.size, wte.shape[1])
@@ -89,19 +115,20 @@ class Runner:
         return dwte, dwpe
 
     def layernorm_forward(self, inp, weight, bias):
-        out, mean, rstd = self.unset(*inp.shape), self.unset(len(inp)), self.unset(len(inp))
+        out, mean, rstd = self.unset(*inp.shape), self.unset32(len(inp)), self.unset32(len(inp))
         kernels_gpu.layernorm_forward(out, mean, rstd, inp, weight, bias)
         return out, mean, rstd
 
     def residual_layernorm_forward(self, inp1, inp2, inp2_bias, weight, bias):
         residual, out = self.unset(*inp1.shape), self.unset(*inp1.shape)
-        mean, rstd = self.unset(len(inp1)), self.unset(len(inp1))
+        mean, rstd = self.unset32(len(inp1)), self.unset32(len(inp1))
         kernels_gpu.residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, inp2_bias, weight, bias)
         return residual, out, mean, rstd
 
     def layernorm_backward(self, dout, inp, weight):
-        _, mean, rstd = exact.layernorm_forward(self.device.to_host(inp), np.ones(weight.size), np.zeros(weight.size))
-        dinp, dweight, dbias = self.accumulator(*inp.shape), self.accumulator(weight.size), self.accumulator(weight.size)
+        _, mean, rstd = exact.layernorm_forward(self.host(inp), np.ones(weight.size), np.zeros(weight.size))
+        dinp = self.accumulator(*inp.shape, dtype=self.device.Float)
+        dweight, dbias = self.accumulator(weight.size), self.accumulator(weight.size)
         kernels_gpu.layernorm_backward(dinp.array, dweight.array, dbias.array, dout,
                                        self.device.to_device(mean.astype(np.float32)),
                                        self.device.to_device(rstd.astype(np.float32)), inp, weight)
@@ -124,29 +151,28 @@ class Runner:
 
     def attention_cached_forward(self, qkv, B, NH, position):
         """The positions of qkv (B, S, 3C) before `position` are already in the KV cache; the rest of the cache is NaN."""
-        qkv = self.device.to_host(qkv)
+        qkv = self.host(qkv)
         S, HS = qkv.shape[1], qkv.shape[2] // (3 * NH)
         room = np.full((2, B, NH, 3, HS), np.nan)
         keys, values = np.concatenate((split(qkv, NH)[1:], room), axis=3).astype(np.float32)
         keys[:, :, position:] = values[:, :, position:] = np.nan
-        keys, values = map(self.device.to_device, (keys, values))
+        keys, values = map(self.activation, (keys, values))
         out = self.unset(B * (S - position), NH * HS)
-        new = self.device.to_device(qkv[:, position:].reshape(len(out), -1))
-        kernels_gpu.attention_cached_forward(out, keys, values, new, position)
-        for cache in map(self.device.to_host, (keys, values)):
+        new = self.activation(qkv[:, position:].reshape(len(out), -1))
+        kernels_gpu.attention_cached_forward(out, keys, values, new, position, self.device.to_device(np.int32([position])))
+        for cache in map(self.host, (keys, values)):
             assert np.isnan(cache[:, :, S:]).all(), "the cache must not be written past the new tokens"
         return out, keys[:, :, :S].copy(), values[:, :, :S].copy()
 
     def attention_forward(self, qkv, B, T, NH):
-        out, lse = self.unset(B * T, qkv.shape[1] // 3), self.unset(B, NH, T)
+        out, lse = self.unset(B * T, qkv.shape[1] // 3), self.unset32(B, NH, T)
         kernels_gpu.attention_forward(out, lse, qkv, self.unset(NH, T, T))
         return out, lse
 
     def attention_backward(self, dout, qkv, B, T, NH):
-        out, lse = exact.attention_forward(self.device.to_host(qkv), B, T, NH)
+        out, lse = exact.attention_forward(self.host(qkv), B, T, NH)
         dqkv = self.unset(*qkv.shape)
-        kernels_gpu.attention_backward(dqkv, dout, self.device.to_device(out.astype(np.float32)),
-                                       self.device.to_device(lse.astype(np.float32)), qkv,
+        kernels_gpu.attention_backward(dqkv, dout, self.activation(out), self.device.to_device(lse.astype(np.float32)), qkv,
                                        self.unset(NH, T, T), self.unset(NH, T, T))
         return dqkv
 
@@ -171,17 +197,17 @@ class Runner:
         return dinp
 
     def fused_classifier(self, logits, targets, dloss, V):
-        losses = self.unset(len(logits))
+        losses = self.unset32(len(logits))
         kernels_gpu.fused_classifier(losses, logits, targets, dloss, V)
         return losses, logits
 
-    def add_mean_loss(self, losses, scale):
-        total = self.accumulator(1)
-        kernels_gpu.add_mean_loss(total.array, losses, scale)
-        return total
+    def mean_loss(self, losses):
+        mean = self.unset32(1)
+        kernels_gpu.mean_loss(mean, losses)
+        return mean
 
     def global_norm(self, grads):
-        norm = self.unset(1)
+        norm = self.unset32(1)
         kernels_gpu.global_norm(norm, grads)
         return norm
 
@@ -189,9 +215,13 @@ class Runner:
         """A grad_scale below 1 comes from a grad_clip that is smaller than the norm by that factor."""
         grad_clip = grad_scale * norm if grad_clip is None else grad_clip
         norm = self.device.to_device(np.full(1, norm, dtype=np.float32))
-        kernels_gpu.adamw_update(params, grads, m, v, norm, grad_clip=grad_clip, **settings)
+        weights = self.unset(*(params.shape if self.device.Float != np.float32 else (0,)))
+        kernels_gpu.adamw_update(params, grads, m, v, weights, norm, grad_clip=grad_clip, **settings)
         if np.isfinite(self.device.to_host(norm)):
             assert not self.device.to_host(grads).any(), "adamw_update must clear the gradients"
+            if weights.size:
+                rounded = self.device.to_host(params).astype(self.device.Float)
+                np.testing.assert_array_equal(self.host(weights), rounded.astype(np.float32))
         return params, m, v
 
 
@@ -204,9 +234,10 @@ def split(qkv, NH):
 class Added(Accumulator):
     """An Accumulator whose array is on a device."""
 
-    def __init__(self, device, *shape):
+    def __init__(self, device, *shape, dtype=np.float32):
         super().__init__(*shape)
-        self.array = device.to_device(self.array)
+        self.start = self.array.astype(dtype).astype(np.float64)
+        self.array = device.to_device(self.array.astype(dtype))
 
     def added(self, device):
         return device.to_host(self.array).astype(np.float64) - self.start
@@ -239,8 +270,8 @@ class Exact:
         inp = inp.astype(np.float64) + bias
         return exact.gelu_exact_forward(inp), inp
 
-    def add_mean_loss(self, losses, scale):
-        return np.array([scale * losses.astype(np.float64).sum()])
+    def mean_loss(self, losses):
+        return np.array([losses.astype(np.float64).mean()])
 
     def global_norm(self, grads):
         return np.array([exact.global_norm(grads)])
@@ -287,7 +318,7 @@ def gelu_cases(N, C):
 
 
 def loss_cases(N):
-    yield Case("add_mean_loss", f"N{N}", dict(losses=normal(N) + 3, scale=1 / N))
+    yield Case("mean_loss", f"N{N}", dict(losses=normal(N) + 3))
 
 
 def norm_cases(size):
@@ -350,7 +381,8 @@ def test_arguments_are_those_of_the_cpu_kernels(kernel):
     """In the same order, except for those that only the GPU has: scratch at the end, and numbers that stay on the device."""
     arguments = inspect.signature(getattr(kernels_gpu, kernel)).parameters.keys()
     of_cpu = inspect.signature(getattr(kernels_cpu, kernel).py_func).parameters.keys()
-    shared = [name for name in arguments if name not in ("norm", "scores", "dscores", "grad_clip")]
+    of_gpu = "norm", "scores", "dscores", "grad_clip", "weights", "position_on_device"
+    shared = [name for name in arguments if name not in of_gpu]
     assert shared == [name for name in of_cpu if name not in ("workspace", "grad_scale")]
 
 
@@ -539,7 +571,7 @@ def test_adamw_changes_nothing_if_the_norm_is_not_finite(run, norm):
     names = ("params", "grads", "m", "v")
     arrays = {name: device.to_device(CASE["adamw_update"][name]) for name in names}
     kernels_gpu.use(device)
-    kernels_gpu.adamw_update(*arrays.values(), device.to_device(np.full(1, norm, dtype=np.float32)), LEARNING_RATE, BETA1,
-                             BETA2, EPSILON, weight_decay=0.1, grad_clip=1.0, step=1)
+    kernels_gpu.adamw_update(*arrays.values(), device.empty(0), device.to_device(np.full(1, norm, dtype=np.float32)),
+                             LEARNING_RATE, BETA1, BETA2, EPSILON, weight_decay=0.1, grad_clip=1.0, step=1)
     for name in names:
         assert device.to_host(arrays[name]).tobytes() == CASE["adamw_update"][name].tobytes(), name

@@ -7,31 +7,36 @@ import ctypes
 import math
 import re
 from collections import Counter
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 
+import cublaslt
 import kernels_gpu
 from cuda_on_cpu import CpuDevice
 from device import CudaDevice
 from generate_gpt2_gpu import Decoder
 from gpt2 import CHANNELS_PER_HEAD, Config, Tensors, padded, parameter_shapes
 from launcher import Device, parse_signatures
+from test_cublaslt import StandIn
 from train_gpt2_gpu import GPT2
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+DTYPES = "float32", "bfloat16"
 FIRST_ADDRESS, ALIGNMENT = 2 ** 40, 512     # of arrays, in bytes, as CuPy aligns them
-# Name -> signature, and the names of the arrays that are read four numbers at a time.
-KERNELS = {name: (kernel, re.search(rf"{name}\(.*?(?:Fours \w+\((.*?)\);|\n}})", source, re.DOTALL)[1] or "")
-           for source in kernels_gpu.SOURCES[1:] for name, kernel in parse_signatures(source).items()}
-KERNELS = {name: (kernel, re.findall(r"\w+", arrays)) for name, (kernel, arrays) in KERNELS.items()}
+STREAM = 7
+# Name -> the names of the arrays that are read in Parts.
+IN_PARTS = {name: re.findall(r"\w+", (re.search(rf"{name}\(.*?(?:Parts \w+\((.*?)\);|\n}})", source, re.DOTALL)[1] or ""))
+            for source in kernels_gpu.SOURCES[1:] for name in parse_signatures(source)}
 
 
 class Recorder:
     """What both devices share: arrays at addresses that count up, and the list of calls."""
 
-    def __init__(self):
-        Device.__init__(self)
+    def __init__(self, dtype):
+        Device.__init__(self, dtype)
         self.calls, self.next_address = [], FIRST_ADDRESS
 
     def empty(self, shape, dtype=np.float32):
@@ -40,16 +45,13 @@ class Recorder:
         self.next_address += -(-max(1, array.nbytes) // ALIGNMENT) * ALIGNMENT
         return array
 
-    zeros, load = empty, Device.load
+    zeros, load, temporary, replay = empty, Device.load, Device.temporary, Device.replay
 
     def to_device(self, array):
         return self.empty(array.shape, array.dtype)
 
     def copy_to_device(self, array, values):
         assert array.shape == values.shape
-
-    def argsort(self, array):
-        return self.empty(array.shape, np.int32)
 
     def to_host(self, array):
         return np.broadcast_to(np.float32(0), array.shape)
@@ -61,6 +63,12 @@ class Recorder:
 
 
 class NumpyArray(np.ndarray):
+    def fill(self, value):
+        self[...] = value
+
+    def copy(self):
+        return self
+
     def __setitem__(self, index, value):
         part = self[index]
         part.base_device.calls.append(("set", part.ctypes.data, part.shape, part.strides))
@@ -76,56 +84,66 @@ class NumpyRecorder(Recorder, CpuDevice):
         array.base_device = self
         return array
 
-    def gemm(self, c, alpha, a, b, beta):
-        self.check_product(c, a, b)
-        self.calls.append(("gemm", alpha, beta, *(part for array in (a, b, c) for part in matrices(
-            array.ctypes.data, array.shape, array.strides))))
+    def gemm(self, c, alpha, a, b, beta, bias=None):
+        self.check_product(c, a, b, bias)
+        self.calls.append(("gemm", alpha, beta, bias.ctypes.data if bias is not None and bias.size else 0, *(
+            part for array in (a, b, c) for part in matrices(array.ctypes.data, array.shape, array.strides, array.itemsize))))
 
 
-def matrices(address, shape, strides):
-    """A batch of matrices of float32: address, shape, and strides in numbers. Those along a length of 1 mean nothing."""
-    strides = tuple(stride // 4 for stride in strides)
+def matrices(address, shape, strides, itemsize):
+    """A batch of matrices: address, size of a number, shape, and strides. Those along a length of 1 mean nothing."""
     shape, strides = (1, *shape)[-3:], (0, *strides)[-3:]
-    return address, shape, tuple(stride if length > 1 else 0 for length, stride in zip(shape, strides))
+    return address, itemsize, shape, tuple(stride if length > 1 else 0 for length, stride in zip(shape, strides))
 
 
 class CupyArray(cupy.ndarray):
+    def fill(self, value):
+        self[...] = value
+
+    def copy(self):
+        return self
+
     def __setitem__(self, index, value):
         part = self[index]
         CudaRecorder.current.calls.append(("set", part.data.ptr, part.shape, part.strides))
 
 
+class Products(StandIn):
+    """cuBLASLt, with its own descriptors, that records products as the row-major matrices that they are to us."""
+
+    def Matmul(self, kind, handle, product, alpha, a, layout_a, b, layout_b, beta, c, layout_c, d, layout_d, algorithm, *where):
+        assert where == (CudaRecorder.current.workspace, CudaDevice.workspace_bytes, STREAM)
+        product = self.read("MatmulDesc", product)
+
+        def row_major(address, layout, transposed=False):
+            layout = self.read("MatrixLayout", layout)
+            shape = layout.BATCH_COUNT, layout.COLS, layout.ROWS
+            itemsize = {0: 4, 14: 2}[layout.TYPE]
+            strides = itemsize * layout.STRIDED_BATCH_OFFSET, itemsize * layout.LD, itemsize
+            if transposed:
+                shape, strides = (shape[0], shape[2], shape[1]), (strides[0], strides[2], strides[1])
+            return matrices(address, shape, strides, itemsize)
+
+        alpha, beta = (ctypes.c_float.from_address(address).value for address in (alpha, beta))
+        CudaRecorder.current.calls.append(("gemm", alpha, beta, product.BIAS_POINTER, *row_major(b, layout_b, product.TRANSB),
+                                           *row_major(a, layout_a, product.TRANSA), *row_major(d, layout_d)))
+        return 0
+
+
 class CudaRecorder(Recorder, CudaDevice):
     current = None
 
-    def __init__(self):
-        super().__init__()
-        CudaRecorder.current = self
-        self.cupy, self.Array, self.cublas = cupy, cupy.ndarray, self
-        self.handle, self.compute_type, self.CUBLAS_GEMM_DEFAULT = 0, 68, -1
-        self.alpha_and_beta = np.empty(2, dtype=np.float32)
-        self.alpha_address = self.alpha_and_beta.ctypes.data
+    def __init__(self, dtype):
+        super().__init__(dtype)
+        CudaRecorder.current, self.Array, self.workspace = self, cupy.ndarray, 2 ** 39
+        self.cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=STREAM)))
+        library = Products()
+        with mock.patch.object(cublaslt, "open_library", lambda: library):
+            self.products = cublaslt.CublasLt(self.workspace, self.workspace_bytes, tf32=False)
 
     def array_at(self, address, shape, dtype):
         memory = cupy.cuda.UnownedMemory(address, max(1, math.prod(shape) * dtype.itemsize), self, 0)
         return CupyArray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
-
-    def gemmEx(self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, *way):
-        self.gemmStridedBatchedEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, 0, B, Btype, ldb, 0, beta,
-                                  C, Ctype, ldc, 0, 1, *way)
-
-    def gemmStridedBatchedEx(self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB, beta,
-                             C, Ctype, ldc, strideC, batchCount, computeType, algo):
-        """cuBLAS multiplies column-major matrices: its product is the transpose of ours."""
-        assert (Atype, Btype, Ctype, computeType, algo) == (0, 0, 0, 68, -1)
-
-        def row_major(address, rows, columns, leading, between, transposed=0):
-            assert leading >= max(1, rows if transposed else columns)
-            strides = (4 * between, 4, 4 * leading) if transposed else (4 * between, 4 * leading, 4)
-            return matrices(address, (batchCount, rows, columns), strides)
-
-        a, b = row_major(B, n, k, ldb, strideB, transb), row_major(A, k, m, lda, strideA, transa)
-        self.calls.append(("gemm", *self.alpha_and_beta.tolist(), *a, *b, *row_major(C, n, m, ldc, strideC)))
 
 
 def sizes(depth, heads, context):
@@ -134,31 +152,43 @@ def sizes(depth, heads, context):
 
 
 def train(device, config, B, T, recompute):
+    """A step; then another one, which makes the same calls, addresses included. Calls of the first one are removed."""
     model = GPT2(config, B, T, device, recompute)
     tokens, targets = device.empty((B, T), np.int32), device.empty((B, T), np.int32)
-    model.forward(tokens)
-    model.backward(targets)
-    model.update(1, 1e-3, 0.1, model.gradient_norm(), 1.0)
+    steps = []
+    for _ in range(2):
+        model.forward(tokens)
+        model.backward(targets)
+        model.update(1, 1e-3, 0.1, model.gradient_norm(), 1.0)
+        steps.append(device.calls[:])
+        device.calls.clear()
+    assert steps[0] == steps[1]
+    device.calls += steps[1]
 
 
 def decode(device, config, B):
     params = Tensors(parameter_shapes(config), lambda size: np.broadcast_to(np.float32(0), size))
     decoder = Decoder(config, params, B, device)
     decoder.forward(np.zeros((B, 5), np.int32))
-    for _ in range(3):
-        decoder.logits(decoder.forward(np.zeros((B, 1), np.int32)))
+    steps = []
+    for _ in range(3):      # each makes the same calls, addresses included: what a CUDA graph needs
+        calls = len(device.calls)
+        rows = decoder.forward(np.zeros((B, 1), np.int32))
+        steps.append(device.calls[calls:])
+        decoder.logits(rows)
+    assert steps[0] == steps[1] == steps[2]
 
 
-def recorded(work, *arguments):
-    """The calls of both devices, which are equal."""
+def recorded(work, dtype, *arguments):
+    """The calls of both devices, which are equal, and the Cuda device."""
     both = []
-    for device in NumpyRecorder(), CudaRecorder():
+    for device in NumpyRecorder(dtype), CudaRecorder(dtype):
         work(device, *arguments)
         both.append(device.calls)
     assert len(both[0]) == len(both[1])
     for numpy_call, cuda_call in zip(*both):
         assert_same(numpy_call, cuda_call)
-    return both[1]
+    return both[1], device
 
 
 def assert_same(a, b):
@@ -168,26 +198,25 @@ def assert_same(a, b):
         assert a == b
 
 
-def unaligned(calls):
+def unaligned(calls, device):
     """Which kernels go number by number, because an array does not start at a multiple of 16 bytes, and how often."""
     counts = Counter()
-    for name, *_, values, _ in (call for call in calls if call[0] in KERNELS):
-        kernel, in_fours = KERNELS[name]
-        counts[name] += any(value % 16 for value, parameter in zip(values, kernel.parameters)
-                            if parameter.is_array and parameter.name in in_fours)
+    for name, *_, values, _ in (call for call in calls if call[0] in IN_PARTS):
+        counts[name] += any(value % 16 for value, parameter in zip(values, device.kernels[name].parameters)
+                            if parameter.is_array and parameter.name in IN_PARTS[name])
     return +counts
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 @pytest.mark.parametrize("depth, heads, B, T", [(2, 2, 1, 16), (2, 2, 3, 63), (2, 2, 32, 64), (12, 12, 4, 1024),
                                                 (12, 12, 5, 33)])
-def test_training(depth, heads, B, T, recompute):
-    calls = recorded(train, sizes(depth, heads, max(T, 64)), B, T, recompute)
-    assert not unaligned(calls)
+def test_training(dtype, depth, heads, B, T, recompute):
+    assert not unaligned(*recorded(train, dtype, sizes(depth, heads, max(T, 64)), B, T, recompute))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("depth, heads", [(2, 2), (12, 12)])
 @pytest.mark.parametrize("B", [1, 2, 3, 13])
-def test_decoding(depth, heads, B):
-    calls = recorded(decode, sizes(depth, heads, 64), B)
-    assert not unaligned(calls)
+def test_decoding(dtype, depth, heads, B):
+    assert not unaligned(*recorded(decode, dtype, sizes(depth, heads, 64), B))

@@ -17,12 +17,12 @@ import train_gpt2_gpu
 from cli import UserError
 from cuda_on_cpu import CpuDevice
 from dev import benchmark, benchmark_generate
-from dev.benchmark import OURS, OURS_INT4, OURS_INT8, OURS_TF32, PROGRAMS, Peers, Program, Shape
+from dev.benchmark import OURS, OURS_BF16, OURS_INT4, OURS_INT8, OURS_TF32, PROGRAMS, Peers, Program, Shape
 from dev.benchmark_generate import seconds_until, time_generation, write_model
 from device import open_device
 from generate_gpt2 import BITS, Decoder, prompt_dtype, weight_kinds
 from gpt2 import Config, training_flops
-from launcher import parse_signatures
+from launcher import C_TYPES, FLOATS, parse_signatures
 from model_files import load_model
 
 DEV = Path(__file__).resolve().parents[2]
@@ -80,20 +80,24 @@ def test_a_mistake_on_the_command_line_is_one_line(script, flags):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """The CPU in the role of this machine's GPU."""
+    """The CPU in the role of this machine's GPU: a function that replaces open_device."""
     if not shutil.which("g++"):
         pytest.skip("no g++ to compile the CUDA source with")
-    device = CpuDevice()
-    pool = SimpleNamespace(total_bytes=lambda: 3_210_000_000)
-    device.cupy = SimpleNamespace(get_default_memory_pool=lambda: pool, __version__="0.0")
-    device.peak_flops = lambda: 1e9
-    monkeypatch.setattr("device.open_device", lambda name, dtype: device)
-    return device
+
+    def open_device(name, dtype):
+        device = CpuDevice(dtype.replace("tf32", "float32"))
+        pool = SimpleNamespace(total_bytes=lambda: 3_210_000_000)
+        device.cupy = SimpleNamespace(get_default_memory_pool=lambda: pool, __version__="0.0")
+        device.peak_flops = lambda: 1e9
+        return device
+
+    monkeypatch.setattr("device.open_device", open_device)
+    return open_device
 
 
-def step(device):
+def step(device, config=TINY):
     """One training step of a tiny model on the device. Returns the parameters."""
-    model = train_gpt2_gpu.GPT2(TINY, 3, 10, device)
+    model = train_gpt2_gpu.GPT2(config, 3, 10, device)
     model.initialize(seed=1)
     generator = np.random.default_rng(0)
     inputs, targets = (device.to_device(generator.integers(120, size=(3, 10), dtype=np.int32)) for _ in range(2))
@@ -103,17 +107,19 @@ def step(device):
     return model.params.flat
 
 
-def test_every_launch_and_product_is_timed_and_the_results_stay_the_same(stand_in):
-    untimed = step(stand_in)
-    launched, launch = [], stand_in.launch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_launch_and_product_is_timed_and_the_results_stay_the_same(stand_in, dtype):
+    device = stand_in("cuda", dtype)
+    untimed = step(device)
+    launched, launch = [], device.launch
 
     def noted(name, *arguments, **options):
         launched.append(name)
         launch(name, *arguments, **options)
 
-    stand_in.launch = noted
-    calls = benchmark.time_launches(stand_in)
-    assert (step(stand_in) == untimed).all()
+    device.launch = noted
+    calls = benchmark.time_launches(device)
+    assert (step(device) == untimed).all()
     calls = calls()
     assert [call.name for call in calls if not call.flops] == [name for name in launched if name != "spin"]
     # On a GPU, attention makes seven products of whole (T, T) matrices; the formula counts six of their lower halves.
@@ -122,8 +128,30 @@ def test_every_launch_and_product_is_timed_and_the_results_stay_the_same(stand_i
     assert all((call.nbytes > 0) == (call.flops == 0) for call in calls)
 
 
-def test_bytes_moved():
+def test_flash_attention_counts_two_products_forward_and_five_backward(stand_in):
+    """Over the scores that the causal mask keeps. The formula for a step counts six: without the scores computed again."""
+    device, config = stand_in("cuda", "bfloat16"), replace(TINY, channels=128)
+    calls = benchmark.time_launches(device)
+    step(device, config)
+    linear, attention = training_flops(config, 3, 10)
+    flops = {name: sum(call.flops for call in calls() if call.name.startswith(name)) for name in
+             ("gemm", "attention_forward", "attention_backward")}
+    assert flops == {"gemm": linear, "attention_forward": attention * 2 / 6, "attention_backward": attention * 5 / 6}
+
+
+def test_every_exception_to_bytes_moved_is_an_array_of_a_kernel():
     kernels = parse_signatures("\n".join(kernels_gpu.SOURCES))
+    for name, arrays in benchmark.TIMES_MOVED.items():
+        assert arrays.keys() <= {array.name for _, array in kernels[name].arrays}, name
+    assert benchmark.FLASH_PRODUCTS.keys() == {name for name in kernels if name.startswith("flash")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_moved(dtype):
+    """Activations and the weights of products have 2 bytes in bfloat16; statistics, gradients and moments always have 4."""
+    kernels = parse_signatures("\n".join(kernels_gpu.SOURCES), FLOATS[dtype])
+    Float = C_TYPES[FLOATS[dtype]]
+    nbytes = Float.itemsize
 
     def moved(name, *arguments):
         return benchmark.bytes_moved(kernels[name], arguments)
@@ -131,13 +159,20 @@ def test_bytes_moved():
     def floats(*shape):
         return np.empty(shape, dtype=np.float32)
 
-    N, T, C, Vp, maxT = 6, 3, 5, 40, 20
+    def acts(*shape):
+        return np.empty(shape, dtype=Float)
+
+    N, T, C, Vp, maxT, blocks = 6, 3, 5, 40, 20, 2
     tokens = np.empty(N, dtype=np.int32)
-    assert moved("encoder_forward", floats(N, C), tokens, floats(Vp, C), floats(maxT, C), N, T, C, Vp, maxT) == pytest.approx(
-        4 * (N * C + N + N * C + T * C))
-    assert moved("column_sums", floats(1, C), floats(N, C), 1, N, C, 0) == 4 * (C + N * C)
-    assert moved("column_sums", floats(1, C), floats(N, C), 1, N, C, 1) == 4 * (2 * C + N * C)
-    assert moved("adamw_update", *(floats(7) for _ in range(4)), floats(1), *(9 * [0.0]), 7) == 4 * (8 * 7 + 1)
+    assert moved("encoder_forward", acts(N, C), tokens, acts(Vp, C), acts(maxT, C), N, T, C, Vp, maxT) == pytest.approx(
+        4 * N + nbytes * (N * C + N * C + T * C))
+    assert moved("column_sums", floats(1, C), acts(N, C), 1, N, C, 0) == 4 * C + nbytes * N * C
+    assert moved("column_sums", floats(1, C), acts(N, C), 1, N, C, 1) == 4 * 2 * C + nbytes * N * C
+    assert moved("layernorm_backward", acts(N, C), floats(blocks, C), floats(blocks, C), acts(N, C), floats(N), floats(N),
+                 acts(N, C), floats(C), N, C, blocks) == nbytes * 4 * N * C + 4 * (2 * blocks * C + 2 * N + C)
+    weights = acts(7 if dtype == "bfloat16" else 0)
+    assert moved("adamw_update", *(floats(7) for _ in range(4)), weights, floats(1), *(9 * [0.0]), 7) == (
+        4 * (8 * 7 + 1) + weights.nbytes)
 
 
 def test_a_whole_run_on_the_stand_in(stand_in, monkeypatch, capsys, tmp_path):
@@ -153,25 +188,25 @@ def test_a_whole_run_on_the_stand_in(stand_in, monkeypatch, capsys, tmp_path):
                                       "--python", shutil.which("false"), "--output", str(tmp_path / "chart.png")])
     benchmark.main()
     output = capsys.readouterr().out
-    table = rows_of(output)
-    steps = [row for row in table if row[:2] in (["2x16", OURS], ["2x16", OURS_TF32])]
-    assert [(row[1], row[3], row[5]) for row in steps] == [(OURS, "1.00", "3.21 GB"), (OURS_TF32, "1.00", "3.21 GB")]
+    table, programs = rows_of(output), [OURS, OURS_TF32, OURS_BF16]
+    steps = [row for row in table if row[:2] in [["2x16", name] for name in programs]]
+    assert [(row[1], row[3], row[5]) for row in steps] == [(name, "1.00", "3.21 GB") for name in programs]
     for row in steps:
         assert float(row[6].rstrip("%")) == pytest.approx(
             100 * sum(training_flops(TINY, 2, 16)) / 1e9 / (float(row[2].replace(",", "")) / 1000), rel=0.1)
     headers = [row for row in table if row[0].startswith("kernel at")]
-    assert [row[0] for row in headers] == ["kernel at 2x16", "kernel at 2x16, tf32"]
-    calls = {row[0]: row[1:] for row in table[table.index(headers[1]):]}
+    assert [row[0] for row in headers] == ["kernel at 2x16", "kernel at 2x16, tf32", "kernel at 2x16, bfloat16"]
+    calls = {row[0]: row[1:] for row in table[table.index(headers[2]):]}
     assert calls["layernorm_backward"][0] == str(2 * TINY.num_layers + 1) and calls["layernorm_backward"][5].endswith("%")
     assert calls["gemm, 32 x 96 x 32"][0] == str(TINY.num_layers) and calls["gemm, 32 x 96 x 32"][5].endswith("%")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_when_a_program_of_ours_fails_its_peers_are_left_out(monkeypatch):
-    """A GPU without TF32 still has its float32 programs measured."""
+def test_when_a_program_of_ours_fails_its_peers_are_left_out(monkeypatch, capsys):
+    """A GPU without TF32 and bfloat16 still has its float32 programs measured."""
     def run_task(python, task):
-        if task["program"] == OURS_TF32:
-            raise UserError("--dtype tf32 needs a GPU of compute capability 8.0")
+        if task["program"] in (OURS_TF32, OURS_BF16):
+            raise UserError("needs a GPU of compute capability 8.0")
         return dict(seconds=[1.0], loss=1.0, busy_cores=0)
 
     monkeypatch.setattr(benchmark, "run_task", run_task)
@@ -180,6 +215,7 @@ def test_when_a_program_of_ours_fails_its_peers_are_left_out(monkeypatch):
     results = benchmark.measure_shape(Shape(1, 16), options, PROGRAMS["cuda"], peers)
     assert {name: len(rounds) for name, rounds in results.items()} == {
         OURS: 2, "PyTorch eager, plain": 2, "PyTorch compile, plain": 2}
+    assert capsys.readouterr().err.count("left out: needs a GPU of compute capability 8.0") == 2
 
 
 def test_without_a_gpu_one_line_says_what_is_missing():

@@ -1,5 +1,6 @@
 """figures.py and draw_step.py: the pictures show the program's own numbers and calls, and are up to date."""
 from functools import cache
+from math import ceil, floor
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -11,8 +12,11 @@ from PIL import Image
 
 import gpt2
 import kernels_float64 as exact
+import kernels_gpu
 import train_gpt2
+from cli import UserError
 from conftest import random_params
+from cuda_on_cpu import CpuDevice
 from dev import draw_step, figures, style
 from dev.explore import attention_weights
 from dev.recorder import Call, record_step, tiny_step
@@ -132,6 +136,68 @@ def test_attention(drawn, model, encoding):
 def test_evenness():
     assert figures.evenness(np.tril(np.ones((5, 5))) / np.arange(1, 6)[:, None]) == pytest.approx(1)
     assert figures.evenness(np.eye(5)) == 0
+
+
+LANES = r"""
+// One warp. Every number is its own place in a row-major (16, 16) matrix: 16 * row + column, exact in bf16.
+extern "C" __global__ void __launch_bounds__(32) find_lanes(
+    int* sums,                  // (256)
+    int* left,                  // (256)
+    int* rounded,               // (256)
+    int* right,                 // (256)
+    int n)
+{
+    __shared__ Tile tile;
+    int lane = threadIdx.x;
+    for (int i = lane; i < 256; i += 32) tile.rows[i / 16][i % 16] = (float)i;
+    __syncwarp();
+    Rows x = {};
+    for (int n = 0; n < 2; n++)
+        for (int i = 0; i < 4; i++) {
+            x.x[n][i] = 16 * row_of(i) + column_of(n, i);
+            sums[16 * row_of(i) + column_of(n, i)] = lane;
+        }
+    Factor loaded, of_sums;
+    load_factor(loaded, tile);
+    round_to_factor(of_sums, x);
+    unsigned tiles[4];
+    load_tiles_transposed(tiles, &tile.rows[lane % 16][lane / 16 * 8]);     // as multiply_by does for k = n = 0
+    for (int i = 0; i < 4; i++)
+        for (int half = 0; half < 2; half++) {
+            left[(int)__uint_as_float(loaded.pairs[0][i] >> 16 * half << 16)] = lane;
+            rounded[(int)__uint_as_float(of_sums.pairs[0][i] >> 16 * half << 16)] = lane;
+            if (i < 2) right[(int)__uint_as_float(tiles[i] >> 16 * half << 16)] = lane;
+        }
+}
+"""
+
+
+def lanes_in(axes):
+    """The numbers in the cells of a panel, as a matrix: each is that of all numbers that its cell covers."""
+    lanes = {(row, column): int(text.get_text()) for text in axes.texts if text.get_text().isdigit()
+             for x, y in [text.get_position()] for row in (floor(y), ceil(y)) for column in (floor(x), ceil(x))}
+    shape = np.max([*lanes], axis=0) + 1
+    assert len(lanes) == np.prod(shape)
+    return np.array([lanes[place] for place in np.ndindex(*shape)]).reshape(shape)
+
+
+def test_flash_attention(drawn):
+    """The lanes are those whose registers get the numbers when the kernels' own functions run in the emulator."""
+    try:
+        device = CpuDevice("bfloat16")
+        device.load([kernels_gpu.COMMON, kernels_gpu.FLASH_ATTENTION + LANES])
+    except UserError as error:
+        pytest.skip(str(error))
+    arrays = sums, left, rounded, right = [device.to_device(np.full(256, -1, dtype=np.int32)) for _ in range(4)]
+    device.launch("find_lanes", 1, 32, *arrays, 0)
+    sums, left, rounded, right = (device.to_host(array).reshape(16, 16) for array in arrays)
+    panels = drawn("flash_attention.png")[0].axes
+    for axes, lanes in zip(panels, (sums, right[:, :8], left, sums[:, :8]), strict=True):
+        np.testing.assert_array_equal(lanes_in(axes), lanes, err_msg=axes.get_title())
+    np.testing.assert_array_equal(rounded, left)
+    red = {text.get_text() for axes in panels for text, patch in zip(axes.texts, axes.patches) if
+           np.allclose(patch.get_facecolor()[:3], to_rgb(style.RED)) and patch.get_facecolor()[3] == 1}
+    assert red == {str(figures.EXAMPLE_LANE)}
 
 
 def test_memory(drawn):
