@@ -4,8 +4,10 @@
     python dev/benchmark.py --python ~/torch/bin/python                with the PyTorch of another environment
     python dev/benchmark.py --shapes 4x64 1x1024 4x1024 --rounds 5
     python dev/benchmark.py --device cuda                              train_gpt2_gpu.py on a GPU, at 4x1024
+    python dev/benchmark.py --device cuda --dtypes tf32 bfloat16       without the programs in float32
 
-The last needs a GPU, CuPy (requirements-gpu.txt) and PyTorch for CUDA. benchmark_generate.py measures text generation.
+The last two need a GPU, CuPy (requirements-gpu.txt) and PyTorch for CUDA. benchmark_generate.py measures text generation,
+benchmark_attention.py attention on a GPU alone.
 
 What is timed
     A whole step: forward, backward, gradient clipping at norm 1, AdamW, and the loss. Ours is the loop of train_gpt2.py itself.
@@ -20,15 +22,19 @@ How
     program keeps the faster one.
 
 On a GPU (--device cuda)
-    Each program runs with float32 and with TF32 products, and is compared with ours of the same kind. Times are those of CUDA
-    events, from before the batch is copied to the GPU until the last kernel has finished. PyTorch's vocabulary is padded like
-    ours: with 50,257 its products would be slower. Memory is that of arrays: for PyTorch its peak, for ours all that CuPy's
-    pool holds, which is at least the peak. MFU, model FLOPs utilization, is the FLOPs of a step's matrix products divided by
-    what the GPU could have computed in that time at its highest clock rate.
+    Each program runs with float32, TF32 and bfloat16 products, and is compared with ours of the same kind; kinds that the GPU
+    does not have are left out. PyTorch in bfloat16 is what most people train with: autocast, torch.compile, and its flash
+    attention ("sdpa"). Times are those of CUDA events, from before a batch is copied to the GPU until the last kernel has
+    finished. PyTorch's vocabulary is padded like ours: with 50,257 its products would be slower. Memory is that of arrays: for
+    PyTorch its peak, for ours all that CuPy's pool holds, which is at least the peak. MFU, model FLOPs utilization, is the
+    FLOPs of a step's matrix products divided by what the GPU could have computed in that time at its highest clock rate.
 
-    Additional steps time our kernels one by one. A kernel's GB/s count the bytes it must move: each array once, or twice if it
-    is read and written. They are compared with a copy of 1 GiB, counted the same way; an array that is still in the GPU's
-    cache can be faster. A product's GFLOP/s, which include masked scores, are compared with a product of large matrices.
+    Our steps launch CUDA graphs, as when training. Additional steps without graphs time our kernels one by one. A kernel's GB/s
+    count the bytes it must move: each array once, or twice if it is read and written. They are compared with a copy of 1 GiB,
+    counted the same way; an array that is still in the GPU's cache can be faster. A product's GFLOP/s, which include masked
+    scores, are compared with a product of large matrices. So are those of flash attention, which count only scores that are
+    kept, in two products forward and five backward. What is "between kernels" is the rest of a step with graphs. It is negative
+    if kernels take longer one by one.
 """
 # The measuring processes import NumPy, Numba and PyTorch themselves, for two reasons: PyTorch may be in another environment,
 # and on Linux a process counts its parent's memory at the time it was started toward its own peak.
@@ -216,9 +222,8 @@ def measure_ours_on_gpu(task, dtype):
         train = our_training(model, batches, task)
         result = time_training(train, task)
         result["peak_memory"] = device.cupy.get_default_memory_pool().total_bytes()
-        calls = time_launches(device)
-        train(PROFILED_STEPS)
-        result["kernels"] = calls()
+        with timing_launches(device) as result["kernels"]:
+            train(PROFILED_STEPS)
         result["profiled_seconds"] = PROFILED_STEPS * median(result["seconds"])    # the profiled steps wait between kernels
         return result
 
@@ -364,23 +369,32 @@ extern "C" __global__ void spin(
 # How often a launch moves the bytes of an array, if not once: a number, or a function of the arguments `a`.
 TIMES_MOVED = {
     "column_sums": {"out": lambda a: 1 + a["accumulate"]},
+    "column_sums_of_floats": {"out": lambda a: 1 + a["accumulate"]},
     "encoder_forward": {"wte": lambda a: a["N"] / a["Vp"], "wpe": lambda a: a["T"] / a["maxT"]},
     "encoder_backward_wte": {"dwte": lambda a: 2 * a["N"] / a["Vp"]},      # assuming that no token repeats
     "encoder_backward_wpe": {"dwpe": lambda a: 2 * a["T"] / a["maxT"]},
     "layernorm_backward": {"dinp": 2},
-    "add_bias": {"out": 2},
     "causal_softmax": {"scores": 1.5},                                     # read only up to the diagonal
     "causal_softmax_backward": {"scores": 1.5, "dscores": 1.5},
     "bias_gelu_forward": {"inp": 2},
+    "bias_gelu_exact_forward": {"inp": 2},
     "fused_classifier": {"logits": 2},      # at least: a third time, if the L2 cache does not hold the row for the second read
-    "add_mean_loss": {"total": 2},
     "adamw_update": {"params": 2, "grads": 2, "m": 2, "v": 2},
+}
+
+
+# The launches of flash attention -> the call that each is a part of, and how many of its (T, T) products count here. The last
+# one computes the scores and their gradients once more, which does not count.
+FLASH_PRODUCTS = {
+    "flash_attention_forward": ("attention_forward", 2),
+    "flash_attention_backward_q": ("attention_backward", 3),
+    "flash_attention_backward_kv": ("attention_backward", 2),
 }
 
 
 def bytes_moved(kernel, arguments):
     """Bytes that a launch of a launcher.Kernel reads and writes."""
-    a = dict(zip((parameter.name for parameter in kernel.parameters), arguments))
+    a = dict(zip((parameter.name for parameter in kernel.parameters), arguments, strict=True))
     total = 0
     for _, array in kernel.arrays:
         times = TIMES_MOVED.get(kernel.name, {}).get(array.name, 1)
@@ -388,10 +402,12 @@ def bytes_moved(kernel, arguments):
     return total
 
 
-def time_launches(device):
-    """Make the device time all launches and products from now on. Returns a function that returns their Calls."""
-    timed = []
-    launch, gemm = device.launch, device.gemm
+@contextlib.contextmanager
+def timing_launches(device):
+    """Time every launch and product of the device while this is entered. Yields the list of Calls, filled at the end."""
+    from gpt2 import CHANNELS_PER_HEAD
+    timed, calls = [], []
+    launch, gemm, replay = device.launch, device.gemm, device.replay
     device.load(["", SPIN])
     spun = device.empty(1)
 
@@ -402,26 +418,35 @@ def time_launches(device):
         timed.append((name, started, device.event(), flops, nbytes))
 
     def timed_launch(kernel_name, grid, block, *arguments, **options):
-        time_one(kernel_name, 0, bytes_moved(device.kernels[kernel_name], arguments),
-                 lambda: launch(kernel_name, grid, block, *arguments, **options))
+        if kernel_name in FLASH_PRODUCTS:
+            name, products = FLASH_PRODUCTS[kernel_name]
+            B, NH, T = arguments[-3:]
+            flops, nbytes = attention_flops(B, T, NH * CHANNELS_PER_HEAD, products), 0
+        else:
+            name, flops, nbytes = kernel_name, 0, bytes_moved(device.kernels[kernel_name], arguments)
+        time_one(name, flops, nbytes, lambda: launch(kernel_name, grid, block, *arguments, **options))
 
-    def timed_gemm(c, alpha, a, b, beta):
+    def timed_gemm(c, alpha, a, b, beta, *bias):
         (m, n), k = c.shape[-2:], a.shape[-1]
         batch = f"{len(c)} of " if c.ndim == 3 else ""
-        time_one(f"gemm, {batch}{m} x {n} x {k}", 2 * c.size * k, 0, lambda: gemm(c, alpha, a, b, beta))
+        time_one(f"gemm, {batch}{m} x {n} x {k}", 2 * c.size * k, 0, lambda: gemm(c, alpha, a, b, beta, *bias))
 
     device.launch, device.gemm = timed_launch, timed_gemm
-    return lambda: [Call(name, device.seconds(started, stopped), flops, nbytes)
-                    for name, started, stopped, flops, nbytes in timed]
+    device.replay = lambda graphs, key, work: work()    # a CUDA graph would be one launch
+    try:
+        yield calls
+    finally:
+        device.launch, device.gemm, device.replay = launch, gemm, replay
+    calls += [Call(name, device.seconds(started, stopped), flops, nbytes) for name, started, stopped, flops, nbytes in timed]
 
 
 def gpu_rates(device):
-    """This GPU's FLOP/s in a large product, and its bytes/s in a large copy, counting reads and writes."""
+    """This GPU's FLOP/s in a large product, of numbers like activations, and its bytes/s in a copy: reads and writes."""
     import numpy as np
     generator = np.random.default_rng(SEED)
     n = MATRIX_SIZE["cuda"]
-    a, b = (device.to_device(generator.standard_normal((n, n), dtype=np.float32)) for _ in range(2))
-    c = device.empty((n, n))
+    a, b = (device.to_device(generator.standard_normal((n, n), dtype=np.float32).astype(device.Float)) for _ in range(2))
+    c = device.empty((n, n), device.Float)
     source, copy = device.zeros(COPIED_FLOATS), device.empty(COPIED_FLOATS)
     copy_seconds = typical_seconds(lambda: np.copyto(copy, source), device)     # NumPy dispatches to CuPy
     return dict(product_rate=product_rate(lambda: device.gemm(c, 1.0, a, b, 0.0), n, device),
@@ -448,17 +473,22 @@ def measure_pytorch(task, compiled, bf16=False, tf32=False):
     forward = torch.compile(model) if compiled else model
     batches = RandomBatches(task["shape"], config.vocab_size)
 
+    def upload(tokens):     # from pinned memory, so that Python need not wait for the copy
+        tokens = torch.from_numpy(tokens)
+        return (tokens.pin_memory() if on_gpu else tokens).to(task["device"], non_blocking=True).long()
+
     def train(steps):
         seconds = []
         for _ in range(steps):
+            batch = batches.next_batch()
             started = clock.event()
-            inputs, targets = (torch.from_numpy(tokens).to(task["device"]).long() for tokens in batches.next_batch())
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            inputs, targets = map(upload, batch)
+            with torch.autocast(task["device"], dtype=torch.bfloat16, enabled=bf16):
                 loss = forward(inputs, targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad()       # sets the gradients to None
             stopped = clock.event()
             loss = loss.item()
             seconds.append(clock.seconds(started, stopped))
@@ -467,7 +497,7 @@ def measure_pytorch(task, compiled, bf16=False, tf32=False):
     result = time_training(train, task)
     result["peak_memory"] = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
     n = MATRIX_SIZE[task["device"]]
-    matrices = torch.randn(2, n, n, device=task["device"])
+    matrices = torch.randn(2, n, n, device=task["device"]).to(torch.bfloat16 if bf16 else torch.float32)
     result["product_rate"] = product_rate(lambda: torch.mm(*matrices), n, clock)
     return result | dict(versions=versions("torch"))
 
@@ -478,8 +508,8 @@ class Program(NamedTuple):
     variants: tuple = ({},)  # additions to the task: all run in the first round, then only the fastest
 
 
-def pytorch(**settings):
-    return Program(partial(measure_pytorch, **settings), "torch", ({"attention": "plain"}, {"attention": "sdpa"}))
+def pytorch(attentions=("plain", "sdpa"), **settings):
+    return Program(partial(measure_pytorch, **settings), "torch", tuple({"attention": kind} for kind in attentions))
 
 
 OURS, OURS_BF16, OURS_TF32 = "gpt2-by-hand", "gpt2-by-hand bf16", "gpt2-by-hand tf32"
@@ -497,10 +527,12 @@ PROGRAMS = {
     "cuda": {
         OURS: Program(partial(measure_ours_on_gpu, dtype="float32")),
         OURS_TF32: Program(partial(measure_ours_on_gpu, dtype="tf32")),
+        OURS_BF16: Program(partial(measure_ours_on_gpu, dtype="bfloat16")),
         "PyTorch eager": pytorch(compiled=False),
         "PyTorch eager tf32": pytorch(compiled=False, tf32=True),
         "PyTorch compile": pytorch(compiled=True),
         "PyTorch compile tf32": pytorch(compiled=True, tf32=True),
+        "PyTorch compile bf16": pytorch(attentions=["sdpa"], compiled=True, bf16=True),
     },
 }
 
@@ -574,10 +606,11 @@ def progress(line):
 def take_turns(programs, peers, rounds, measure, describe):
     """Run the programs in turn for some rounds. Returns label -> results, one per round.
 
-    A program that fails is left out. If it is one of ours, so are the programs compared with it.
+    A program that fails is left out. If it is one of ours, so are the programs compared with it. The first must not fail.
     measure: (python, name, variant) -> result
     describe: (label of name and variant, result) -> text of a progress line
     """
+    first = next(iter(programs))
     variants = {name: program.variants for name, program in programs.items()}
     results = {name: [] for name in programs}
     for round_number in range(1, rounds + 1):
@@ -592,7 +625,7 @@ def take_turns(programs, peers, rounds, measure, describe):
                 try:
                     result = measure(python, name, variant)
                 except UserError as error:
-                    if name == OURS:
+                    if name == first:
                         raise
                     progress(f"left out: {error}")
                     continue
@@ -810,8 +843,10 @@ def parse_shape(text):
 
 
 DEFAULTS = {
-    "cpu": dict(shapes=[Shape(4, 64), Shape(1, 1024)], steps=10, output=Path(__file__).with_name("benchmark.png")),
-    "cuda": dict(shapes=[Shape(4, 1024)], steps=40, output=Path(__file__).with_name("benchmark_cuda.png")),
+    "cpu": dict(shapes=[Shape(4, 64), Shape(1, 1024)], steps=10, dtypes=["float32", "bfloat16"],
+                output=Path(__file__).with_name("benchmark.png")),
+    "cuda": dict(shapes=[Shape(4, 1024)], steps=40, dtypes=["float32", "tf32", "bfloat16"],
+                 output=Path(__file__).with_name("benchmark_cuda.png")),
 }
 
 
@@ -846,10 +881,16 @@ def parse_options():
     add_by_device("shapes", "sequences in a batch x tokens in a sequence", nargs="+", type=parse_shape, metavar="BxT")
     add_by_device("steps", f"timed steps per turn; batches of more than {STEP_TOKENS['cpu']} tokens (on cuda "
                   f"{STEP_TOKENS['cuda']:,}) get fewer, at least {MINIMUM_STEPS}", type=bounded(int, 1))
+    add_by_device("dtypes", "measure the programs whose products multiply these numbers", nargs="+",
+                  choices=DEFAULTS["cuda"]["dtypes"])
     add("--python", type=python_path, default=sys.executable, metavar="PATH", help="a Python with PyTorch")
     add_by_device("output", "the bar chart", type=Path, metavar="FILE")
     options = parser.parse_args()
-    return argparse.Namespace(**DEFAULTS[options.device] | vars(options))
+    options = argparse.Namespace(**DEFAULTS[options.device] | vars(options))
+    missing = set(options.dtypes).difference(DEFAULTS[options.device]["dtypes"])
+    if missing:
+        parser.error(f"argument --dtypes: {', '.join(missing)} needs --device cuda")
+    return options
 
 
 def main():
@@ -859,12 +900,13 @@ def main():
     from gpt2 import model_config
     config = model_config(options.model)
     peers = {"torch": Peers(options.python, "--python", "torch")}
-    programs = programs_that_run(PROGRAMS[options.device], peers)
+    programs = programs_that_run({name: program for name, program in PROGRAMS[options.device].items()
+                                  if NUMBERS[ours_beside(name)] in options.dtypes}, peers)
 
     results = {shape: measure_shape(shape, options, programs, peers) for shape in dict.fromkeys(options.shapes)}
     summaries = {shape: summarize(by_program) for shape, by_program in results.items()}
     ours = {name: rounds for by_program in results.values() for name, rounds in by_program.items() if is_ours(name)}
-    gpu = ours[OURS][0].get("gpu")
+    gpu = next(iter(ours.values()))[0].get("gpu")
     progress("")
     print_machine(f"GPT-2 {options.model}, training steps", options,
                   [rounds for by_program in results.values() for rounds in by_program.values()],

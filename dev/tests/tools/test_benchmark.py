@@ -70,6 +70,7 @@ def test_without_pytorch_it_measures_our_step_alone(tmp_path):
 
 @pytest.mark.parametrize("script, flags", [
     ("benchmark.py", ("--shapes", "4x")), ("benchmark.py", ("--python", "/no/such/python")),
+    ("benchmark.py", ("--dtypes", "tf32")), ("benchmark_attention.py", ("--sizes", "4x12")),
     ("benchmark_generate.py", ("--llama-python", "/no/such/python"))])
 def test_a_mistake_on_the_command_line_is_one_line(script, flags):
     finished = run(script, *flags)
@@ -118,23 +119,36 @@ def test_every_launch_and_product_is_timed_and_the_results_stay_the_same(stand_i
         launch(name, *arguments, **options)
 
     device.launch = noted
-    calls = benchmark.time_launches(device)
-    assert (step(device) == untimed).all()
-    calls = calls()
+    with benchmark.timing_launches(device) as calls:
+        assert (step(device) == untimed).all()
     assert [call.name for call in calls if not call.flops] == [name for name in launched if name != "spin"]
     # On a GPU, attention makes seven products of whole (T, T) matrices; the formula counts six of their lower halves.
     (linear, _), T = training_flops(TINY, 3, 10), 10
     assert sum(call.flops for call in calls) == linear + TINY.num_layers * 7 * 2 * 3 * T * T * TINY.channels
     assert all((call.nbytes > 0) == (call.flops == 0) for call in calls)
+    timed, spins = len(calls), launched.count("spin")
+    step(device)
+    assert len(calls) == timed and launched.count("spin") == spins, "a launch after the end was timed"
+
+
+def test_kernels_are_not_timed_in_a_graph(stand_in):
+    """A step launches graphs; while its kernels are timed, it calls the work. Afterward it launches graphs again."""
+    device, replayed = stand_in("cuda", "float32"), []
+    device.replay = lambda graphs, key, work: replayed.append(key) or work()
+    with benchmark.timing_launches(device):
+        step(device)
+    assert not replayed
+    step(device)
+    assert len(replayed) == 2     # forward and backward
 
 
 def test_flash_attention_counts_two_products_forward_and_five_backward(stand_in):
     """Over the scores that the causal mask keeps. The formula for a step counts six: without the scores computed again."""
     device, config = stand_in("cuda", "bfloat16"), replace(TINY, channels=128)
-    calls = benchmark.time_launches(device)
-    step(device, config)
+    with benchmark.timing_launches(device) as calls:
+        step(device, config)
     linear, attention = training_flops(config, 3, 10)
-    flops = {name: sum(call.flops for call in calls() if call.name.startswith(name)) for name in
+    flops = {name: sum(call.flops for call in calls if call.name.startswith(name)) for name in
              ("gemm", "attention_forward", "attention_backward")}
     assert flops == {"gemm": linear, "attention_forward": attention * 2 / 6, "attention_backward": attention * 5 / 6}
 
@@ -164,8 +178,9 @@ def test_bytes_moved(dtype):
 
     N, T, C, Vp, maxT, blocks = 6, 3, 5, 40, 20, 2
     tokens = np.empty(N, dtype=np.int32)
-    assert moved("encoder_forward", acts(N, C), tokens, acts(Vp, C), acts(maxT, C), N, T, C, Vp, maxT) == pytest.approx(
-        4 * N + nbytes * (N * C + N * C + T * C))
+    for position in np.empty(0, dtype=np.int32), np.empty(1, dtype=np.int32):
+        assert moved("encoder_forward", acts(N, C), tokens, acts(Vp, C), acts(maxT, C), position, N, T, C, Vp, maxT
+                     ) == pytest.approx(4 * N + 4 * len(position) + nbytes * (N * C + N * C + T * C))
     assert moved("column_sums", floats(1, C), acts(N, C), 1, N, C, 0) == 4 * C + nbytes * N * C
     assert moved("column_sums", floats(1, C), acts(N, C), 1, N, C, 1) == 4 * 2 * C + nbytes * N * C
     assert moved("layernorm_backward", acts(N, C), floats(blocks, C), floats(blocks, C), acts(N, C), floats(N), floats(N),
@@ -175,7 +190,8 @@ def test_bytes_moved(dtype):
         4 * (8 * 7 + 1) + weights.nbytes)
 
 
-def test_a_whole_run_on_the_stand_in(stand_in, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("flags, programs", [([], [OURS, OURS_TF32, OURS_BF16]), (["--dtypes", "bfloat16"], [OURS_BF16])])
+def test_a_whole_run_on_the_stand_in(stand_in, monkeypatch, capsys, tmp_path, flags, programs):
     """Tasks run in this process, which has the stand-in; their results still pass through JSON."""
     def run_task(python, task):
         return json.loads(json.dumps(PROGRAMS[task["device"]][task["program"]].measure(task)))
@@ -185,18 +201,19 @@ def test_a_whole_run_on_the_stand_in(stand_in, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(benchmark.MATRIX_SIZE, "cuda", 64)
     monkeypatch.setattr(benchmark, "COPIED_FLOATS", 1000)
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cuda", "--shapes", "2x16", "--rounds", "2", "--steps", "3",
-                                      "--python", shutil.which("false"), "--output", str(tmp_path / "chart.png")])
+                                      "--python", shutil.which("false"), "--output", str(tmp_path / "chart.png"), *flags])
     benchmark.main()
     output = capsys.readouterr().out
-    table, programs = rows_of(output), [OURS, OURS_TF32, OURS_BF16]
+    table = rows_of(output)
     steps = [row for row in table if row[:2] in [["2x16", name] for name in programs]]
     assert [(row[1], row[3], row[5]) for row in steps] == [(name, "1.00", "3.21 GB") for name in programs]
     for row in steps:
         assert float(row[6].rstrip("%")) == pytest.approx(
             100 * sum(training_flops(TINY, 2, 16)) / 1e9 / (float(row[2].replace(",", "")) / 1000), rel=0.1)
     headers = [row for row in table if row[0].startswith("kernel at")]
-    assert [row[0] for row in headers] == ["kernel at 2x16", "kernel at 2x16, tf32", "kernel at 2x16, bfloat16"]
-    calls = {row[0]: row[1:] for row in table[table.index(headers[2]):]}
+    headings = {OURS: "kernel at 2x16", OURS_TF32: "kernel at 2x16, tf32", OURS_BF16: "kernel at 2x16, bfloat16"}
+    assert [row[0] for row in headers] == [headings[name] for name in programs]
+    calls = {row[0]: row[1:] for row in table[table.index(headers[-1]):]}
     assert calls["layernorm_backward"][0] == str(2 * TINY.num_layers + 1) and calls["layernorm_backward"][5].endswith("%")
     assert calls["gemm, 32 x 96 x 32"][0] == str(TINY.num_layers) and calls["gemm, 32 x 96 x 32"][5].endswith("%")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
