@@ -1,7 +1,7 @@
 """Matrix products on a GPU by cuBLASLt, the library inside cuBLAS, for which CuPy has no functions.
 
 A call of cuBLASLt is told its stream and its workspace, so a CUDA graph can record it. CuPy refuses to record calls of cuBLAS.
-And it can add a bias. Names and numbers are those of NVIDIA's documentation of cuBLAS, "Using the cuBLASLt API".
+cuBLASLt also adds a bias. Names and numbers are those of NVIDIA's documentation of cuBLAS, "Using the cuBLASLt API".
 """
 import ctypes
 import functools

@@ -17,7 +17,7 @@ from distributed import SINGLE_PROCESS, Nccl, World
 from launcher import FLOATS, Device, DeviceArray, Shape
 
 # FLOPs per multiprocessor and clock cycle, by compute capability: one multiply-add (two FLOPs) in each of its 64 or 128 cores,
-# or those of its tensor cores (dense matrices, TF32).
+# or those of its tensor cores (dense matrices, TF32 or bf16).
 FLOPS_PER_CYCLE = {
     "float32": {"70": 128, "75": 128, "80": 128, "86": 256, "87": 256, "89": 256, "90": 256, "100": 256, "103": 256,
                 "120": 256},
@@ -50,11 +50,12 @@ def open_device(name: str, dtype: str, world: World = SINGLE_PROCESS) -> Device:
 class CudaDevice(Device):
     """A GPU. Its arrays are CuPy's; kernels, matrix products and copies run in order on CuPy's current stream.
 
-    Calls are asynchronous: they return before the GPU is done. Only `to_host` and `seconds` wait for it. A process can use one
-    GPU only, the one that CuPy allocates and launches on; a second one raises ValueError.
+    Calls are asynchronous: they return before the GPU is done. `to_host`, `to_device`, `copy_to_device` and `seconds` wait;
+    `uploader` copies without waiting. A process can use one GPU only, the one that CuPy allocates and launches on; a second one
+    raises ValueError.
     """
     index = None        # of the GPU that this process uses
-    library_bytes = 500_000_000     # cuBLAS and its workspace, compiled kernels, temporary arrays: an estimate
+    library_bytes = 500_000_000     # cuBLASLt and its workspace, compiled kernels, temporary arrays: an estimate
     workspace_bytes = 32 * 2**20    # of cuBLAS, as NVIDIA advises for an H100
 
     def __init__(self, index: int, dtype: str):
@@ -83,7 +84,8 @@ class CudaDevice(Device):
         self.name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
         try:
             self.device.use()
-            cupy.cuda.Stream(non_blocking=True).use()       # CUDA records no graph of the default stream
+            self.stream = cupy.cuda.Stream(non_blocking=True)       # CUDA records no graph of the default stream
+            self.stream.use()
             self.workspace = cupy.empty(self.workspace_bytes, np.uint8)
             self.products = cublaslt.CublasLt(self.workspace.data.ptr, self.workspace_bytes, tf32=dtype == "tf32")
         except RuntimeError as error:
@@ -142,9 +144,9 @@ class CudaDevice(Device):
     def uploader(self, shape: Shape, dtype) -> Callable[[np.ndarray], DeviceArray]:
         """A function that copies a NumPy array to the GPU while kernels run, and returns the GPU array at once.
 
-        Call it for the next batch before launching kernels on this one: they wait for the copy of an array only if they are
-        launched after the next call. The array is valid for kernels launched before the call after that. So no kernel waits
-        for the copy of a later batch. The copy runs on a second stream, from pinned memory.
+        In every step, upload the next batch, then launch kernels on this one. Kernels launched after call n + 1 wait for the
+        copy of call n, and none waits for a later copy. An array is valid for kernels launched before call n + 2. The copy
+        runs on a second stream, from pinned memory.
         """
         cuda = self.cupy.cuda
         copies, previous_call, previous_copy = cuda.Stream(non_blocking=True), cuda.Event(), None
@@ -216,8 +218,8 @@ class CudaDevice(Device):
         """c (m, n) = alpha * a (m, k) @ b (k, n) + beta * c + bias (n). With a beta of 0, c may hold anything, even NaN.
 
         The arrays are matrices, or batches of them (batch, m, n), with contiguous rows; a and b may be transposed views. They
-        are float32 or bf16, a and b the same; c may be float32 either way; the bias is as c. Sums are in float32. No bias, or
-        an empty one: there is none.
+        are float32 or bf16, a and b the same; c may be float32 either way; the bias is as c, or empty: none. Sums are in
+        float32. Raises TypeError or ValueError for other arrays, and RuntimeError if cuBLASLt cannot multiply these.
         """
         problem = self.check_product(c, a, b, bias)
         self.products.matmul(problem, c.data.ptr, alpha, a.data.ptr, b.data.ptr, beta,

@@ -3,7 +3,8 @@
 Every process holds the whole model and computes the gradients of its part of the batch. The gradients are reduce-scattered,
 so that each process has the sum for its own shard; it updates that shard of the parameters, and an all-gather hands the new
 parameters to everyone. So each process keeps AdamW's moments for its shard only: ZeRO stage 1 (Rajbhandari et al. 2020).
-Without mpiexec there is one process, and mpi4py is not needed.
+Without mpiexec there is one process, and mpi4py is not needed. On GPUs, NCCL adds and gathers the arrays (`Nccl`); MPI starts
+the processes and carries what is small.
 """
 import atexit
 import contextlib
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from cli import UserError
-from gpt2 import ceil_div
+from gpt2 import ALIGNMENT, ceil_div
 
 SIZE_VARIABLES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"     # set by the mpiexec of Open MPI, and of MPICH and Intel MPI
 MESSAGE_NUMBERS = 2 ** 16   # float32 numbers in a message: small enough to be still in cache when they are added
@@ -89,9 +90,12 @@ class World:
             self.machine.Barrier()
 
     def shard(self, size: int, rank: int | None = None) -> slice:
-        """The slice of a flat array of `size` numbers that a process owns (default: this one). The last may be shorter."""
+        """The slice of a flat array of `size` numbers that a process owns (default: this one). The last may be shorter.
+
+        It starts at a multiple of gpt2.ALIGNMENT, so that a GPU's kernels can load several numbers at once.
+        """
         rank = self.rank if rank is None else rank
-        length = ceil_div(size, self.size)
+        length = ceil_div(size, self.size * ALIGNMENT) * ALIGNMENT
         return slice(min(rank * length, size), min((rank + 1) * length, size))
 
     def sum(self, number: float) -> float:
@@ -115,7 +119,7 @@ class World:
                 sent[...] = 0
 
     def all_gather(self, flat: np.ndarray) -> None:
-        """Fill in a flat array, given every process's own shard of it."""
+        """Fill in a flat array, float32 or bfloat16, given every process's own shard of it."""
         numbers = flat if flat.dtype == np.float32 else flat.view(np.uint16)    # MPI knows no bfloat16
         self.communicator.Allgatherv(self.mpi.IN_PLACE, [numbers, self.shard_sizes(flat.size)])
 
@@ -146,24 +150,20 @@ def join_world() -> World:
 
 
 class Nccl:
-    """reduce_scatter and all_gather of a World, for CuPy arrays: one GPU per process. Their size is a multiple of world.size.
+    """reduce_scatter and all_gather of a World, for CuPy arrays: one GPU per process. All shards are equally long.
 
     Library: NCCL, through CuPy. It works on the current stream, and no call waits for the GPU.
     """
 
     def __init__(self, nccl, world: World, stream_of: Callable):
         """nccl: the module cupy.cuda.nccl. stream_of(): the current stream's address."""
-        self.nccl, self.rank, self.size, self.stream_of = nccl, world.rank, world.size, stream_of
+        self.nccl, self.world, self.stream_of = nccl, world, stream_of
         identifier = world.communicator.bcast(nccl.get_unique_id() if world.rank == 0 else None)
         self.communicator = nccl.NcclCommunicator(world.size, identifier, world.rank)
 
-    def mine(self, flat):
-        length = flat.size // self.size
-        return slice(self.rank * length, (self.rank + 1) * length)
-
     def reduce_scatter(self, flat) -> None:
         """World.reduce_scatter of a float32 array."""
-        mine = self.mine(flat)
+        mine = self.world.shard(flat.size)
         self.communicator.reduceScatter(flat.data.ptr, flat[mine].data.ptr, mine.stop - mine.start, self.nccl.NCCL_FLOAT32,
                                         self.nccl.NCCL_SUM, self.stream_of())
         flat[:mine.start].fill(0)
@@ -171,7 +171,7 @@ class Nccl:
 
     def all_gather(self, flat) -> None:
         """World.all_gather of an array of any dtype."""
-        mine = flat[self.mine(flat)]
+        mine = flat[self.world.shard(flat.size)]
         self.communicator.allGather(mine.data.ptr, flat.data.ptr, mine.nbytes, self.nccl.NCCL_CHAR, self.stream_of())
 
 
@@ -190,7 +190,7 @@ class DataParallel:
         return getattr(self.model, name)    # forward, loss, params, ...
 
     def get_moments(self) -> list:
-        """Both moments, flat NumPy arrays, on process 0; None elsewhere."""
+        """Both moments, flat NumPy arrays, on process 0; [None, None] elsewhere."""
         return [self.world.gather(moment, self.model.params.size) for moment in self.model.get_moments()]
 
     def backward(self, targets: np.ndarray, accumulation_steps: int = 1) -> float:

@@ -61,7 +61,7 @@ class Decoder(generate_gpt2.Decoder):
                                 partial(self.device.empty, dtype=self.device.Float), ALIGNMENT,
                                 self.device.Float, float32=("mean", "rstd"))
             self.inputs = self.device.empty(1 + N, np.int32)    # the position and the tokens
-            self.graphs = {}                                    # of other arrays
+            self.graphs = {}                                    # the old ones read arrays that are gone
         self.device.copy_to_device(self.inputs, np.append(np.int32(position), tokens))
         work = partial(self.forward_pass, B, T, position)
         if T == 1 and self.config.max_seq_len <= kernels.CACHED_POSITIONS:      # the launches are those of any other position
@@ -116,7 +116,7 @@ def main():
         "Generate text with GPT-2 on a GPU.",
         device=dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the same kernels on the CPU (slow)"),
         dtype=dict(default="float32", choices=["float32", "bfloat16"], help="of weights, activations and the KV "
-                   "cache; bfloat16 takes half the memory, and so half the time"))
+                   "cache; bfloat16 takes half the memory"))
     prompt = read_prompt(options)
     device = open_device(options.device, options.dtype)
     config, params, tokenizer = load(options)

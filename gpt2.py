@@ -12,7 +12,7 @@ CONTEXT = 1024
 VOCABULARY = 50257
 HEADS_BY_DEPTH = {2: 2, 4: 4, 6: 6, 8: 8, 12: 12, 24: 16, 36: 20, 48: 25}
 CHANNELS_PER_HEAD = 64
-ALIGNMENT = 64      # elements: 256 bytes, to which CuPy aligns whole arrays; a cache line has 64 bytes
+ALIGNMENT = 64      # elements: 256 bytes, or 128 in bfloat16; a cache line of a CPU has 64 bytes, of a GPU 128
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,15 @@
 """The layers of GPT-2 on the GPU: CUDA C kernels, each above the Python function that launches it.
 
-Read it beside kernels_cpu.py. Names, argument order and shapes are the same, and so is what accumulates, what is overwritten
-and what is saved for the backward pass. The cost is the same too, unless a docstring here gives another. What differs is how
-the work is divided among threads; the comments are about that. The gradients are derived in dev/derivations/.
+Read it beside kernels_cpu.py. What accumulates, what is overwritten and what is saved for the backward pass is the same, and so
+are names, shapes, argument order and cost, except:
+    matmul_forward, matmul_backward, matvec_forward     no workspace; the bias is of the dtype of out
+    attention_forward, attention_backward               scratch for scores, in place of the workspace; or FlashAttention
+    encoder_forward, attention_cached_forward           also take the position as an array on the device, for CUDA graphs
+    residual_layernorm_forward, bias_gelu_forward       several kernels of the CPU in one launch
+    mean_loss, global_norm                              results stay on the device
+    adamw_update                                        reads the norm there, and writes `weights`
+What else differs is how the work is divided among threads; the comments are about that. The gradients are derived in
+dev/derivations/. A new layer's source is added to SOURCES, at the end.
 
 How the work is divided
     A kernel launch starts a grid of thread blocks. All threads run the same function and find their part of the work from
@@ -11,17 +18,18 @@ How the work is divided
     (`__shfl`). Blocks cannot wait for each other, so a reduction across blocks takes a second launch.
 
 What is fast
-    All kernels in this file but flash attention are memory-bound; matrix products are left to cuBLASLt. Memory is fastest
-    under two conditions. The lanes of a warp read neighboring addresses (coalesced access), each with one vectorized 16-byte
-    load. And enough loads are in flight to hide their latency: about 20 KB per multiprocessor, for which 2,048 threads (full
-    occupancy) with one load each are enough. So nearly every kernel handles a `Part` per thread: four neighboring floats, or
-    eight bf16.
+    All kernels in this file but flash attention and sort_rows_by_token are memory-bound; matrix products are left to cuBLASLt.
+    Memory is fastest under two conditions. The lanes of a warp read neighboring addresses (coalesced access), each with one
+    vectorized 16-byte load. And enough loads are in flight to hide their latency: about 20 KB per multiprocessor, for which
+    2,048 threads (full occupancy) with one load each are enough. So nearly every kernel handles a `Part` per thread: four
+    neighboring floats, or eight bf16.
 
 Number formats
     `Float` is the type of activations, their gradients and the weights in matrix products: float, or bf16 with --dtype
     bfloat16. One source serves both. Parameters, parameter gradients, AdamW's moments, losses and the statistics of layernorm
-    and softmax are always float. Kernels compute in float. Costs below are in float; in bf16, activations and weights take half
-    the bytes. See dev/derivations/mixed_precision.md.
+    and softmax are always float. So is what docstrings call dwte, dwpe, dweight, dbias, mean, rstd, lse, losses, norm, m or v;
+    tokens and positions are int32. Kernels compute in float. Costs are those in float; in bf16, activations and weights take
+    half the bytes. See dev/derivations/mixed_precision.md.
 
 Determinism
     There are no atomic additions, and every sum runs in an order that depends only on the shapes, not on the GPU: the same
@@ -171,6 +179,7 @@ __device__ inline Softmax warp_softmax(Softmax seen) {
     return {largest, warp_sum(seen.sum * expf(seen.largest - largest))};
 }
 
+// Once per kernel: unlike block_sum, it does not wait for readers of the result before.
 __device__ inline Softmax block_softmax(Softmax seen, Softmax* warps) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     seen = warp_softmax(seen);
@@ -213,8 +222,8 @@ def part_bytes(C):
 
 
 COLUMN_SUMS = r"""
-// out (parts, C) = or += the sum of inp (N, C) over its rows; each part sums different rows. A block has 8 x 32 threads: the 8
-// in x read 128 neighboring bytes of a row, the 32 in y loop over the rows.
+// out (parts, C) = or += the sum of inp (N, C) over its rows; each of the `parts` rows of out sums different rows of inp. A
+// block has 8 x 32 threads: the 8 in x read eight neighboring Parts of a row, the 32 in y loop over the rows.
 template <class Number>
 __device__ void sum_columns(float* out, const Number* inp, int parts, int N, int C, int accumulate) {
     Parts columns(C, out, inp);
@@ -497,7 +506,8 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 def residual_layernorm_forward(residual, out, mean, rstd, inp1, inp2, inp2_bias, weight, bias):
     """residual (N, C) = inp1 + inp2 + inp2_bias (C), then layernorm_forward of it. An empty inp2_bias means there is none.
 
-    inp2 is a matrix product without its bias. Three separate kernels would write the sums and read them back twice.
+    inp2 (N, C) is a matrix product without its bias. If it and residual are empty, this is layernorm_forward of inp1. Three
+    separate kernels would write the sums and read them back twice.
 
     Cost: 10*N*C FLOPs, 16*N*C bytes: memory-bound. See dev/derivations/residual.md.
     """
@@ -512,7 +522,9 @@ def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
     Derived in dev/derivations/layernorm.md.
     """
     N, C = inp.shape
-    blocks = min(N, 512)        # about 4 per multiprocessor of a large GPU: more would leave more partial sums to add
+    # About 4 blocks per multiprocessor of a large GPU: more would leave more partial sums to add. And up to 1,024 rows,
+    # column_sums needs no temporary memory, which would overwrite these.
+    blocks = min(N, 512)
     dweight_parts, dbias_parts = device.temporary((2, blocks, C))
     device.launch("layernorm_backward", blocks, row_threads(C), dinp, dweight_parts, dbias_parts, dout, mean, rstd, inp,
                   weight, N, C, blocks, shared_bytes=4 * part_bytes(C))
@@ -733,14 +745,16 @@ def transposed(matrices):
 def attention_forward(out, lse, qkv, scores):
     """out (N, C): at each position, the softmax-weighted mean of the values up to and including its own.
 
-    qkv (N, 3C); lse (B, NH, T) is saved for the backward pass; scores (NH, T, T) is scratch for one sequence. The matrix
+    qkv (N, 3C); lse (B, NH, T) is saved for the backward pass. In bf16 with heads of 64 channels this is
+    flash_attention_forward, and scores is not used. Otherwise scores (NH, T, T) is scratch for one sequence: the matrix
     products include the masked keys, and each score is written twice and read twice: 16 bytes. Derived in
     dev/derivations/attention.md.
     """
     B, NH, T = lse.shape
-    scale = (NH / out.shape[1]) ** 0.5      # 1 / sqrt(HS)
     if has_flash_attention(out.dtype, out.shape[1] // NH):
-        return flash_attention_forward(out, lse, qkv)
+        flash_attention_forward(out, lse, qkv)
+        return
+    scale = (NH / out.shape[1]) ** 0.5      # 1 / sqrt(HS)
     qkv, out = heads(qkv, B, 3 * NH), heads(out, B, NH)
     for b in range(B):
         q, k, v = qkv[b, :NH], qkv[b, NH:2 * NH], qkv[b, 2 * NH:]
@@ -752,14 +766,16 @@ def attention_forward(out, lse, qkv, scores):
 def attention_backward(dqkv, dout, out, lse, qkv, scores, dscores):
     """dqkv (N, 3C) from dout (N, C), with p recomputed from lse.
 
-    scores and dscores (NH, T, T) are scratch for one sequence. Each score is written twice and read twice, its gradient
-    written twice and read three times: 36 bytes. Derived in dev/derivations/attention.md.
+    In bf16 with heads of 64 channels this is flash_attention_backward, and scores and dscores are not used. Otherwise they,
+    (NH, T, T), are scratch for one sequence: each score is written twice and read twice, its gradient written twice and read
+    three times: 36 bytes. Derived in dev/derivations/attention.md.
     """
     B, NH, T = lse.shape
     C = out.shape[1]
-    scale = (NH / C) ** 0.5
     if has_flash_attention(out.dtype, C // NH):
-        return flash_attention_backward(dqkv, dout, out, lse, qkv)
+        flash_attention_backward(dqkv, dout, out, lse, qkv)
+        return
+    scale = (NH / C) ** 0.5
     dqkv, qkv, dout_heads = heads(dqkv, B, 3 * NH), heads(qkv, B, 3 * NH), heads(dout, B, NH)
     for b in range(B):
         q, k, v = qkv[b, :NH], qkv[b, NH:2 * NH], qkv[b, 2 * NH:]
@@ -774,16 +790,17 @@ def attention_backward(dqkv, dout, out, lse, qkv, scores, dscores):
         device.gemm(dq, scale, dscores, k, 0.0)
 
 
-CACHED_POSITIONS = 8192     # whose scores, 4 bytes each, fit into shared memory beside `threads`
+CACHED_POSITIONS = 8192     # whose scores, 4 bytes each, fit into 48 KB of shared memory beside `threads`, 16 KB in bf16
 
 
 def attention_cached_forward(out, keys, values, qkv, position, position_on_device):
     """attention_forward for T tokens that follow `position` others, with a KV cache.
 
     keys and values (B, NH, maxT, HS) are the cache: they hold those of the positions before `position`, and those of the T
-    positions in qkv (B*T, 3C) are appended. Every query sees all positions up to its own. A single query takes one launch,
-    which reads the cache in place and, so that a CUDA graph can repeat it, the position from an int32 array (1). A prompt uses
-    the matrix products of training. See dev/derivations/attention.md.
+    positions in qkv (B*T, 3C) are appended. Every query sees all positions up to its own; out (B*T, C). With a cache of up to
+    CACHED_POSITIONS, a single query takes one launch, which reads the cache in place and, so that a CUDA graph can repeat it,
+    the position from an int32 array (1). Otherwise scores are stored for one text at a time, in matrix products, with any
+    dtype. See dev/derivations/attention.md.
     """
     B, NH, maxT, HS = keys.shape
     T = len(out) // B
@@ -849,12 +866,12 @@ __device__ inline void multiply_tiles(float (&c)[4], const unsigned (&a)[4], uns
 __device__ inline int row_of(int i) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + i / 2 * 8; }
 __device__ inline int column_of(int n, int i) { return 8 * n + 2 * (threadIdx.x % 4) + i % 2; }
 
-// The four lanes that share a row.
-__device__ inline float row_max(float x) {
+// Over the four lanes that share a row.
+__device__ inline float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
 }
-__device__ inline float row_sum(float x) {
+__device__ inline float quad_sum(float x) {
     x += __shfl_xor_sync(0xffffffff, x, 1);
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
@@ -940,12 +957,13 @@ extern "C" __global__ void __launch_bounds__(128, 3) flash_attention_forward(
     size_t start = (size_t)(head / NH) * T;
     const bf16 *q = qkv + start * stride + head % NH * HS, *k = q + C, *v = k + C;
 
-    load_tile(keys, q + (size_t)first * stride, stride, count);
+    load_tile(keys, q + (size_t)first * stride, stride, count);     // the block's own queries, on their way to registers
     __syncthreads();
     Factor queries;
     load_factor(queries, keys);
     Rows sums = {};
-    float largest[2] = {-FLOAT_MAX, -FLOAT_MAX}, total[2] = {};         // of scores * LOG2_E; of this lane's columns
+    float largest[2] = {-FLOAT_MAX, -FLOAT_MAX};        // of a row's scores * LOG2_E
+    float total[2] = {};                                // of this lane's columns only
     for (int tile = 0; tile <= last; tile++) {
         __syncthreads();                                                // all warps have read the tiles before
         load_tile(keys, k + (size_t)tile * TILE * stride, stride, T - tile * TILE);
@@ -964,7 +982,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) flash_attention_forward(
             }
         #pragma unroll
         for (int r = 0; r < 2; r++) {
-            largest[r] = row_max(largest[r]);
+            largest[r] = quad_max(largest[r]);
             float shrink = exp2f(before[r] - largest[r]);
             total[r] *= shrink;
             #pragma unroll
@@ -983,7 +1001,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) flash_attention_forward(
     }
     #pragma unroll
     for (int r = 0; r < 2; r++) {
-        total[r] = row_sum(total[r]);
+        total[r] = quad_sum(total[r]);
         int row = row_of(2 * r);
         if (row < count && threadIdx.x % 4 == 0)
             lse[(size_t)head * T + first + row] = LN_2 * (largest[r] + log2f(total[r]));
@@ -1008,7 +1026,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_attention_backward_q(
     size_t start = (size_t)(head / NH) * T, own = (start + first) * C + head % NH * HS;
     const bf16 *q = qkv + start * stride + head % NH * HS, *k = q + C, *v = k + C;
 
-    load_tile(keys, q + (size_t)first * stride, stride, count);
+    load_tile(keys, q + (size_t)first * stride, stride, count);     // the block's own rows, on their way to registers
     load_tile(values, dout + own, C, count);
     __syncthreads();
     Factor queries, douts, outs;
@@ -1029,7 +1047,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_attention_backward_q(
         }
     #pragma unroll
     for (int r = 0; r < 2; r++) {
-        row_delta[r] = row_sum(row_delta[r]);
+        row_delta[r] = quad_sum(row_delta[r]);
         int row = row_of(2 * r);
         size_t place = (size_t)head * T + first + row;
         row_lse[r] = row < count ? lse[place] * LOG2_E : 0;
@@ -1076,7 +1094,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_attention_backward_kv
     size_t start = (size_t)(head / NH) * T;
     const bf16 *q = qkv + start * stride + head % NH * HS, *k = q + C, *v = k + C;
 
-    load_tile(queries, k + (size_t)first * stride, stride, count);
+    load_tile(queries, k + (size_t)first * stride, stride, count);  // the block's own rows, on their way to registers
     load_tile(douts, v + (size_t)first * stride, stride, count);
     __syncthreads();
     Factor keys, values;
@@ -1115,28 +1133,28 @@ extern "C" __global__ void __launch_bounds__(128, 2) flash_attention_backward_kv
         round_to_factor(dscores, dp);
         multiply_by(dk, dscores, queries);
     }
-    bf16* dq = dqkv + (start + first) * stride + head % NH * HS;
-    store_rows(dq + C, stride, count, dk, SCALE, SCALE);
-    store_rows(dq + 2 * C, stride, count, dv, 1, 1);
+    bf16* rows = dqkv + (start + first) * stride + head % NH * HS;
+    store_rows(rows + C, stride, count, dk, SCALE, SCALE);
+    store_rows(rows + 2 * C, stride, count, dv, 1, 1);
 }
 """
 
-FLASH_TILE, FLASH_HEAD_SIZE = 64, 64
+FLASH_TILE, FLASH_HEAD_SIZE, FLASH_THREADS = 64, 64, 128      # TILE, HS and THREADS of the source
 
 
 def has_flash_attention(dtype, head_size):
-    """Whether attention of activations of this dtype runs without a (T, T) tensor."""
+    """Whether attention over heads of head_size channels, in activations of this dtype, runs without a (T, T) tensor."""
     return dtype != np.float32 and head_size == FLASH_HEAD_SIZE
 
 
 def flash_attention_forward(out, lse, qkv):
-    """attention_forward in bf16, for heads of 64 channels.
+    """attention_forward in bf16, for heads of 64 channels: out (N, C), lse (B, NH, T) and qkv (N, 3C), C = 64*NH.
 
     Scores exist in registers only; the keys and values are read once for every 64 queries. Derived in
     dev/derivations/flash_attention.md.
     """
     B, NH, T = lse.shape
-    device.launch("flash_attention_forward", (ceil_div(T, FLASH_TILE), B * NH), 128, out, lse, qkv, B, NH, T)
+    device.launch("flash_attention_forward", (ceil_div(T, FLASH_TILE), B * NH), FLASH_THREADS, out, lse, qkv, B, NH, T)
 
 
 def flash_attention_backward(dqkv, dout, out, lse, qkv):
@@ -1147,8 +1165,8 @@ def flash_attention_backward(dqkv, dout, out, lse, qkv):
     """
     B, NH, T = lse.shape
     grid, delta = (ceil_div(T, FLASH_TILE), B * NH), device.temporary(lse.shape)
-    device.launch("flash_attention_backward_q", grid, 128, dqkv, delta, dout, out, lse, qkv, B, NH, T)
-    device.launch("flash_attention_backward_kv", grid, 128, dqkv, delta, dout, lse, qkv, B, NH, T)
+    device.launch("flash_attention_backward_q", grid, FLASH_THREADS, dqkv, delta, dout, out, lse, qkv, B, NH, T)
+    device.launch("flash_attention_backward_kv", grid, FLASH_THREADS, dqkv, delta, dout, lse, qkv, B, NH, T)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1280,8 +1298,9 @@ def gelu_exact_backward(dinp, dout, inp):
 
 CLASSIFIER = r"""
 // One block per row, which it reads twice: for the largest logit and the sum of the softmax, then to replace the logits by
-// their gradients. A row of 200 KB does not fit into shared memory. Only part of the second read hits the L2 cache: the rows
-// of all blocks that run at a time, two on a multiprocessor, are about as large as that cache (on an H100, 53 and 50 MB).
+// their gradients. A row of 200 KB (in bf16, 100 KB) does not fit into shared memory. In float, only part of the second read
+// hits the L2 cache: the rows of all blocks that run at a time, two on a multiprocessor, are about as large as that cache (on
+// an H100, 53 and 50 MB). In bf16 they fit.
 extern "C" __global__ void fused_classifier(
     float* __restrict__ losses,         // (N)
     Float* __restrict__ logits,         // (N, Vp)
@@ -1391,20 +1410,20 @@ extern "C" __global__ void adamw_update(
     Parts parts(size, params, grads, m, v, weights);
     size_t i = WIDTH * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= size) return;
-    Part p = parts.load(params, i), g = parts.load(grads, i), m4 = parts.load(m, i), v4 = parts.load(v, i);
+    Part p = parts.load(params, i), g = parts.load(grads, i), mean = parts.load(m, i), square = parts.load(v, i);
     if (!(norm[0] <= FLOAT_MAX)) return;
     float scale = 0 < grad_clip && grad_clip < norm[0] ? grad_clip / norm[0] : 1;
     for (int k = 0; k < WIDTH; k++) {
         g.x[k] *= scale;
-        m4.x[k] = keep_m * m4.x[k] + take_m * g.x[k];
-        v4.x[k] = keep_v * v4.x[k] + take_v * g.x[k] * g.x[k];
-        p.x[k] -= rate * m4.x[k] / (sqrtf(v4.x[k] * unbias_v) + epsilon) + decay * p.x[k];
+        mean.x[k] = keep_m * mean.x[k] + take_m * g.x[k];
+        square.x[k] = keep_v * square.x[k] + take_v * g.x[k] * g.x[k];
+        p.x[k] -= rate * mean.x[k] / (sqrtf(square.x[k] * unbias_v) + epsilon) + decay * p.x[k];
     }
     parts.store(params, i, p);
     if (weights) parts.store(weights, i, p);
     parts.store(grads, i, Part{});
-    parts.store(m, i, m4);
-    parts.store(v, i, v4);
+    parts.store(m, i, mean);
+    parts.store(v, i, square);
 }
 """
 
@@ -1435,5 +1454,6 @@ def adamw_update(params, grads, m, v, weights, norm, learning_rate, beta1, beta2
 
 # ----------------------------------------------------------------------------------------------------------------------
 
+# All sources. COMMON is put in front of each of the others.
 SOURCES = [COMMON, COLUMN_SUMS, ENCODER, LAYERNORM, MATMUL, ATTENTION, FLASH_ATTENTION, GELU, GELU_EXACT, CLASSIFIER,
            OPTIMIZER]

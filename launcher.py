@@ -24,7 +24,7 @@ FLOATS = {"float32": "float", "tf32": "float", "bfloat16": "bf16"}     # --dtype
 MAX_GRID = (2 ** 31 - 1, 65535, 65535)      # the limits that hold for every GPU
 MAX_BLOCK = (1024, 1024, 64)
 MAX_THREADS = 1024                          # per block
-MAX_SHARED_BYTES = 47 * 1024                # of a launch; the other 1 KB of 48 is for arrays of fixed size
+MAX_SHARED_BYTES = 47 * 1024                # of a launch; with arrays of fixed size 48 KB, see dev/tests/test_nvrtc.py
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ class Device:
     """What both devices share: loading kernels by name, and launching them with checked arguments.
 
     Subclasses add the type of their arrays, `Array`; the functions `address`, `contiguous` and `writable` of an array; and the
-    methods that device.CudaDevice documents: memory, arrays, compiling, matrix products, timing.
+    methods that device.CudaDevice documents: memory, arrays, compiling, matrix products, several processes, timing.
     """
     library_bytes = 0       # of the device's memory that its libraries take besides the arrays
 

@@ -1,9 +1,10 @@
 """Train GPT-2 on the GPU: `python train_gpt2_gpu.py`, or the same kernels without a GPU: `--device cpu` (cuda_on_cpu/).
 
-The twin of train_gpt2.py, with its training loop, the same memory and the same two flat passes, and with the kernels of
-kernels_gpu.py. The passes differ where one launch does what takes several on the CPU: the bias of a projection, the residual
-connection and the layernorm after it are one call, a bias and the GELU another. Every call returns at once. The GPU works
-through the launches while Python continues; within a step only `finish_step` waits for it.
+The twin of train_gpt2.py, with its training loop and the same two flat passes, and with the kernels of kernels_gpu.py. Its
+memory also has `weights` and attention scores, and only this process's shard of the moments. The passes differ where one launch
+does what takes several on the CPU: the bias of a projection, the residual connection and the layernorm after it are one call, a
+bias and the GELU another. Every call returns at once. The GPU works through the launches while Python continues; within a step
+only `finish_step` waits for it.
 """
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,8 +35,9 @@ def gpu_scratch_shapes(config: Config, B: int, T: int, dtype) -> dict[str, tuple
 class GPT2:
     """GPT-2 on a device, with its gradients, AdamW's moments and activations, for up to (batch_size, sequence_length) tokens.
 
-    The methods are those of train_gpt2.GPT2. Tokens and targets are int32 arrays on the device. A loss or norm that a method
-    returns is an array on the device, of shape () or (1), and may not be computed yet.
+    The methods are those of train_gpt2.GPT2. Tokens and targets are int32 arrays on the device, except in token_losses and
+    next_token_logits. A loss or norm that a method returns is an array on the device, of shape () or (1), and may not be
+    computed yet.
 
     Activations are of the device's `Float`, and so are `weights`, a copy of the parameters for the embedding and for products.
     With float32 they are the parameters themselves.
@@ -51,7 +53,8 @@ class GPT2:
         self.device = device
 
         def zeros(size, dtype=np.float32):
-            return device.zeros(ceil_div(size, world.size) * world.size, dtype)
+            whole = world.size * ALIGNMENT
+            return device.zeros(ceil_div(size, whole) * whole, dtype)
 
         shapes = parameter_shapes(config)
         self.params, self.grads = Tensors(shapes, zeros), Tensors(shapes, zeros)
@@ -109,9 +112,9 @@ class GPT2:
         self.scratch = Tensors(gpu_scratch_shapes(self.config, B, T, self.device.Float), lambda size: scratch, ALIGNMENT)
         self.tokens = self.batch[0, :B * T].reshape(B, T)
         self.tokens[...] = tokens
-        self.replay(self.forward_pass, "forward")
+        self.replay("forward", self.forward_pass)
 
-    def replay(self, work, *key):
+    def replay(self, key, work):
         """Call work, or repeat its launches as a CUDA graph if the batch has the shape that the model was built for."""
         if self.tokens.shape == self.batch_shape:
             self.device.replay(self.graphs, key, work)
@@ -135,6 +138,7 @@ class GPT2:
         params, weights, acts, proj, no_bias = self.params, self.weights, self.acts, self.scratch.proj, self.no_bias
         bias_gelu_forward = kernels.bias_gelu_exact_forward if self.config.exact_gelu else kernels.bias_gelu_forward
         residual = acts.residual3[l - 1] if l > 0 else acts.encoded
+        # The product adds this bias, and so takes it in the dtype of its output. Kernels add the others, in float32.
         kernels.matmul_forward(acts.qkv[l], acts.ln1[l], weights.qkvw[l], weights.qkvb[l])                       # (N, 3C)
         kernels.attention_forward(acts.att[l], acts.att_lse[l], acts.qkv[l], self.scratch.scores)                # (N, C)
         kernels.matmul_forward(proj, acts.att[l], weights.attprojw[l], no_bias)                                  # (N, C)
@@ -158,7 +162,7 @@ class GPT2:
         """The mean cross-entropy of the last forward pass against targets (B, T), in nats per token."""
         kernels.use(self.device)
         self.set_targets(targets)
-        self.replay(self.classifier_pass, "loss")
+        self.replay("loss", self.classifier_pass)
         return self.mean.reshape(()).copy()
 
     def set_targets(self, targets):
@@ -181,7 +185,7 @@ class GPT2:
         """
         kernels.use(self.device)
         self.set_targets(targets)
-        self.replay(partial(self.backward_pass, accumulation_steps), "backward", accumulation_steps)
+        self.replay(("backward", accumulation_steps), partial(self.backward_pass, accumulation_steps))
         return self.mean.reshape(()).copy()
 
     def backward_pass(self, accumulation_steps):
@@ -277,15 +281,16 @@ class DeviceDataParallel(DataParallel):
     def __init__(self, model: GPT2, world: World):
         super().__init__(model, world)
         self.collectives = model.device.collectives(world)
-        self.norms = model.device.zeros(world.size)     # of every process's shard
+        self.norms = model.device.zeros(world.size * ALIGNMENT)     # of every process's shard, at the start of its own
 
     def gradient_norm(self) -> DeviceArray:
         """The norm of the summed gradients. Afterward `grads` has the sum in this process's shard, and zeros elsewhere."""
         self.collectives.reduce_scatter(self.model.grads.flat)
         norm = self.model.gradient_norm()
-        self.norms[self.world.rank:self.world.rank + 1] = norm
+        start = self.world.shard(self.norms.size).start
+        self.norms[start:start + 1] = norm
         self.collectives.all_gather(self.norms)
-        kernels.global_norm(norm, self.norms)
+        kernels.global_norm(norm, self.norms)       # which is the norm of the shards' norms
         return norm
 
     def update(self, step: int, learning_rate: float, weight_decay: float, norm: DeviceArray, grad_clip: float) -> None:
@@ -355,7 +360,7 @@ def main():
     own_flags = {
         "device": dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the same kernels on the CPU (slow)"),
         "dtype": dict(default="float32", choices=["float32", "tf32", "bfloat16"],
-                      help="tf32: faster matrix products, with 10 bits of mantissa; bfloat16: faster in everything, with 7"),
+                      help="tf32: faster matrix products, with 10 bits of mantissa; bfloat16: activations too, with 7 bits"),
     }
     with join_world() as world, open_run("Train GPT-2 on a GPU.", world, **own_flags) as options:
         status = run(options, world)
