@@ -7,7 +7,7 @@ import itertools
 import operator
 import re
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 
 import numpy as np
 
@@ -54,7 +54,8 @@ class CudaDevice(Device):
     `uploader` copies without waiting. A process can use one GPU only, the one that CuPy allocates and launches on; a second one
     raises ValueError.
     """
-    index = None        # of the GPU that this process uses
+    index = stream = None       # of the GPU that this process uses, and where all is launched
+    records = True              # whether CUDA records graphs, as far as is known
     library_bytes = 500_000_000     # cuBLASLt and its workspace, compiled kernels, temporary arrays: an estimate
     workspace_bytes = 32 * 2**20    # of cuBLAS, as NVIDIA advises for an H100
 
@@ -84,7 +85,8 @@ class CudaDevice(Device):
         self.name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
         try:
             self.device.use()
-            self.stream = cupy.cuda.Stream(non_blocking=True)       # CUDA records no graph of the default stream
+            # CUDA records no graph of the default stream. One for all: what one device launches comes after what another did.
+            CudaDevice.stream = CudaDevice.stream or cupy.cuda.Stream(non_blocking=True)
             self.stream.use()
             self.workspace = cupy.empty(self.workspace_bytes, np.uint8)
             self.products = cublaslt.CublasLt(self.workspace.data.ptr, self.workspace_bytes, tf32=dtype == "tf32")
@@ -194,20 +196,22 @@ class CudaDevice(Device):
 
     def record(self, work):
         """A function that launches the CUDA graph of work, or work itself if there can be none."""
-        stream, error = self.cupy.cuda.get_current_stream(), None
-        stream.begin_capture()
+        if not self.records:
+            return work
+        stream = self.cupy.cuda.get_current_stream()
         try:
-            work()
-        except RuntimeError as raised:      # of CUDA, CuPy or cuBLASLt
-            error = raised
-        try:
-            graph = stream.end_capture()
-        except RuntimeError as raised:
-            error = error or raised
-        if error:
+            stream.begin_capture()
+            try:
+                work()
+            except BaseException:
+                with suppress(RuntimeError):
+                    stream.end_capture()
+                raise
+            return stream.end_capture().launch
+        except RuntimeError as error:       # of CUDA, CuPy or cuBLASLt
+            self.records = False
             note(f"no CUDA graphs on {self.name}: {str(error).splitlines()[0]}")
             return work
-        return partial(graph.launch, stream)
 
     def compile(self, preamble, layer, kernels):
         module = self.cupy.RawModule(code=preamble + layer, options=("--std=c++17", f"-DFloat={FLOATS[self.dtype]}"))
@@ -227,7 +231,7 @@ class CudaDevice(Device):
 
     def collectives(self, world: World) -> Nccl:
         """What adds and gathers arrays on the GPUs of several processes. Raises UserError if NCCL is missing."""
-        nccl = self.cupy.cuda.nccl
+        from cupy.cuda import nccl      # not a part of cupy until it is imported
         if not nccl.available:
             raise UserError("several GPUs need NVIDIA's NCCL: pip install nvidia-nccl-cu12 (with CUDA 13: nvidia-nccl-cu13)")
         return Nccl(nccl, world, lambda: self.cupy.cuda.get_current_stream().ptr)

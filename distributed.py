@@ -154,12 +154,14 @@ class Nccl:
 
     Library: NCCL, through CuPy. It works on the current stream, and no call waits for the GPU.
     """
+    communicators = []      # never destroyed: that would wait for processes which have failed
 
     def __init__(self, nccl, world: World, stream_of: Callable):
         """nccl: the module cupy.cuda.nccl. stream_of(): the current stream's address."""
         self.nccl, self.world, self.stream_of = nccl, world, stream_of
         identifier = world.communicator.bcast(nccl.get_unique_id() if world.rank == 0 else None)
         self.communicator = nccl.NcclCommunicator(world.size, identifier, world.rank)
+        self.communicators.append(self.communicator)
 
     def reduce_scatter(self, flat) -> None:
         """World.reduce_scatter of a float32 array."""

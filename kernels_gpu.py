@@ -543,14 +543,23 @@ __device__ void multiply_rows(Number* out, const Float* inp, const Float* weight
     int o = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, first = 4 * blockIdx.y;
     if (o >= OC) return;
     float sums[4] = {};
-    #pragma unroll 4                    // four loads in flight per lane
-    for (int c = WIDTH * lane; c < C; c += WIDTH * 32) {
-        Part w = parts.load(weight + (size_t)o * C, c);
+    for (int start = WIDTH * lane; start < C; start += 4 * WIDTH * 32) {
+        Part w[4];
         #pragma unroll
-        for (int r = 0; r < 4; r++) {
-            if (first + r >= N) break;
-            Part x = parts.load(inp + (size_t)(first + r) * C, c);
-            for (int k = 0; k < WIDTH; k++) sums[r] += w.x[k] * x.x[k];
+        for (int i = 0; i < 4; i++) {           // four loads in flight per lane
+            int c = start + i * WIDTH * 32;
+            w[i] = c < C ? parts.load(weight + (size_t)o * C, c) : Part{};
+        }
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int c = start + i * WIDTH * 32;
+            if (c >= C) break;
+            #pragma unroll
+            for (int r = 0; r < 4; r++) {
+                if (first + r >= N) break;
+                Part x = parts.load(inp + (size_t)(first + r) * C, c);
+                for (int k = 0; k < WIDTH; k++) sums[r] += w[i].x[k] * x.x[k];
+            }
         }
     }
     #pragma unroll
@@ -560,7 +569,7 @@ __device__ void multiply_rows(Number* out, const Float* inp, const Float* weight
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) matvec_forward(
+extern "C" __global__ void __launch_bounds__(256, 2) matvec_forward(
     Float* __restrict__ out,            // (N, OC)
     const Float* __restrict__ inp,      // (N, C)
     const Float* __restrict__ weight,   // (OC, C)
@@ -570,7 +579,7 @@ extern "C" __global__ void __launch_bounds__(256) matvec_forward(
     multiply_rows(out, inp, weight, bias, N, C, OC);
 }
 
-extern "C" __global__ void __launch_bounds__(256) matvec_forward_to_floats(
+extern "C" __global__ void __launch_bounds__(256, 2) matvec_forward_to_floats(
     float* __restrict__ out,            // (N, OC)
     const Float* __restrict__ inp,      // (N, C)
     const Float* __restrict__ weight,   // (OC, C)
@@ -675,10 +684,10 @@ extern "C" __global__ void causal_softmax_backward(
     }
 }
 
-// Attention of one new query per text and head, one block each. The query attends to the KV cache of `last` tokens and to
-// its own key and value, which the block appends to the cache. The keys are dealt out to the warps in turn, a part per
-// lane. Once all scores are in shared memory, every warp finds the largest and the sum itself: waiting for another warp to do
-// it would take as long.
+// Attention of one new query per text and head, one block each. The query attends to the KV cache of `last` tokens and to its
+// own key and value, which the block appends to the cache. The warps take turns with four keys, a part of a key per lane: four
+// loads in flight. Once all scores are in shared memory, every warp finds the largest and the sum itself: waiting for another
+// warp to do it would take as long.
 extern "C" __global__ void __launch_bounds__(512, 1) attention_cached_forward(
     Float* __restrict__ out,            // (B, NH*HS)
     Float* keys,                        // (B, NH, maxT, HS)
@@ -700,14 +709,21 @@ extern "C" __global__ void __launch_bounds__(512, 1) attention_cached_forward(
         values[(size_t)last * HS + c] = v[c];
     }
     __syncthreads();
-    for (int j = warp; j <= last; j += warps) {
-        float sum = 0;
+    for (int first = 4 * warp; first <= last; first += 4 * warps) {
+        float sums[4] = {};
         for (int c = WIDTH * lane; c < HS; c += WIDTH * 32) {
-            Part key = parts.load(keys + (size_t)j * HS, c), query = parts.load(q, c);
-            for (int i = 0; i < WIDTH; i++) sum += query.x[i] * key.x[i];
+            Part query = parts.load(q, c), key[4];
+            #pragma unroll
+            for (int r = 0; r < 4; r++) key[r] = parts.load(keys + (size_t)min(first + r, last) * HS, c);
+            #pragma unroll
+            for (int r = 0; r < 4; r++)
+                for (int i = 0; i < WIDTH; i++) sums[r] += query.x[i] * key[r].x[i];
         }
-        sum = warp_sum(sum);
-        if (lane == 0) score[j] = scale * sum;
+        #pragma unroll
+        for (int r = 0; r < 4; r++) {
+            float sum = warp_sum(sums[r]);
+            if (lane == 0 && first + r <= last) score[first + r] = scale * sum;
+        }
     }
     __syncthreads();
     Softmax seen = NOTHING_SEEN;
@@ -717,10 +733,15 @@ extern "C" __global__ void __launch_bounds__(512, 1) attention_cached_forward(
         int c = start + WIDTH * lane;
         Part sum = {};
         if (c < HS)
-            for (int j = warp; j <= last; j += warps) {
-                Part value = parts.load(values + (size_t)j * HS, c);
-                float weight = expf(score[j] - seen.largest);
-                for (int i = 0; i < WIDTH; i++) sum.x[i] += weight * value.x[i];
+            for (int first = 4 * warp; first <= last; first += 4 * warps) {
+                Part value[4];
+                #pragma unroll
+                for (int r = 0; r < 4; r++) value[r] = parts.load(values + (size_t)min(first + r, last) * HS, c);
+                #pragma unroll
+                for (int r = 0; r < 4; r++) {
+                    float weight = first + r <= last ? expf(score[first + r] - seen.largest) : 0;
+                    for (int i = 0; i < WIDTH; i++) sum.x[i] += weight * value[r].x[i];
+                }
             }
         __syncthreads();                                    // the round before may still be summing
         sum = sum_over_y(sum, threads);
@@ -879,8 +900,8 @@ __device__ inline float quad_sum(float x) {
 // The block copies TILE rows of HS numbers, `stride` apart, to shared memory, 16 bytes per thread; rows from `count` on are 0.
 __device__ inline void load_tile(Tile& tile, const bf16* rows, int stride, int count) {
     #pragma unroll
-    for (int i = threadIdx.x; i < TILE * HS / 8; i += THREADS) {
-        int row = i / (HS / 8), c = i % (HS / 8) * 8;
+    for (int n = 0; n < TILE * HS / 8 / THREADS; n++) {     // unrolled, so that all loads are in flight together
+        int i = n * THREADS + threadIdx.x, row = i / (HS / 8), c = i % (HS / 8) * 8;
         *(uint4*)&tile.rows[row][c] = row < count ? *(const uint4*)(rows + row * stride + c) : make_uint4(0, 0, 0, 0);
     }
 }
@@ -944,7 +965,7 @@ __device__ inline void store_rows(bf16* rows, int stride, int count, const Rows&
 }
 
 // One block of four warps per head and tile of queries, 16 queries per warp. The softmax is online: when a larger score
-// arrives, the sums so far shrink. Blocks with the most keys start first.
+// arrives, the sums so far shrink. Of a head's blocks, those with the most keys start first.
 extern "C" __global__ void __launch_bounds__(128, 3) flash_attention_forward(
     bf16* __restrict__ out,             // (B*T, NH*64)
     float* __restrict__ lse,            // (B, NH, T)

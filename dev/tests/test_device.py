@@ -8,6 +8,7 @@ import itertools
 import re
 import shutil
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -18,6 +19,7 @@ import cublaslt
 from cli import UserError
 from cuda_on_cpu import CpuDevice
 from device import CudaDevice, open_device
+from distributed import World
 from launcher import parse_signatures
 
 KERNEL = r"""
@@ -95,7 +97,7 @@ class FakeStream:
         self.log, graph = self.log[:start], self.log[start + 1:]
         if self.refuses:
             raise RuntimeError(self.refuses)
-        return SimpleNamespace(launch=lambda stream: stream.log.append(tuple(graph)))
+        return SimpleNamespace(launch=lambda: self.log.append(tuple(graph)))
 
     def wait_event(self, event):
         self.log.append(event.comes_after)
@@ -179,12 +181,13 @@ def fake_cupy(monkeypatch):
     """Installs a FakeCupy for `import cupy` to find."""
     def install(**options):
         monkeypatch.setattr(CudaDevice, "index", None)
+        monkeypatch.setattr(CudaDevice, "stream", None)
         cupy = FakeCupy(**options)
         libs = SimpleNamespace(nvrtc=cupy.nvrtc)
         monkeypatch.setattr(cublaslt, "open_library", lambda: None)
         monkeypatch.setattr(cublaslt, "CublasLt", cupy.open_products)
-        for name, module in {"cupy": cupy, "cupyx": SimpleNamespace(empty_pinned=np.empty), "cupy_backends.cuda.libs": libs,
-                             "cupy_backends.cuda": SimpleNamespace(libs=libs), "cupy_backends": SimpleNamespace()}.items():
+        for name, module in {"cupy": cupy, "cupy.cuda": cupy.cuda, "cupyx": SimpleNamespace(empty_pinned=np.empty),
+                             "cupy_backends.cuda.libs": libs, "cupy_backends.cuda": SimpleNamespace(libs=libs), "cupy_backends": SimpleNamespace()}.items():
             monkeypatch.setitem(sys.modules, name, module)
         return cupy
     return install
@@ -433,6 +436,26 @@ def test_an_invalid_product(fake_cupy, change, kind, message):
             device.gemm(arrays["c"], 1, arrays["a"], arrays["b"], 0)
 
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(b=np.zeros((4, 7), np.float32)), "gemm: a and b are bfloat16 and float32 and c is bfloat16, .*"),
+    (dict(a=np.zeros((5, 4), np.float32), b=np.zeros((4, 7), np.float32)), "gemm: a and b are .* and c is bfloat16, .*"),
+    (dict(a=np.zeros((5, 4), np.float16)), "gemm: a is .* of float16, expected .* of bfloat16 or float32"),
+    (dict(bias=np.zeros(7, np.float32)), r"gemm: bias is .* of float32 .*, expected a contiguous .* of bfloat16 of .*"),
+    (dict(bias=np.zeros(6, BF16)), r"gemm: bias is .* of shape \(6,\), expected a contiguous .* of shape \(7,\)"),
+    (dict(bias=np.zeros(14, BF16)[::2]), r"gemm: bias is .*, expected a contiguous .* of shape \(7,\)"),
+])
+def test_an_invalid_product_in_bfloat16(fake_cupy, change, message):
+    fake_cupy()
+    args = dict(c=np.zeros((5, 7), BF16), a=np.zeros((5, 4), BF16), b=np.zeros((4, 7), BF16), bias=np.zeros(7, BF16)) | change
+    for device in (CpuDevice("bfloat16"), open_device("cuda", "bfloat16")):
+        c, a, b, bias = (array.view(device.Array) for array in args.values())
+        with pytest.raises(TypeError, match=f"^{message}$"):
+            device.gemm(c, 1, a, b, 0, bias)
+
+
 def strided_copy(array):
     """A float32 array of the same shape, with half the strides of the float64 array."""
     base = np.zeros(array.size * 2, np.float32)
@@ -452,6 +475,16 @@ def test_arrays(device):
     assert device.zeros(3).dtype == device.empty(3).dtype == np.float32
     free, total = device.memory()
     assert 0 < free <= total
+
+
+def test_temporary_arrays(device):
+    """They share memory. Where a larger one needs more, the memory before it stays: a CUDA graph may still use it."""
+    small = device.temporary(3)
+    assert device.address(device.temporary((1, 2), np.int32)) == device.address(small)
+    large = device.temporary((5, 7), np.float64)
+    assert large.shape == (5, 7) and large.dtype == np.float64 and device.contiguous(large)
+    assert device.address(device.temporary(70)) == device.address(large)
+    assert list(map(device.address, device.temporaries)) == [device.address(small), device.address(large)]
 
 
 def test_uploads(device):
@@ -500,11 +533,16 @@ def test_an_upload_waits_for_the_kernels_that_used_its_buffer(fake_cupy):
 
 def test_a_graph_repeats_what_a_work_launches(fake_cupy):
     """The first call is an ordinary one, the second is recorded; from there on only the graph is launched."""
-    cupy, graphs = fake_cupy(), {}
+    cupy, graphs, calls = fake_cupy(), {}, []
     device = open_device("cuda", "float32")
-    works = {name: (lambda name=name: cupy.stream.log.extend([f"{name} 1", f"{name} 2"])) for name in "ab"}
+
+    def work(name):
+        calls.append(name)
+        cupy.stream.log += [f"{name} 1", f"{name} 2"]
+
     for name in "aabaab":
-        device.replay(graphs, name, works[name])
+        device.replay(graphs, name, partial(work, name))
+    assert calls == ["a", "a", "b", "b"]
     assert cupy.stream.log == ["a 1", "a 2", ("a 1", "a 2"), "b 1", "b 2", ("a 1", "a 2"), ("a 1", "a 2"), ("b 1", "b 2")]
 
 
@@ -526,11 +564,23 @@ def test_what_cuda_does_not_record_is_launched(fake_cupy, caplog, where):
         "note: no CUDA graphs on Fake GPU 0: " + (cupy.stream.refuses or "no calls of cuBLAS")]
 
 
-def test_a_mistake_in_a_recorded_work_is_reported(fake_cupy):
-    fake_cupy()
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_interrupted_record_ends(fake_cupy, error):
+    """A mistake, or Ctrl-C: it is reported, and the stream launches again."""
+    cupy = fake_cupy()
     device, graphs = open_device("cuda", "float32"), {"key": None}
-    with pytest.raises(ValueError, match="no such kernel"):
-        device.replay(graphs, "key", lambda: device.launch("cpy", 1, 1))
+
+    def work():
+        raise error("stop")
+
+    with pytest.raises(error, match="stop"):
+        device.replay(graphs, "key", work)
+    assert "begin" not in cupy.stream.log
+
+
+def test_devices_of_a_process_share_a_stream(fake_cupy):
+    cupy = fake_cupy()
+    assert open_device("cuda", "float32").stream is open_device("cuda", "bfloat16").stream is cupy.stream
 
 
 def test_peak_flops(fake_cupy):
@@ -580,6 +630,19 @@ def test_a_process_uses_one_gpu(fake_cupy):
         open_device("cuda", "float32")
 
 
+def test_processes_take_a_gpu_each(fake_cupy):
+    cupy, world = fake_cupy(), World()
+    world.rank = world.local_rank = 1
+    world.size = 2
+    with raises(UserError, "--device cuda:1 is one GPU; leave it at cuda: each of 2 processes takes its own"):
+        open_device("cuda:1", "float32", world)
+    device = open_device("cuda", "float32", world)
+    assert device.name == "Fake GPU 1"
+    cupy.cuda.nccl = SimpleNamespace(available=False)
+    with pytest.raises(UserError, match="^several GPUs need NVIDIA's NCCL: pip install nvidia-nccl-cu12 "):
+        device.collectives(world)
+
+
 def test_cuda_without_a_gpu(fake_cupy):
     fake_cupy(gpus=0)
     with raises(UserError, "--device cuda needs an NVIDIA GPU and its driver (cudaErrorNoDevice: no CUDA-capable device is "
@@ -612,4 +675,4 @@ def test_devices_have_the_same_methods():
     def methods(kind):
         return {name for name in dir(kind) if not name.startswith("_")}
     assert methods(CpuDevice) - methods(CudaDevice) == {"Array", "function"}
-    assert methods(CudaDevice) - methods(CpuDevice) == {"allocate", "index", "record", "workspace_bytes"}
+    assert methods(CudaDevice) - methods(CpuDevice) == {"allocate", "index", "record", "records", "stream", "workspace_bytes"}
