@@ -300,7 +300,9 @@ QKV = np.zeros((6, 3, 2, 4), BF16)      # (T, 3, NH, HS)
      [(68, 1, 0), (14, 4, 6, 24, 2, 4), (14, 4, 6, 24, 2, 4), (14, 6, 6, 6, 2, 36)]),
     (False, np.zeros(7, FLOAT)[None], np.zeros(4, FLOAT)[None], np.zeros((4, 7), FLOAT),      # rows with a stride of 0
      [(68, 0, 0), (0, 7, 4, 7, 1, 0), (0, 4, 1, 4, 1, 0), (0, 7, 1, 7, 1, 0)]),
-], ids=["float32", "tf32, transposed", "bf16 to float32", "bf16, batch", "single rows"])
+    (False, np.zeros((5, 1), FLOAT), np.zeros((5, 4), FLOAT), np.zeros((4, 1), FLOAT),
+     [(68, 0, 0), (0, 1, 4, 1, 1, 0), (0, 4, 5, 4, 1, 0), (0, 1, 5, 1, 1, 0)]),
+], ids=["float32", "tf32, transposed", "bf16 to float32", "bf16, batch", "single rows", "single columns"])
 def test_descriptors(stand_in, tf32, c, a, b, expected):
     """A layout: its type, rows, columns, leading dimension, and the number of matrices and their distance."""
     matmul(new(tf32), c, 1, a, b, 0)

@@ -484,6 +484,10 @@ def test_syncwarp(device):
 
 def test_unwritten_arrays_are_nan(device):
     assert np.isnan(device.empty((2, 3))).all() and (device.empty(3, np.int32) == -1).all()
+    for _ in range(2):
+        temporary = device.temporary(3)
+        assert np.isnan(temporary).all()
+        temporary.fill(0)
 
 
 def test_denormals_are_zero_in_a_kernel_only(device):

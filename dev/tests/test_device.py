@@ -186,8 +186,10 @@ def fake_cupy(monkeypatch):
         libs = SimpleNamespace(nvrtc=cupy.nvrtc)
         monkeypatch.setattr(cublaslt, "open_library", lambda: None)
         monkeypatch.setattr(cublaslt, "CublasLt", cupy.open_products)
-        for name, module in {"cupy": cupy, "cupy.cuda": cupy.cuda, "cupyx": SimpleNamespace(empty_pinned=np.empty),
-                             "cupy_backends.cuda.libs": libs, "cupy_backends.cuda": SimpleNamespace(libs=libs), "cupy_backends": SimpleNamespace()}.items():
+        modules = {"cupy": cupy, "cupy.cuda": cupy.cuda, "cupyx": SimpleNamespace(empty_pinned=np.empty),
+                   "cupy_backends": SimpleNamespace(), "cupy_backends.cuda": SimpleNamespace(libs=libs),
+                   "cupy_backends.cuda.libs": libs}
+        for name, module in modules.items():
             monkeypatch.setitem(sys.modules, name, module)
         return cupy
     return install
@@ -557,9 +559,9 @@ def test_what_cuda_does_not_record_is_launched(fake_cupy, caplog, where):
         cupy.stream.log.append("launch")
 
     cupy.stream.refuses = "cudaErrorStreamCaptureInvalidated: no graph" if where == "end" else None
-    for _ in range(3):
-        device.replay(graphs, "key", work)
-    assert cupy.stream.log == 3 * ["launch"]
+    for key in "aaabbb":
+        device.replay(graphs, key, work)
+    assert cupy.stream.log == 6 * ["launch"]
     assert [record.getMessage() for record in caplog.records] == [
         "note: no CUDA graphs on Fake GPU 0: " + (cupy.stream.refuses or "no calls of cuBLAS")]
 

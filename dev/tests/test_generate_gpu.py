@@ -8,6 +8,7 @@ import pytest
 
 import generate_gpt2
 import generate_gpt2_gpu
+import kernels_gpu
 from cuda_on_cpu import CpuDevice
 from generate_gpt2 import generate, mean_loss
 from generate_gpt2_gpu import Decoder
@@ -16,6 +17,7 @@ from model_files import load_model, save_model
 from test_kernels import relative_error
 from test_generate import (CONFIGS, REFERENCE, THREADS, assert_cached_equals_full, assert_close, full_logits, random_params,
                            random_texts)
+from test_train_gpt2_gpu import RepeatingDevice
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -52,6 +54,20 @@ def test_bfloat16(on_bfloat16):
         assert (np.float32(found).view(np.uint32) & 0xFFFF).any(), "logits are not rounded to bfloat16"
     losses = [mean_loss(each, text) for each in (decoder, exact)]
     assert math.isclose(*losses, rel_tol=2e-2) and losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("room", [kernels_gpu.CACHED_POSITIONS, 7])
+def test_launches_repeated_for_other_tokens(monkeypatch, room):
+    """Of prompts, and of one or two texts, with a cache whose scores fit into shared memory or not."""
+    monkeypatch.setattr(kernels_gpu, "CACHED_POSITIONS", room)
+    config, tokens = CONFIGS["odd"], np.random.default_rng(0).integers(50, size=(2, 21), dtype=np.int32)
+    params = random_params(config)
+    plain, repeating = (Decoder(config, params, 2, device) for device in (CpuDevice(), RepeatingDevice()))
+    for position, (B, T) in zip((0, 3, 6, 7, 8, 9, 11, 12, 13, 14), (
+            (2, 3), (2, 3), (2, 1), (2, 1), (2, 1), (2, 2), (2, 1), (2, 1), (1, 1), (1, 1))):
+        part = tokens[:B, position:position + T]
+        expected, found = (decoder.logits(decoder.forward(part)) for decoder in (plain, repeating))
+        assert np.isfinite(found).all() and found.tobytes() == expected.tobytes(), position
 
 
 def test_greedy_text_of_transformers(on):
