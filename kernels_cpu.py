@@ -6,9 +6,12 @@ Contents
     Building blocks                     exp, maximum and softmax, which vectorize
     Encoder                             encoder_forward, encoder_backward
     Layer normalization                 layernorm_forward, layernorm_backward
+    Root mean square normalization      rmsnorm_forward, rmsnorm_backward (Llama)
     Matrix product                      matmul_forward, matmul_backward, matvec_forward (sgemm is in matmul_cpu.py)
+    Rotary position embedding           rope, its own backward (Llama)
     Attention                           attention_forward, attention_backward, attention_cached_forward (KV cache)
     GELU                                gelu_forward, gelu_backward; gelu_exact_forward, gelu_exact_backward
+    SwiGLU                              swiglu_forward, swiglu_backward (Llama)
     Residual connection                 residual_forward
     Softmax and cross-entropy           fused_classifier
     Optimizer                           global_norm, adamw_update
@@ -29,8 +32,8 @@ Shapes
 
 Accumulate or overwrite
     Gradients of weights accumulate (+=): over micro-batches, and over both uses of `wte`. Gradients of activations are
-    overwritten (=). The one exception is `layernorm_backward`, which adds to the gradient that already flows down the
-    residual stream.
+    overwritten (=). The exceptions are `layernorm_backward` and `rmsnorm_backward`, which add to the gradient that already
+    flows down the residual stream.
 
 Costs
     FLOPs count additions, multiplications, divisions, comparisons and square roots; an exponential counts as 20. Bytes are
@@ -147,7 +150,7 @@ def softmax(row):
 
 @kernel
 def encoder_forward(out, tokens, wte, wpe):
-    """out (N, C) = wte[token] + wpe[position], for tokens (B, T), wte (Vp, C) and wpe (maxT, C).
+    """out (N, C) = wte[token] + wpe[position], for tokens (B, T), wte (Vp, C) and wpe (maxT, C); empty: only wte[token].
 
     Backward needs tokens.
     Cost: N*C FLOPs, 4*(2*N*C + T*C) bytes: memory-bound. Derived in dev/derivations/encoder.md.
@@ -157,12 +160,14 @@ def encoder_forward(out, tokens, wte, wpe):
         b, t = n // T, n % T
         token = tokens[b, t]
         for c in range(out.shape[1]):
-            out[n, c] = wte[token, c] + wpe[t, c]
+            out[n, c] = wte[token, c]
+        if wpe.size > 0:
+            add_to(out[n], wpe[t])
 
 
 @kernel
 def encoder_backward(dwte, dwpe, dout, tokens):
-    """dwte[token] += dout and dwpe[position] += dout, for every row of dout (N, C); dwte (Vp, C), dwpe (maxT, C).
+    """dwte[token] += dout and dwpe[position] += dout, for every row of dout (N, C); dwte (Vp, C), dwpe (maxT, C) or empty.
 
     A token can occur many times, so threads that split the rows would race. They split the channels.
 
@@ -175,7 +180,8 @@ def encoder_backward(dwte, dwpe, dout, tokens):
         for n in range(B * T):
             b, t = n // T, n % T
             add_to(dwte[tokens[b, t], columns], dout[n, columns])
-            add_to(dwpe[t, columns], dout[n, columns])
+            if dwpe.size > 0:
+                add_to(dwpe[t, columns], dout[n, columns])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,6 +253,66 @@ def layernorm_backward(dinp, dweight, dbias, dout, mean, rstd, inp, weight):
             for c in range(dw.size):
                 dw[c] += do[c] * (x[c] - m) * r
                 db[c] += do[c]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Root mean square normalization (Zhang and Sennrich 2019): Llama's
+
+@kernel
+def rmsnorm_forward(out, rstd, inp, weight, epsilon):
+    """out (N, C): each row of inp (N, C) scaled to a mean square of 1, then by the learned weight (C).
+
+        norm = inp * rstd                   rstd = 1 / sqrt(mean_c(inp**2) + epsilon)
+        out  = norm * weight
+
+    It is layer normalization without the shift to mean 0 and without bias.
+
+    Backward needs inp, and rstd (N), which is saved.
+    Cost: 4*N*C FLOPs, 8*N*C bytes: memory-bound. Derived in dev/derivations/rmsnorm.md.
+    """
+    N, C = inp.shape
+    for n in prange(N):
+        squares = np.float32(0)
+        for c in range(C):
+            squares += inp[n, c] * inp[n, c]
+        r = np.float32(1) / np.sqrt(squares / np.float32(C) + np.float32(epsilon))
+        for c in range(C):
+            out[n, c] = inp[n, c] * r * weight[c]
+        rstd[n] = r
+
+
+@kernel
+def rmsnorm_backward(dinp, dweight, dout, rstd, inp, weight):
+    """dinp (N, C) += the gradient through the normalization; dweight (C) += a sum over the rows.
+
+        dweight = sum_n(dout * norm)        norm = inp * rstd
+
+    With dnorm = dout * weight, one element of inp acts on the loss directly and through the row's rstd. From
+    drstd/dinp = -rstd**2 * norm / C the two terms are
+
+        dinp = rstd * (dnorm - norm * mean_c(dnorm * norm))
+
+    where mean_c is the mean over a row's channels: dnorm without its component along norm, the direction that the
+    normalization removed.
+
+    Cost: 13*N*C FLOPs, 16*N*C bytes: memory-bound. Derived in dev/derivations/rmsnorm.md.
+    """
+    N, C = inp.shape
+    for n in prange(N):
+        r = rstd[n]
+        dnorm_norm_sum = np.float32(0)
+        for c in range(C):
+            dnorm_norm_sum += dout[n, c] * weight[c] * inp[n, c] * r
+        dnorm_norm_mean = dnorm_norm_sum / np.float32(C)
+        for c in range(C):
+            dinp[n, c] += r * (dout[n, c] * weight[c] - inp[n, c] * r * dnorm_norm_mean)
+    for block in prange(ceil_div(C, COLUMN_BLOCK)):
+        columns = slice(block * COLUMN_BLOCK, min((block + 1) * COLUMN_BLOCK, C))
+        dw = dweight[columns]
+        for n in range(N):
+            r, do, x = rstd[n], dout[n, columns], inp[n, columns]
+            for c in range(dw.size):
+                dw[c] += do[c] * x[c] * r
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -324,12 +390,48 @@ def matvec_forward(out, inp, weight, bias, workspace):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Rotary position embedding (Su et al. 2021): Llama's
+
+@kernel
+def rope(rows, cos, sin, heads, T, position, sign):
+    """Rotate the first `heads` heads of each row of rows (N, ...) by the angles of its position, in place.
+
+    cos and sin (maxT, HS/2) have the angle of each position and pair of channels. Row n is at position + n % T. A head of HS
+    channels is HS/2 pairs, channels i and HS/2 + i, each rotated as a vector in the plane:
+
+        x[i], x[HS/2 + i] = x[i] * cos - x[HS/2 + i] * sin,  x[i] * sin + x[HS/2 + i] * cos
+
+    sign is 1, or -1 to rotate back. A rotation is orthogonal, so the gradient passes through its transpose, the rotation by
+    the opposite angle: this kernel with sign = -1 is its own backward pass, and needs nothing saved.
+
+    Cost: 3.5*N*heads*HS FLOPs, 4*(2*N*heads*HS + T*HS) bytes: memory-bound. Derived in dev/derivations/rope.md.
+    """
+    half = cos.shape[1]
+    for n in prange(len(rows)):
+        t = position + n % T
+        for head in range(heads):
+            start = 2 * half * head
+            first, second = rows[n, start:start + half], rows[n, start + half:start + 2 * half]
+            for i in range(half):
+                c, s = cos[t, i], np.float32(sign) * sin[t, i]
+                x, y = first[i], second[i]
+                first[i] = x * c - y * s
+                second[i] = x * s + y * c
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Attention: causal, multi-head, without a (T, T) tensor, as FlashAttention does it (Dao et al. 2022)
 
 @helper
 def one_head(rows, b, T, h, HS):
-    """The (T, HS) view of head h in sequence b. In qkv, head h of q, k and v has the index h, NH + h and 2*NH + h."""
+    """The (T, HS) view of head h in sequence b. qkv has NH heads of q, then KV of k, then KV of v."""
     return rows[b * T:(b + 1) * T, h * HS:(h + 1) * HS]
+
+
+@helper
+def count_key_heads(qkv, NH, HS):
+    """KV, the number of key heads, from the number of columns of qkv (N, (NH + 2*KV)*HS)."""
+    return (qkv.shape[1] // HS - NH) // 2
 
 
 @helper
@@ -364,24 +466,29 @@ def attention_forward(out, lse, qkv, workspace):
     heads side by side. The scores exist for one tile of queries at a time. Keys after the tile's last query
     are not scored; for other masked keys, p is set to zero.
 
+    Grouped-query attention (Ainslie et al. 2023): with (NH + 2*KV)*HS columns, qkv has KV heads of keys and values, a divisor
+    of NH. Query head h reads key head h // (NH / KV). GPT-2 has KV = NH. See dev/derivations/grouped_query.md.
+
     Backward needs qkv, out, and lse (B, NH, T), the log-sum-exp of each row, which is saved: one number per row is all it
     takes to recompute p.
-    Cost: (4*HS + 24)*P FLOPs for P = B*NH*T*(T + 1)/2 pairs of a query and a key it sees, 4*(4*N*C + NH*N) bytes:
+    Cost: (4*HS + 24)*P FLOPs for P = B*NH*T*(T + 1)/2 pairs of a query and a key it sees, 4*(2*N*(NH + KV)*HS + NH*N) bytes:
     compute-bound. Derived in dev/derivations/attention.md.
     """
     B, NH, T = lse.shape
     HS = out.shape[1] // NH
+    KV = count_key_heads(qkv, NH, HS)
     threads = len(workspace)
     for thread in prange(threads):
         for head in range(thread, B * NH, threads):
             b, h = head // NH, head % NH
-            q, k, v = one_head(qkv, b, T, h, HS), one_head(qkv, b, T, NH + h, HS), one_head(qkv, b, T, 2 * NH + h, HS)
+            kv = h // (NH // KV)
+            q, k, v = one_head(qkv, b, T, h, HS), one_head(qkv, b, T, NH + kv, HS), one_head(qkv, b, T, NH + KV + kv, HS)
             attend(one_head(out, b, T, h, HS), lse[b, h], q, k, v, 0, workspace[thread])
 
 
 @kernel
 def attention_backward(dqkv, dout, out, lse, qkv, workspace):
-    """dqkv (N, 3C) from dout (N, C), tile by tile, with p recomputed from lse.
+    """dqkv, of the shape of qkv, from dout (N, C), tile by tile, with p recomputed from lse.
 
     out = p @ v gives                        dv[j] = sum_i p[i, j] * dout[i]      dp[i, j] = dout[i] . v[j]
     The softmax of a row gives               dscore[i, j] = p[i, j] * (dp[i, j] - delta[i])
@@ -390,90 +497,103 @@ def attention_backward(dqkv, dout, out, lse, qkv, workspace):
     score = q @ k.T / sqrt(HS) gives         dq[i] = sum_j dscore[i, j] * k[j] / sqrt(HS)
                                              dk[j] = sum_i dscore[i, j] * q[i] / sqrt(HS)
 
-    dk and dv sum over tiles. The last tile sees all keys, so it goes first and overwrites (beta = 0); the others add
-    (beta = 1).
+    dk and dv sum over tiles, and over the query heads that read the key head. The last tile sees all keys, so that of the first
+    query head goes first and overwrites (beta = 0); the others add (beta = 1). One thread computes all query heads of a key
+    head, so every sum has one writer.
 
-    Cost: (10*HS + 23)*P + 2*N*C FLOPs for P = B*NH*T*(T + 1)/2 pairs, 4*(8*N*C + NH*N) bytes: compute-bound.
+    Cost: (10*HS + 23)*P + 2*N*C FLOPs for P = B*NH*T*(T + 1)/2 pairs, 4*(4*N*(NH + KV)*HS + NH*N) bytes: compute-bound.
     Derived in dev/derivations/attention.md.
     """
     B, NH, T = lse.shape
-    C = out.shape[1]
-    HS = C // NH
-    scale = 1.0 / np.sqrt(HS)
+    HS = out.shape[1] // NH
+    KV = count_key_heads(qkv, NH, HS)
+    scale, group = 1.0 / np.sqrt(HS), NH // KV
     threads = len(workspace)
     for thread in prange(threads):
         scratch = workspace[thread]
-        for head in range(thread, B * NH, threads):
-            b, h = head // NH, head % NH
-            q, k, v = one_head(qkv, b, T, h, HS), one_head(qkv, b, T, NH + h, HS), one_head(qkv, b, T, 2 * NH + h, HS)
-            o = one_head(out, b, T, h, HS)
-            dq, dk, dv = one_head(dqkv, b, T, h, HS), one_head(dqkv, b, T, NH + h, HS), one_head(dqkv, b, T, 2 * NH + h, HS)
-            do = one_head(dout, b, T, h, HS)
-            buffer = np.empty(2 * min(QUERY_TILE, T) * T, dtype=np.float32)
-            tiles = ceil_div(T, QUERY_TILE)
-            for tile in range(tiles - 1, -1, -1):
-                start, stop = tile * QUERY_TILE, min((tile + 1) * QUERY_TILE, T)
-                size = (stop - start) * stop
-                p = buffer[:size].reshape(stop - start, stop)
-                dscore = buffer[size:2 * size].reshape(stop - start, stop)
-                sgemm(p, scale, q[start:stop], k[:stop].T, 0.0, scratch)
-                sgemm(dscore, 1.0, do[start:stop], v[:stop].T, 0.0, scratch)
-                for i in range(stop - start):
-                    visible = start + i + 1
-                    row_lse = lse[b, h, start + i]
-                    delta = np.float32(0)
-                    for c in range(HS):
-                        delta += as_factor(do[start + i, c], scratch) * o[start + i, c]
-                    row, drow = p[i, :visible], dscore[i, :visible]
-                    for j in range(visible):
-                        row[j] = exp(row[j] - row_lse)
-                        drow[j] = row[j] * (drow[j] - delta)
-                    p[i, visible:] = 0
-                    dscore[i, visible:] = 0
-                beta = 0.0 if tile == tiles - 1 else 1.0
-                sgemm(dv[:stop], 1.0, p.T, do[start:stop], beta, scratch)
-                sgemm(dk[:stop], scale, dscore.T, q[start:stop], beta, scratch)
-                sgemm(dq[start:stop], scale, dscore, k[:stop], 0.0, scratch)
+        for head in range(thread * group, B * NH, threads * group):
+            for h in range(head % NH, head % NH + group):
+                b, kv = head // NH, h // group
+                q, k, v = one_head(qkv, b, T, h, HS), one_head(qkv, b, T, NH + kv, HS), one_head(qkv, b, T, NH + KV + kv, HS)
+                dq, dk, dv = (one_head(dqkv, b, T, h, HS), one_head(dqkv, b, T, NH + kv, HS),
+                              one_head(dqkv, b, T, NH + KV + kv, HS))
+                o, do = one_head(out, b, T, h, HS), one_head(dout, b, T, h, HS)
+                buffer = np.empty(2 * min(QUERY_TILE, T) * T, dtype=np.float32)
+                tiles = ceil_div(T, QUERY_TILE)
+                for tile in range(tiles - 1, -1, -1):
+                    start, stop = tile * QUERY_TILE, min((tile + 1) * QUERY_TILE, T)
+                    size = (stop - start) * stop
+                    p = buffer[:size].reshape(stop - start, stop)
+                    dscore = buffer[size:2 * size].reshape(stop - start, stop)
+                    sgemm(p, scale, q[start:stop], k[:stop].T, 0.0, scratch)
+                    sgemm(dscore, 1.0, do[start:stop], v[:stop].T, 0.0, scratch)
+                    for i in range(stop - start):
+                        visible = start + i + 1
+                        row_lse = lse[b, h, start + i]
+                        delta = np.float32(0)
+                        for c in range(HS):
+                            delta += as_factor(do[start + i, c], scratch) * o[start + i, c]
+                        row, drow = p[i, :visible], dscore[i, :visible]
+                        for j in range(visible):
+                            row[j] = exp(row[j] - row_lse)
+                            drow[j] = row[j] * (drow[j] - delta)
+                        p[i, visible:] = 0
+                        dscore[i, visible:] = 0
+                    beta = 0.0 if tile == tiles - 1 and h == head % NH else 1.0
+                    sgemm(dv[:stop], 1.0, p.T, do[start:stop], beta, scratch)
+                    sgemm(dk[:stop], scale, dscore.T, q[start:stop], beta, scratch)
+                    sgemm(dq[start:stop], scale, dscore, k[:stop], 0.0, scratch)
 
 
 @kernel
 def attention_cached_forward(out, keys, values, qkv, position, workspace):
     """attention_forward for T tokens that follow `position` others, with a KV cache.
 
-    keys and values (B, NH, maxT, HS) are the cache, filled up to `position`; those of the T tokens in qkv (B*T, 3C) are
-    appended. Every query sees all positions up to its own. A single query needs no matrix product: it reads the cache in
-    place.
+    keys and values (B, KV, maxT, HS) are the cache, filled up to `position`; those of the T tokens in qkv, (B*T, 3C) or with
+    fewer key heads as in attention_forward, are appended. Every query sees all positions up to its own. A single query needs no
+    matrix product: it reads the cache in place, and its own key and value from qkv, so that heads that share them need not
+    wait for each other.
 
-    Cost of a single query: (4*HS + 24)*P FLOPs for P = B*NH*(position + 1) keys, 8*HS*P bytes: memory-bound.
-    See dev/derivations/attention.md.
+    Cost of a single query: (4*HS + 24)*P FLOPs for P = B*NH*(position + 1) keys, 8*HS*B*(KV*(position + 1) + NH) bytes:
+    memory-bound. See dev/derivations/attention.md.
     """
-    B, NH, _, HS = keys.shape
-    T = out.shape[0] // B
+    B, KV, _, HS = keys.shape
+    NH = out.shape[1] // HS
+    T, group = out.shape[0] // B, NH // KV
     scale = np.float32(1 / np.sqrt(HS))
     threads = len(workspace)
+    if T > 1:
+        for head in prange(B * KV):
+            b, kv = head // KV, head % KV
+            keys[b, kv, position:position + T] = one_head(qkv, b, T, NH + kv, HS)
+            values[b, kv, position:position + T] = one_head(qkv, b, T, NH + KV + kv, HS)
     for thread in prange(threads):
         for head in range(thread, B * NH, threads):
             b, h = head // NH, head % NH
-            k, v = keys[b, h, :position + T], values[b, h, :position + T]
-            k[position:] = one_head(qkv, b, T, NH + h, HS)
-            v[position:] = one_head(qkv, b, T, 2 * NH + h, HS)
+            kv = h // group
+            k, v = keys[b, kv, :position + T], values[b, kv, :position + T]
             if T > 1:
                 lse = np.empty(T, dtype=np.float32)
                 attend(one_head(out, b, T, h, HS), lse, one_head(qkv, b, T, h, HS), k, v, position, workspace[thread])
             else:
                 p = np.empty(position + 1, dtype=np.float32)
                 query, average = qkv[b, h * HS:(h + 1) * HS], out[b, h * HS:(h + 1) * HS]    # contiguous
+                own_key = qkv[b, (NH + kv) * HS:(NH + kv + 1) * HS]
+                own_value = qkv[b, (NH + KV + kv) * HS:(NH + KV + kv + 1) * HS]
                 for j in range(position + 1):
-                    key, score = k[j], np.float32(0)
+                    key, score = k[j] if j < position else own_key, np.float32(0)
                     for c in range(HS):
                         score += query[c] * key[c]
                     p[j] = scale * score
                 softmax(p)
                 average[:] = 0
                 for j in range(position + 1):
-                    value, weight = v[j], p[j]
+                    value, weight = v[j] if j < position else own_value, p[j]
                     for c in range(HS):
                         average[c] += weight * value[c]
+                if h % group == 0:
+                    keys[b, kv, position] = own_key
+                    values[b, kv, position] = own_value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -570,6 +690,44 @@ def gelu_exact_backward(dinp, dout, inp):
             x = inp[n, c]
             probability, density = normal_distribution(x)
             dinp[n, c] = dout[n, c] * (probability + x * density)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SwiGLU (Shazeer 2020): Llama's activation
+
+@kernel
+def swiglu_forward(out, inp):
+    """out (N, H) = silu(gate) * value, where inp (N, 2H) has the gates in its first H columns and the values in the others.
+
+    silu(x) = x / (1 + exp(-x)): the gate says how much of the value passes.
+
+    Backward needs inp, from which it computes the logistic function again.
+    Cost: 23*N*H FLOPs, 12*N*H bytes: memory-bound. Derived in dev/derivations/swiglu.md.
+    """
+    N, H = out.shape
+    for n in prange(N):
+        for c in range(H):
+            gate = inp[n, c]
+            out[n, c] = gate / (np.float32(1) + exp(-gate)) * inp[n, H + c]
+
+
+@kernel
+def swiglu_backward(dinp, dout, inp):
+    """dinp (N, 2H), gradients of the gates and of the values, from dout (N, H) and inp (N, 2H).
+
+        dgate = dout * value * (s + gate * s * (1 - s))         dvalue = dout * gate * s
+
+    with s = 1 / (1 + exp(-gate)), whose derivative is s * (1 - s): the product rule on gate * s * value.
+
+    Cost: 30*N*H FLOPs, 20*N*H bytes: memory-bound. Derived in dev/derivations/swiglu.md.
+    """
+    N, H = dout.shape
+    for n in prange(N):
+        for c in range(H):
+            gate, value, d = inp[n, c], inp[n, H + c], dout[n, c]
+            s = np.float32(1) / (np.float32(1) + exp(-gate))
+            dinp[n, c] = d * value * (s + gate * s * (np.float32(1) - s))
+            dinp[n, H + c] = d * gate * s
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from gpt2 import Config, Tensors, parameter_shapes
+import gpt2
+from gpt2 import Tensors
 from train_gpt2 import GPT2
 
 REFERENCE_SCRIPT = Path(__file__).parent / "dev" / "reference_pytorch.py"
@@ -35,7 +36,7 @@ BOUNDS = {"tiny": 1e-5, "d12": 1e-4}
 # In bfloat16: how often the error of PyTorch's autocast, tensor by tensor, over several models.
 BFLOAT16_BOUND = 1.2
 
-LAYER_ACTIVATIONS = ("ln1", "qkv", "att", "residual2", "ln2", "fch", "fch_gelu", "residual3")
+PADDED = ("wte", "headw")   # their last rows only pad the vocabulary; GPT-2 has no headw
 
 
 class Row(NamedTuple):
@@ -51,13 +52,17 @@ class Row(NamedTuple):
 
 
 class Reference:
-    """A file written by dev/reference_pytorch.py; its arrays are read when asked for."""
+    """A file written by dev/reference_pytorch.py; its arrays are read when asked for.
 
-    def __init__(self, path, bound):
+    definition: the module that defines the model, gpt2 or llama
+    """
+
+    def __init__(self, path, bound, definition=gpt2):
         self.arrays = np.load(path)
         self.bound = bound
+        self.definition = definition
         settings = json.loads(str(self.arrays["settings"]))
-        self.config = Config(**settings["config"])
+        self.config = definition.Config(**settings["config"])
         self.training = settings["training"]
         self.tokens = self.arrays["tokens"].astype(np.int32)    # (B,T)
         self.targets = self.arrays["targets"].astype(np.int32)  # (B,T)
@@ -77,9 +82,26 @@ class Reference:
             yield self.row(name, tensor, f"grads.{name}")
 
     def without_padding(self, tensors):
-        """(name, view) of all parameters or gradients, less the rows of wte that only pad the vocabulary."""
+        """(name, view) of all parameters or gradients that are not empty, less the rows that only pad the vocabulary."""
         for name, tensor in tensors.items():
-            yield name, tensor[: self.config.vocab_size] if name == "wte" else tensor
+            if tensor.size > 0:
+                yield name, tensor[: self.config.vocab_size] if name in PADDED else tensor
+
+    def padding(self, tensors):
+        """The rows that `without_padding` leaves out."""
+        return [tensor[self.config.vocab_size :] for name, tensor in tensors.items() if name in PADDED and tensor.size > 0]
+
+    def new_params(self, prefix=""):
+        """The parameters in the file, as Tensors."""
+        params = Tensors(self.definition.parameter_shapes(self.config))
+        for name, tensor in self.without_padding(params):
+            tensor[...] = self.arrays[f"{prefix}params.{name}"]
+        return params
+
+    def layer_activations(self):
+        """The names of the activations that have rows of channels in each layer."""
+        shapes = self.definition.activation_shapes(self.config, *self.tokens.shape)
+        return [name for name, shape in shapes.items() if len(shape) == 3]
 
 
 def relative_error(value, truth):
@@ -90,11 +112,8 @@ def relative_error(value, truth):
 def build(model_class, reference, batch_size=None, sequence_length=None, threads=THREADS):
     """A model with the reference's parameters, for the reference's batch unless told otherwise."""
     B, T = reference.tokens.shape
-    params = Tensors(parameter_shapes(reference.config))
-    for name, tensor in reference.without_padding(params):
-        tensor[...] = reference.arrays[f"params.{name}"]
     model = model_class(reference.config, batch_size or B, sequence_length or T, threads)
-    model.set_params(params)
+    model.set_params(reference.new_params())
     return model
 
 
@@ -126,7 +145,7 @@ def check_activations(model_class, reference):
     model.loss(reference.targets)
     yield reference.row("encoded", model.acts.encoded, "acts.encoded")
     for layer in range(reference.config.num_layers):
-        for name in LAYER_ACTIVATIONS:
+        for name in reference.layer_activations():
             yield reference.row(f"{name}[{layer}]", getattr(model.acts, name)[layer], f"acts.{name}", layer)
     yield reference.row("lnf", model.acts.lnf, "acts.lnf")
     yield reference.row("losses", model.acts.losses, "acts.losses")
@@ -160,9 +179,9 @@ def check_parameters(model_class, reference):
     for _ in train(model, reference):
         pass
     for name, value in reference.without_padding(model.params):
-        if name == "qkvb":
+        if name == "qkvb" and reference.definition is gpt2:
             # The bias of the keys adds the same amount to all scores of a query, which softmax ignores:
-            # its gradient is zero except for rounding, and Adam divides rounding by its own size.
+            # its gradient is zero except for rounding, and Adam divides rounding by its own size. (Llama rotates its keys.)
             C = reference.config.channels
             yield reference.row("qkvb (queries)", value[:, :C], f"params.{name}", np.s_[:, :C])
             yield reference.row("qkvb (values)", value[:, 2 * C :], f"params.{name}", np.s_[:, 2 * C :])
@@ -172,18 +191,21 @@ def check_parameters(model_class, reference):
 
 def check_padding(model_class, reference):
     """padding of the vocabulary"""
-    V = reference.config.vocab_size
+    def largest(tensors):
+        return max(float(abs(rows).max()) for rows in reference.padding(tensors))
+
     model = build(model_class, reference)
-    model.params.wte[V:] = 100.0  # no score against these rows may reach the loss
+    for rows in reference.padding(model.params):
+        rows[...] = 100.0  # no score against these rows may reach the loss
     loss = run(model, reference.tokens, reference.targets)
     yield reference.row("loss, padding rows at 100", loss, "step_losses", 0)
     yield reference.worst_gradient("worst gradient, padding rows at 100", model)
-    yield Row("largest gradient in a padding row", float(abs(model.grads.wte[V:]).max()), 0.0)
+    yield Row("largest gradient in a padding row", largest(model.grads), 0.0)
 
     model = build(model_class, reference)  # with the padding rows at 0
     for _ in train(model, reference):
         pass
-    yield Row("largest padding weight after training", float(abs(model.params.wte[V:]).max()), 0.0)
+    yield Row("largest padding weight after training", largest(model.params), 0.0)
 
 
 def check_batching(model_class, reference):
@@ -218,14 +240,11 @@ def check_bfloat16(model_class, reference):
     while f"bfloat16.{len(errors)}.tokens" in arrays:
         prefix = f"bfloat16.{len(errors)}."
         model = model_class(reference.config, *reference.tokens.shape, THREADS, dtype="bfloat16")
-        params = Tensors(parameter_shapes(reference.config))
-        for name, tensor in reference.without_padding(params):
-            tensor[...] = arrays[f"{prefix}params.{name}"]
-        model.set_params(params)
+        model.set_params(reference.new_params(prefix))
         run(model, *(arrays[prefix + name].astype(np.int32) for name in ("tokens", "targets")))
         errors[prefix] = {name: relative_error(tensor, arrays[f"{prefix}grads.{name}"])
                           for name, tensor in reference.without_padding(model.grads)}
-    for name in params.shapes:
+    for name in next(iter(errors.values())):
         pytorch = root_mean_square([arrays[f"{prefix}error.{name}"] for prefix in errors])
         yield Row(name, root_mean_square([error[name] for error in errors.values()]), BFLOAT16_BOUND * pytorch, pytorch)
 

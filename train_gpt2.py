@@ -15,13 +15,14 @@ from cli import bounded, run_program    # first: from here on, Ctrl-C is one lin
 
 import numpy as np
 
+import gpt2
 import kernels_cpu as kernels
 from checkpoint import Saver, checkpoints, delete_checkpoint
 from dataloader import DataLoader, ValidationLoader
 from distributed import SINGLE_PROCESS, DataParallel, World, join_world
 from files import cache_lifetime
-from gpt2 import (ALIGNMENT, BETA1, BETA2, EPSILON, WEIGHT_DECAYED, Config, Tensors, activation_shapes, activations, chunks,
-                  initialize, memory_needed, new_array, parameter_shapes, scratch_shapes)
+from gpt2 import (ALIGNMENT, BETA1, BETA2, EPSILON, Config, Tensors, activation_shapes, activations, chunks,
+                  memory_needed, new_array, scratch_shapes)
 from hellaswag import count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, NO_BIAS
 from machine import check_memory, main_memory
@@ -40,26 +41,34 @@ class GPT2:
     dtype: of the factors in matrix products, float32 or bfloat16; all that is kept is float32
 
     All parameters are zero until `initialize` or `set_params` fills them.
+
+    definition: the module that defines the model, here gpt2; train_llama.Llama has another
     """
+    definition = gpt2
 
     def __init__(self, config: Config, batch_size: int, sequence_length: int, threads: int, recompute: bool = False,
                  dtype: str = "float32"):
         self.config = config
         self.recompute = recompute
         self.workspace = kernels.make_workspace(threads, dtype)
-        shapes = parameter_shapes(config)
+        shapes = self.definition.parameter_shapes(config)
         self.params, self.grads = Tensors(shapes), Tensors(shapes)
         self.adam_m, self.adam_v = new_array(self.params.size), new_array(self.params.size)
         # The part of the flat arrays to update. DataParallel narrows it to a shard: then the rest of the moments is never
         # written to, and so takes no memory (Linux and macOS provide the pages of np.zeros when they are written).
         self.owned = slice(0, self.params.size)
-        self.acts = activations(config, batch_size, sequence_length, recompute, new_array)
-        self.scratch = Tensors(scratch_shapes(config, batch_size, sequence_length, CLASSIFIER_ROWS), alignment=ALIGNMENT)
+        self.acts = self.definition.activations(config, batch_size, sequence_length, recompute, new_array)
+        self.scratch = Tensors(self.definition.scratch_shapes(config, batch_size, sequence_length, CLASSIFIER_ROWS),
+                               alignment=ALIGNMENT)
         self.tokens = None
 
     def initialize(self, seed: int) -> None:
         """Initialize the parameters at random, as GPT-2 does."""
-        initialize(self.params, self.config, seed)
+        self.definition.initialize(self.params, self.config, seed)
+
+    def classifier(self, tensors: Tensors) -> np.ndarray:
+        """The weight of the classifier among the parameters, or its gradient among the gradients: (Vp, C)."""
+        return tensors.wte
 
     def set_params(self, params: Tensors) -> None:
         """Copy in the parameters, Tensors of the same shapes."""
@@ -127,7 +136,7 @@ class GPT2:
         targets = targets.reshape(self.tokens.size)
         for rows in chunks(self.tokens.size, CLASSIFIER_ROWS):
             logits = self.scratch.logits[:rows.stop - rows.start]
-            kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, workspace)                       # (rows, Vp)
+            kernels.matmul_forward(logits, acts.lnf[rows], self.classifier(params), NO_BIAS, workspace)          # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows], 0.0, self.config.vocab_size)      # (rows)
         return float(np.mean(acts.losses, dtype=np.float64))
 
@@ -195,7 +204,7 @@ class GPT2:
         for name, part in self.params.slices(self.owned):
             kernels.adamw_update(self.params.flat[part], self.grads.flat[part], self.adam_m[part], self.adam_v[part],
                                  learning_rate, BETA1, BETA2, EPSILON,
-                                 weight_decay if name in WEIGHT_DECAYED else 0.0, grad_scale, step)
+                                 weight_decay if name in self.definition.WEIGHT_DECAYED else 0.0, grad_scale, step)
 
     def start_timer(self) -> float:
         """The start of a step, for `finish_step`."""
@@ -215,7 +224,7 @@ class GPT2:
         """Run a forward pass; return the logits (V,) of the token after tokens (1, T)."""
         self.forward(tokens)
         logits = self.scratch.logits[:1]
-        kernels.matmul_forward(logits, self.acts.lnf[-1:], self.params.wte, NO_BIAS, self.workspace)
+        kernels.matmul_forward(logits, self.acts.lnf[-1:], self.classifier(self.params), NO_BIAS, self.workspace)
         return logits[0, :self.config.vocab_size].copy()
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import kernels_cpu
+import llama
 from cli import OneLineParser, UserError, run_program
 from dev import draw_step, style
 from dev.explore import attention_weights
@@ -51,25 +52,28 @@ def example_blocks(text):
     return re.findall(r"^```pycon\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def page_costs():
-    """Call -> (calls in a step, FLOPs, bytes moved) for GPT-2 124M at B=4 T=1024: `cost` in the "Cost" section of every page.
+def page_costs(name="cost"):
+    """Call -> (calls in a step, FLOPs, bytes moved) at B=4 T=1024, from the "Cost" section of every page.
+
+    name: the variable there, "cost" for GPT-2 124M or "llama_cost" for a Llama of its width
     """
     costs = {}
     for page in sorted(PAGES.glob("*.md")):
         _, _, section = page.read_text(encoding="utf-8").partition("\n## Cost\n")
-        names = {}
+        variables = {}
         with contextlib.redirect_stdout(io.StringIO()):
             for block in example_blocks(section.partition("\n## ")[0]):
                 for example in doctest.DocTestParser().get_examples(block):
-                    exec(example.source, names)
-        costs |= names.get("cost", {})
+                    exec(example.source, variables)
+        costs |= variables.get(name, {})
     return costs
 
 
 def print_costs(cost):
     """Print one line per call. cost: call -> (calls in a step, FLOPs, bytes moved)."""
+    width = max(24, *map(len, cost))
     for call, (calls, flops, moved) in cost.items():
-        print(f"{call:24} {calls:2} x  {flops / 1e9:7.3f} GFLOP  {moved / 1e6:7.1f} MB  {flops / moved:7.2f} FLOP/byte")
+        print(f"{call:{width}} {calls:2} x  {flops / 1e9:7.3f} GFLOP  {moved / 1e6:7.1f} MB  {flops / moved:7.2f} FLOP/byte")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -88,6 +92,44 @@ def draw_gelu(pyplot, model):
     axes.plot(x[0], slope[0], color=ORANGE, label="gelu'(x)")
     axes.set(xlabel="x", ylim=(-0.4, 4.1))
     axes.legend(loc="upper left")
+    return figure
+
+
+def draw_swiglu(pyplot, model):
+    x = np.linspace(-6, 6, 1201, dtype=np.float32).reshape(-1, 1)
+    inp = np.hstack([x, np.ones_like(x)])       # gates x and values 1: silu(x) itself
+    out, slopes, gelu = np.empty_like(x), np.empty_like(inp), np.empty_like(x)
+    kernels_cpu.swiglu_forward(out, inp)
+    kernels_cpu.swiglu_backward(slopes, np.ones_like(x), inp)
+    kernels_cpu.gelu_forward(gelu, x)
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 3.4))
+    axes.axhline(0, color=FAINT, linewidth=1)
+    axes.axvline(0, color=FAINT, linewidth=1)
+    axes.plot(x, gelu, color=INK, linewidth=1, linestyle="dotted", label="gelu(x)")
+    axes.plot(x, out, color=BLUE, label="silu(x)")
+    axes.plot(x, slopes[:, 0], color=ORANGE, label="silu'(x)")
+    axes.set(xlabel="x", ylim=(-0.5, 4.1))
+    axes.legend(loc="upper left")
+    return figure
+
+
+def draw_rope(pyplot, model):
+    HS, positions = 64, 257
+    figure, (turns, scores) = pyplot.subplots(1, 2, figsize=(WIDTH, 3.4))
+    for base, color in ((10_000, BLUE), (100_000, ORANGE)):
+        config = llama.Config(positions, 128, 128, num_layers=1, num_heads=1, num_key_heads=1, head_size=HS, channels=HS,
+                              hidden=HS, rope_base=base)
+        cos, sin = llama.rotations(config)
+        rows = np.ones((positions, HS), dtype=np.float32)
+        kernels_cpu.rope(rows, cos, sin, 1, positions, 0, 1)
+        scores.plot(rows @ rows[0] / HS, color=color, linewidth=1.5, label=f"base {base:,}")
+        if base == 10_000:
+            for i, pair_color in ((0, FAINT), (6, BLUE), (10, ORANGE), (16, GREEN)):
+                turns.plot(cos[:129, i], color=pair_color, linewidth=1.5, label=f"pair {i}")
+    turns.set(xlabel="position", title="cosine of the angle, base 10,000", ylim=(-1.1, 1.75), yticks=(-1, 0, 1))
+    turns.legend(loc="upper center", ncols=2)
+    scores.set(xlabel="distance", title="score of equal vectors", ylim=(0, 1.05))
+    scores.legend(loc="upper right")
     return figure
 
 
@@ -342,6 +384,8 @@ def least_seconds(flops, moved):
 
 DRAWINGS = {
     "gelu.png": draw_gelu,
+    "swiglu.png": draw_swiglu,
+    "rope.png": draw_rope,
     "layernorm.png": draw_layernorm,
     "attention_tiles.png": draw_attention_tiles,
     "attention.png": draw_attention,

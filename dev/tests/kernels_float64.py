@@ -24,7 +24,7 @@ def float64(array):
 
 def encoder_forward(tokens, wte, wpe):
     B, T = tokens.shape
-    out = [float64(wte)[tokens[b, t]] + float64(wpe)[t] for b in range(B) for t in range(T)]
+    out = [float64(wte)[tokens[b, t]] + (float64(wpe)[t] if wpe.size else 0) for b in range(B) for t in range(T)]
     return np.array(out)                                            # (B*T, C)
 
 
@@ -34,7 +34,8 @@ def encoder_backward(dout, tokens, wte_shape, wpe_shape):
     for b in range(B):
         for t in range(T):
             dwte[tokens[b, t]] += dout[b * T + t]
-            dwpe[t] += dout[b * T + t]
+            if dwpe.size:
+                dwpe[t] += dout[b * T + t]
     return dwte, dwpe
 
 
@@ -61,6 +62,39 @@ def layernorm_backward(dout, inp, weight):
     return dinp, dweight, dout.sum(axis=0)
 
 
+# rmsnorm: out = weight * inp * rstd over each row
+
+def rmsnorm_forward(inp, weight, epsilon):
+    inp = float64(inp)
+    rstd = 1 / np.sqrt((inp ** 2).mean(axis=1) + epsilon)
+    return inp * rstd[:, None] * float64(weight), rstd
+
+
+def rmsnorm_backward(dout, inp, weight, epsilon):
+    dout, inp, weight = float64(dout), float64(inp), float64(weight)
+    N, C = inp.shape
+    dinp, dweight = np.zeros((N, C)), np.zeros(C)
+    for n in range(N):
+        rstd = 1 / math.sqrt((inp[n] ** 2).mean() + epsilon)
+        norm = inp[n] * rstd
+        # dnorm_i/dinp_j: through inp_i itself and through rstd (drstd/dinp_j = -rstd^2 norm_j / C)
+        dinp[n] = (dout[n] * weight) @ (rstd * (np.eye(C) - np.outer(norm, norm) / C))
+        dweight += dout[n] * norm
+    return dinp, dweight
+
+
+# rope: pairs of channels i and HS/2 + i of a head as complex numbers, times e^(i angle)
+
+def rope(rows, cos, sin, heads, T, position, sign):
+    rows, half = float64(rows).copy(), cos.shape[1]
+    turn = float64(cos) + sign * 1j * float64(sin)
+    for n in range(len(rows)):
+        for head in rows[n, :2 * half * heads].reshape(heads, 2 * half):
+            turned = (head[:half] + 1j * head[half:]) * turn[position + n % T]
+            head[:half], head[half:] = turned.real, turned.imag
+    return rows
+
+
 # matmul: out = inp @ weight.T + bias
 
 def matmul_forward(inp, weight, bias):
@@ -77,9 +111,11 @@ def matmul_backward(dout, inp, weight):
 
 # attention: each query t of each head averages the values of the keys 0..t, weighted by softmax(q.k / sqrt(HS))
 
-def split_heads(qkv, B, T, NH):
-    """(B*T, 3*C) -> q, k, v, each (B, NH, T, HS)."""
-    return float64(qkv).reshape(B, T, 3, NH, -1).transpose(2, 0, 3, 1, 4)
+def split_heads(qkv, B, T, NH, KV):
+    """(B*T, (NH + 2*KV)*HS) -> q, k, v, each (B, NH, T, HS): a key head is repeated for each query head that reads it."""
+    heads = float64(qkv).reshape(B, T, NH + 2 * KV, -1).transpose(0, 2, 1, 3)
+    q, k, v = np.split(heads, [NH, NH + KV], axis=1)
+    return q, np.repeat(k, NH // KV, axis=1), np.repeat(v, NH // KV, axis=1)
 
 
 def join_heads(heads):
@@ -88,13 +124,20 @@ def join_heads(heads):
     return heads.transpose(0, 2, 1, 3).reshape(B * T, NH * HS)
 
 
+def join_gradients(dq, dk, dv, KV):
+    """The gradient of split_heads: those of a key head's copies add up."""
+    B, NH, T, HS = dk.shape
+    dk, dv = (gradient.reshape(B, KV, NH // KV, T, HS).sum(axis=2) for gradient in (dk, dv))
+    return np.concatenate([join_heads(dq), join_heads(dk), join_heads(dv)], axis=1)
+
+
 def softmax(scores):
     exponentials = np.exp(scores - scores.max())
     return exponentials / exponentials.sum()
 
 
-def attention_forward(qkv, B, T, NH):
-    q, k, v = split_heads(qkv, B, T, NH)
+def attention_forward(qkv, B, T, NH, KV=None):
+    q, k, v = split_heads(qkv, B, T, NH, KV or NH)
     out, lse = np.zeros(q.shape), np.zeros((B, NH, T))
     for b, h, t in np.ndindex(B, NH, T):
         seen = slice(0, t + 1)
@@ -104,8 +147,8 @@ def attention_forward(qkv, B, T, NH):
     return join_heads(out), lse
 
 
-def attention_backward(dout, qkv, B, T, NH):
-    q, k, v = split_heads(qkv, B, T, NH)
+def attention_backward(dout, qkv, B, T, NH, KV=None):
+    q, k, v = split_heads(qkv, B, T, NH, KV or NH)
     dout = float64(dout).reshape(B, T, NH, -1).transpose(0, 2, 1, 3)
     dq, dk, dv = np.zeros(q.shape), np.zeros(q.shape), np.zeros(q.shape)
     scale = 1 / math.sqrt(q.shape[-1])
@@ -117,7 +160,7 @@ def attention_backward(dout, qkv, B, T, NH):
         dq[b, h, t] = dscores @ k[b, h, seen] * scale
         dk[b, h, seen] += np.outer(dscores, q[b, h, t]) * scale
         dv[b, h, seen] += np.outer(p, dout[b, h, t])
-    return np.concatenate([join_heads(dq), join_heads(dk), join_heads(dv)], axis=1)      # (B*T, 3*C)
+    return join_gradients(dq, dk, dv, KV or NH)
 
 
 # The same with factors rounded to bfloat16: the upper half of a float32, rounded to nearest, ties to even
@@ -147,8 +190,8 @@ def matmul_backward_bfloat16(dout, inp, weight):
     return dinp, dweight, float64(dout).sum(axis=0)
 
 
-def attention_forward_bfloat16(qkv, B, T, NH):
-    q, k, v = split_heads(bfloat16(qkv), B, T, NH)
+def attention_forward_bfloat16(qkv, B, T, NH, KV=None):
+    q, k, v = split_heads(bfloat16(qkv), B, T, NH, KV or NH)
     out, lse = np.zeros(q.shape), np.zeros((B, NH, T))
     for b, h, t in np.ndindex(B, NH, T):
         seen = slice(0, t + 1)
@@ -158,11 +201,11 @@ def attention_forward_bfloat16(qkv, B, T, NH):
     return join_heads(out), lse
 
 
-def attention_backward_bfloat16(dout, qkv, B, T, NH):
+def attention_backward_bfloat16(dout, qkv, B, T, NH, KV=None):
     """From the outputs of attention_forward, not rounded, which the sum in the softmax's derivative is computed from."""
-    q, k, v = split_heads(bfloat16(qkv), B, T, NH)
-    out = attention_forward(qkv, B, T, NH)[0].reshape(B, T, NH, -1).transpose(0, 2, 1, 3)
-    lse = attention_forward(qkv, B, T, NH)[1]
+    q, k, v = split_heads(bfloat16(qkv), B, T, NH, KV or NH)
+    out, lse = attention_forward(qkv, B, T, NH, KV)
+    out = out.reshape(B, T, NH, -1).transpose(0, 2, 1, 3)
     dout = float64(dout).reshape(B, T, NH, -1).transpose(0, 2, 1, 3)
     dq, dk, dv = np.zeros(q.shape), np.zeros(q.shape), np.zeros(q.shape)
     scale = 1 / math.sqrt(q.shape[-1])
@@ -174,7 +217,7 @@ def attention_backward_bfloat16(dout, qkv, B, T, NH):
         dq[b, h, t] = dscores @ k[b, h, seen] * scale
         dk[b, h, seen] += np.outer(dscores, q[b, h, t]) * scale
         dv[b, h, seen] += np.outer(bfloat16(p), bfloat16(dout[b, h, t]))
-    return np.concatenate([join_heads(dq), join_heads(dk), join_heads(dv)], axis=1)
+    return join_gradients(dq, dk, dv, KV or NH)
 
 
 # gelu, tanh approximation. (1 + tanh u)/2 is the logistic function of 2u, which gives both formulas below.
@@ -196,6 +239,22 @@ def gelu_backward(dout, inp):
     inp = float64(inp)
     gate, du = gelu_gate(inp)
     return float64(dout) * (gate + inp * gate * (1 - gate) * 2 * du)
+
+
+# swiglu: silu(gate) * value, the gates in the first half of each row and the values in the second
+
+def swiglu_forward(inp):
+    gate, value = np.split(float64(inp), 2, axis=1)
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-gate)) * value
+
+
+def swiglu_backward(dout, inp):
+    gate, value = np.split(float64(inp), 2, axis=1)
+    with np.errstate(over="ignore"):
+        s = 1 / (1 + np.exp(-gate))
+    dsilu = s + gate * s * (1 - s)
+    return np.concatenate([float64(dout) * value * dsilu, float64(dout) * gate * s], axis=1)
 
 
 # gelu itself: x times the probability Phi(x) that a standard normal number is below x, whose derivative is the density

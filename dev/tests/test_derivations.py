@@ -20,7 +20,9 @@ import gpt2
 import kernels_cpu
 import kernels_float64 as exact
 import kernels_gpu
+import llama
 import train_gpt2
+import train_llama
 from dev import figures
 from launcher import parse_signatures
 from test_kernels import finite_differences, relative_error
@@ -191,6 +193,15 @@ GRADIENTS = {
     "layernorm": ("layernorm_forward", ("inp", "weight", "bias"), ("inp", "weight", "bias")),
     "encoder": ("encoder_forward", ("tokens", "wte", "wpe"), ("wte", "wpe")),
     "attention": ("attention_forward", ("qkv", "B", "T", "NH"), ("qkv",)),
+    "rmsnorm": ("rmsnorm_forward", ("inp", "weight", "epsilon"), ("inp", "weight")),
+    "rope": ("rope", ("rows", "cos", "sin", "heads", "T", "position", "sign"), ("rows",)),
+    "swiglu": ("swiglu_forward", ("inp",), ("inp",)),
+    "grouped_query": ("attention_forward", ("qkv", "B", "T", "NH", "KV"), ("qkv",)),
+}
+MORE_INPUTS = {      # sizes of the examples, where the page does not name them or later gives the names to others
+    "attention": dict(B=1, T=2, NH=1),
+    "rope": dict(heads=2, T=3, position=0, sign=1),
+    "grouped_query": dict(B=1, T=2, NH=2, KV=1),
 }
 
 
@@ -199,7 +210,8 @@ def test_gradients_of_the_examples(layer):
     """The page's `out`, and the gradient d<input> of each differentiable input for the page's `dout`."""
     names, _ = run(figures.PAGES / f"{layer}.md")
     forward, inputs, differentiable = GRADIENTS[layer]
-    arguments = {name: names[name] for name in inputs} | (dict(B=1, T=2, NH=1) if layer == "attention" else {})
+    names = names | MORE_INPUTS.get(layer, {})
+    arguments = {name: names[name] for name in inputs}
 
     def out(**changed):
         result = getattr(exact, forward)(**arguments | changed)
@@ -277,12 +289,9 @@ def test_costs_are_those_of_a_step():
     assert kernels_of_a_step == {kernel.__name__ for kernel in training}
 
 
-def test_counted_calls_are_those_of_the_program(monkeypatch):
-    """`calls` of every cost, for 12 layers and 8 chunks of the classifier, as in GPT-2 124M at B=4 T=1024."""
-    calls, expected = {}, {}
-    for call, (count, _, _) in figures.page_costs().items():
-        name = call.partition(",")[0]
-        expected[name] = expected.get(name, 0) + count
+def counted_calls(monkeypatch, make_model):
+    """Kernel -> its calls in a step of a model with 12 layers and 8 chunks of the classifier, as in 124M at B=4 T=1024."""
+    calls = {}
 
     def counting(name, kernel):
         def call(*arguments):
@@ -293,13 +302,31 @@ def test_counted_calls_are_those_of_the_program(monkeypatch):
     for name in cpu_kernels():
         monkeypatch.setattr(kernels_cpu, name, counting(name, getattr(kernels_cpu, name)))
     monkeypatch.setattr(train_gpt2, "CLASSIFIER_ROWS", 1)
-    model = train_gpt2.GPT2(gpt2.Config(8, 128, 128, num_layers=12, num_heads=1, channels=1), 1, 8, threads=1)
-    tokens = np.zeros((1, 8), dtype=np.int32)
+    monkeypatch.setattr(train_llama, "CLASSIFIER_ROWS", 1)
+    model, tokens = make_model(), np.zeros((1, 8), dtype=np.int32)
     model.forward(tokens)
     model.backward(tokens)
-    norm = model.gradient_norm()
-    calls["adamw_update"] = 1       # one call per tensor in the program; the page counts all parameters as one call
-    assert norm >= 0 and calls == {name: count for name, count in expected.items() if count > 0}
+    assert model.gradient_norm() >= 0
+    return calls
+
+
+def test_counted_calls_are_those_of_the_program(monkeypatch):
+    """`calls` of every `cost`. The program updates tensor by tensor; the page counts all parameters as one call."""
+    expected = {"adamw_update": -1}
+    for call, (count, _, _) in figures.page_costs().items():
+        name = call.partition(",")[0]
+        expected[name] = expected.get(name, 0) + count
+    config = gpt2.Config(8, 128, 128, num_layers=12, num_heads=1, channels=1)
+    calls = counted_calls(monkeypatch, lambda: train_gpt2.GPT2(config, 1, 8, threads=1))
+    assert calls == {name: count for name, count in expected.items() if count > 0}
+
+
+def test_counted_calls_of_llama_are_those_of_the_program(monkeypatch):
+    """`calls` of every `llama_cost`."""
+    config = llama.Config(8, 128, 128, num_layers=12, num_heads=1, num_key_heads=1, head_size=2, channels=2, hidden=2)
+    calls = counted_calls(monkeypatch, lambda: train_llama.Llama(config, 1, 8, threads=1))
+    expected = {call.partition(",")[0]: count for call, (count, _, _) in figures.page_costs("llama_cost").items() if count > 0}
+    assert expected == {name: calls[name] for name in expected} and len(expected) == 7
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -403,14 +430,17 @@ def test_docstrings_lead_to_the_page_of_the_kernel(kernels):
         assert page and f"`{name}`" in heads[page[1]], name
 
 
-@pytest.mark.parametrize("call", [*figures.page_costs(), "gelu_exact_forward", "gelu_exact_backward"])
+@pytest.mark.parametrize("call", [*figures.page_costs(), *figures.page_costs("llama_cost"), "gelu_exact_forward",
+                                  "gelu_exact_backward"])
 def test_costs_of_the_docstrings_are_those_of_the_pages(call):
-    """For GPT-2 124M at B=4 T=1024. Docstrings leave out vectors of C numbers beside arrays of N*C."""
-    name, _, tensor = call.partition(", ")
+    """For GPT-2 124M, or a Llama of its width, at B=4 T=1024. Docstrings leave out vectors of C beside arrays of N*C."""
+    name, _, variant = call.partition(", ")
+    tensor = "" if variant == "KV=4" else variant
     config, rows = gpt2.model_config("d12"), train_gpt2.CLASSIFIER_ROWS
     shapes = gpt2.parameter_shapes(config)
     sizes = dict(B=4, T=1024, N=4 * 1024, C=config.channels, NH=config.num_heads, HS=config.channels // config.num_heads,
-                 V=config.vocab_size, Vp=config.padded_vocab_size, P=sum(map(math.prod, shapes.values())), position=1023)
+                 V=config.vocab_size, Vp=config.padded_vocab_size, P=sum(map(math.prod, shapes.values())), position=1023,
+                 KV=4 if variant == "KV=4" else config.num_heads, H=2048, heads=12 + 4)
     if tensor:
         sizes["OC"], sizes["C"] = shapes["wte"] if tensor == "logits" else shapes[tensor + "w"][1:]
     if tensor == "logits" or name == "fused_classifier":
@@ -425,7 +455,7 @@ def test_costs_of_the_docstrings_are_those_of_the_pages(call):
     if pairs:
         sizes["P"] = eval(pairs, sizes)
     exact_cost = run(figures.PAGES / "gelu.md")[0]["exact_cost"]
-    _, expected_flops, expected_moved = (figures.page_costs() | exact_cost)[call]
+    _, expected_flops, expected_moved = (figures.page_costs() | figures.page_costs("llama_cost") | exact_cost)[call]
     assert eval(flops, sizes) == pytest.approx(expected_flops, rel=0.002)
     assert eval(moved, sizes) == pytest.approx(expected_moved, rel=0.002)
     most_flops, bandwidth = figures.PROCESSORS[figures.CPU]

@@ -24,6 +24,9 @@ OUTPUTS = {
     "encoder_backward": ("dwte", "dwpe"),
     "layernorm_forward": ("out", "mean", "rstd"),
     "layernorm_backward": ("dinp", "dweight", "dbias"),
+    "rmsnorm_forward": ("out", "rstd"),
+    "rmsnorm_backward": ("dinp", "dweight"),
+    "rope": ("rows",),
     "matmul_forward": ("out",),
     "matmul_backward": ("dinp", "dweight", "dbias"),
     "attention_forward": ("out", "lse"),
@@ -36,6 +39,8 @@ OUTPUTS = {
     "gelu_backward": ("dinp",),
     "gelu_exact_forward": ("out",),
     "gelu_exact_backward": ("dinp",),
+    "swiglu_forward": ("out",),
+    "swiglu_backward": ("dinp",),
     "residual_forward": ("out",),
     "fused_classifier": ("losses", "dlogits"),
     "global_norm": ("norm",),
@@ -106,13 +111,29 @@ class Fast:
                                     kernels_cpu.make_workspace(threads, dtype))
         return dinp, dweight.added(), dbias.added()
 
-    def attention_forward(qkv, B, T, NH, threads=THREADS, dtype="float32"):
-        out, lse = unset(B * T, qkv.shape[1] // 3), unset(B, NH, T)
+    def rmsnorm_forward(inp, weight, epsilon):
+        out, rstd = unset(*inp.shape), unset(len(inp))
+        kernels_cpu.rmsnorm_forward(out, rstd, inp, weight, epsilon)
+        return out, rstd
+
+    def rmsnorm_backward(dout, inp, weight, epsilon):
+        _, rstd = exact.rmsnorm_forward(inp, weight, epsilon)
+        dinp, dweight = Accumulator(*inp.shape), Accumulator(weight.size)
+        kernels_cpu.rmsnorm_backward(dinp.array, dweight.array, dout, rstd.astype(np.float32), inp, weight)
+        return dinp.added(), dweight.added()
+
+    def rope(rows, **settings):
+        rows = rows.copy()
+        kernels_cpu.rope(rows, **settings)
+        return rows
+
+    def attention_forward(qkv, B, T, NH, KV=None, threads=THREADS, dtype="float32"):
+        out, lse = unset(B * T, qkv.shape[1] // (NH + 2 * (KV or NH)) * NH), unset(B, NH, T)
         kernels_cpu.attention_forward(out, lse, qkv, kernels_cpu.make_workspace(threads, dtype))
         return out, lse
 
-    def attention_backward(dout, qkv, B, T, NH, threads=THREADS, dtype="float32"):
-        out, lse = exact.attention_forward(qkv, B, T, NH)
+    def attention_backward(dout, qkv, B, T, NH, KV=None, threads=THREADS, dtype="float32"):
+        out, lse = exact.attention_forward(qkv, B, T, NH, KV)
         dqkv = unset(*qkv.shape)
         kernels_cpu.attention_backward(dqkv, dout, out.astype(np.float32), lse.astype(np.float32), qkv,
                                        kernels_cpu.make_workspace(threads, dtype))
@@ -141,6 +162,16 @@ class Fast:
     def gelu_exact_backward(dout, inp):
         dinp = unset(*inp.shape)
         kernels_cpu.gelu_exact_backward(dinp, dout, inp)
+        return dinp
+
+    def swiglu_forward(inp):
+        out = unset(len(inp), inp.shape[1] // 2)
+        kernels_cpu.swiglu_forward(out, inp)
+        return out
+
+    def swiglu_backward(dout, inp):
+        dinp = unset(*inp.shape)
+        kernels_cpu.swiglu_backward(dinp, dout, inp)
         return dinp
 
     def residual_forward(inp1, inp2):
@@ -219,10 +250,33 @@ def encoder_cases(B, T, C, V=5):
                                                wpe_shape=wpe.shape))
 
 
+def token_cases(B, T, C):
+    """encoder_cases without a position table."""
+    for case in encoder_cases(B, T, C):
+        no_positions = {"wpe": np.empty((0, C), np.float32)} if case.kernel == "encoder_forward" else {"wpe_shape": (0, C)}
+        yield Case(case.kernel, case.sizes + "-tokens", case.args | no_positions)
+
+
 def layernorm_cases(N, C):
     inp, weight, bias = 3 * normal(N, C) + 1, normal(C), normal(C, seed=1)
     yield Case("layernorm_forward", f"N{N}-C{C}", dict(inp=inp, weight=weight, bias=bias))
     yield Case("layernorm_backward", f"N{N}-C{C}", dict(dout=normal(N, C, seed=1), inp=inp, weight=weight))
+
+
+def rmsnorm_cases(N, C, epsilon=1e-5):
+    args = dict(inp=3 * normal(N, C) + 1, weight=normal(C), epsilon=epsilon)
+    yield Case("rmsnorm_forward", f"N{N}-C{C}", args)
+    yield Case("rmsnorm_backward", f"N{N}-C{C}", dict(dout=normal(N, C, seed=1), **args))
+
+
+def rope_cases(B, T, heads, HS, position):
+    """The last head of a row is not rotated, as values are not."""
+    angles = 30 * np.random.default_rng(HS).random((position + T + 1, HS // 2))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    args = dict(cos=cos, sin=sin, heads=heads, T=T, position=position)
+    for sign in (1, -1):
+        yield Case("rope", f"B{B}-T{T}-heads{heads}-HS{HS}-position{position}-sign{sign}",
+                   dict(rows=normal(B * T, (heads + 1) * HS), sign=sign, **args))
 
 
 def matmul_cases(N, C, OC):
@@ -237,6 +291,19 @@ def attention_cases(B, T, NH, HS):
     sizes, qkv = f"B{B}-T{T}-NH{NH}-HS{HS}", 2 * normal(B * T, 3 * NH * HS)
     yield Case("attention_forward", sizes, dict(qkv=qkv, B=B, T=T, NH=NH))
     yield Case("attention_backward", sizes, dict(dout=normal(B * T, NH * HS), qkv=qkv, B=B, T=T, NH=NH))
+
+
+def grouped_query_cases(B, T, NH, KV, HS):
+    """As attention_cases, with fewer key heads than query heads."""
+    sizes, qkv = f"B{B}-T{T}-NH{NH}-KV{KV}-HS{HS}", 2 * normal(B * T, (NH + 2 * KV) * HS)
+    yield Case("attention_forward", sizes, dict(qkv=qkv, B=B, T=T, NH=NH, KV=KV))
+    yield Case("attention_backward", sizes, dict(dout=normal(B * T, NH * HS), qkv=qkv, B=B, T=T, NH=NH, KV=KV))
+
+
+def swiglu_cases(N, H):
+    inp = 2 * normal(N, 2 * H)
+    yield Case("swiglu_forward", f"N{N}-H{H}", dict(inp=inp))
+    yield Case("swiglu_backward", f"N{N}-H{H}", dict(dout=normal(N, H, seed=1), inp=inp))
 
 
 def elementwise_cases(N, C):
@@ -274,11 +341,16 @@ def in_bfloat16(cases):
 PRODUCTS = (
     collect(matmul_cases, (1, 1, 1), (2, 7, 5), (13, 36, 109), (65, 768, 67), (130, 65, 2304))
     + collect(attention_cases, (1, 1, 1, 1), (3, 2, 1, 7), (1, 13, 3, 12), (1, 64, 1, 64), (2, 65, 1, 5), (3, 130, 3, 12))
+    + collect(grouped_query_cases, (1, 1, 2, 1, 1), (2, 13, 6, 3, 7), (1, 65, 9, 3, 12), (3, 130, 4, 1, 5))
 )
 CASES = (
     collect(encoder_cases, (1, 1, 1), (3, 13, 7), (1, 65, 36), (3, 130, 768))
+    + collect(token_cases, (1, 1, 1), (3, 13, 36))
     + collect(layernorm_cases, (1, 1), (2, 7), (13, 36), (130, 65), (13, 768))
+    + collect(rmsnorm_cases, (1, 1, 1.0), (2, 7, 1e-6), (13, 36), (130, 65, 1.0), (13, 768))
+    + collect(rope_cases, (1, 1, 1, 2, 0), (2, 13, 3, 6, 0), (3, 7, 2, 64, 5))
     + PRODUCTS + in_bfloat16(PRODUCTS)
+    + collect(swiglu_cases, (1, 1), (13, 7), (65, 768))
     + collect(elementwise_cases, (1, 1), (13, 7), (65, 768))
     + collect(classifier_cases, (1, 1, 128, 1), (5, 7, 7, 1), (13, 65, 128, 30), (3, 50257, 50304, 3))
     + collect(adamw_cases, (1, 1, 0.1, 1.0), (1003, 1, 0.0, 1.0), (1003, 10, 0.1, 0.25))
@@ -287,7 +359,8 @@ CASES = (
 
 # One case of moderate size per kernel, for tests that need no other sizes.
 CASE = {case.kernel: case for case in CASES if case.sizes in (
-    "B3-T13-C7", "N13-C36", "N13-C36-OC109", "B1-T13-NH3-HS12", "N13-C7", "N13-V65-Vp128-spread30",
+    "B3-T13-C7", "N13-C36", "B2-T13-heads3-HS6-position0-sign1", "N13-H7", "N13-C36-OC109",
+    "B1-T13-NH3-HS12", "N13-C7", "N13-V65-Vp128-spread30",
     "size1003-step10-decay0.1-scale0.25", "size1000")}
 assert CASE.keys() == OUTPUTS.keys()
 
@@ -322,10 +395,12 @@ DIFFERENTIABLE = {
     "attention_backward": ("attention_forward", {"qkv": "dqkv"}),
     "gelu_backward": ("gelu_forward", {"inp": "dinp"}),
     "gelu_exact_backward": ("gelu_exact_forward", {"inp": "dinp"}),
+    "rmsnorm_backward": ("rmsnorm_forward", {"inp": "dinp", "weight": "dweight"}),
+    "swiglu_backward": ("swiglu_forward", {"inp": "dinp"}),
 }
 SMALL = [
     *encoder_cases(2, 3, 2), *layernorm_cases(3, 5), *matmul_cases(3, 4, 5), *attention_cases(2, 4, 2, 3),
-    *elementwise_cases(5, 3)]
+    *elementwise_cases(5, 3), *rmsnorm_cases(3, 5, 0.1), *swiglu_cases(5, 3), *grouped_query_cases(2, 4, 4, 2, 3)]
 
 
 def finite_differences(loss, x, h=1e-5):
@@ -345,13 +420,21 @@ def finite_differences(loss, x, h=1e-5):
 @pytest.mark.parametrize("backward", DIFFERENTIABLE)
 def test_float64_backward_against_finite_differences(backward):
     forward, gradients = DIFFERENTIABLE[backward]
-    forward_args = next(case.args for case in SMALL if case.kernel == forward)
-    backward_args = next(case.args for case in SMALL if case.kernel == backward)
-    actual = results(exact, backward, backward_args)
-    for name, gradient in gradients.items():
-        def loss(x, name=name):
-            return np.sum(results(exact, forward, {**forward_args, name: x})["out"] * backward_args["dout"])
-        assert relative_error(actual[gradient], finite_differences(loss, forward_args[name])) <= 1e-8, name
+    for case in (case for case in SMALL if case.kernel == backward):
+        forward_args = next(other.args for other in SMALL if other.kernel == forward and other.sizes == case.sizes)
+        actual = results(exact, backward, case.args)
+        for name, gradient in gradients.items():
+            def loss(x, name=name, args=forward_args, dout=case.args["dout"]):
+                return np.sum(results(exact, forward, {**args, name: x})["out"] * dout)
+            assert relative_error(actual[gradient], finite_differences(loss, forward_args[name])) <= 1e-8, name
+
+
+def test_float64_rope_is_its_own_backward():
+    """A linear map, whose gradient is its transpose: a product with another vector is the same from either side."""
+    turn, back = (case.args for case in rope_cases(2, 3, 2, 4, 1))
+    rows, other = turn["rows"], normal(*turn["rows"].shape, seed=1)
+    assert np.sum(exact.rope(**turn) * other) == pytest.approx(np.sum(rows * exact.rope(**{**back, "rows": other})), rel=1e-6)
+    assert relative_error(exact.rope(**{**back, "rows": exact.rope(**turn)}), rows) <= 1e-6
 
 
 def test_float64_classifier_against_finite_differences():

@@ -104,6 +104,31 @@ def test_gelu(drawn):
     np.testing.assert_array_equal(lines["max(x, 0)"], [x, np.maximum(x, 0)])
 
 
+def test_swiglu(drawn):
+    """silu is what passes of a value of 1, and its derivative the gate's gradient."""
+    [axes] = drawn("swiglu.png")[0].axes
+    lines = {line.get_label(): line.get_data() for line in axes.lines}
+    x, out = lines["silu(x)"]
+    inp = np.stack([x, np.ones_like(x)], axis=1)
+    np.testing.assert_allclose(out, exact.swiglu_forward(inp)[:, 0], atol=1e-5)
+    slopes = exact.swiglu_backward(np.ones((x.size, 1)), inp)[:, 0]
+    np.testing.assert_allclose(lines["silu'(x)"], [x, slopes], atol=1e-5)
+    np.testing.assert_allclose(lines["gelu(x)"], [x, exact.gelu_forward(x)], atol=1e-5)
+
+
+def test_rope(drawn):
+    """The angles are position * base**(-2i/64); a score of equal vectors is the mean cosine of the pairs' angles."""
+    turns, scores = drawn("rope.png")[0].axes
+    for line in turns.lines:
+        i = int(line.get_label().removeprefix("pair "))
+        np.testing.assert_allclose(line.get_ydata(), np.cos(np.arange(129) * 10_000 ** (-i / 32)), atol=1e-5)
+    for line in scores.lines:
+        base = int(line.get_label().removeprefix("base ").replace(",", ""))
+        angles = np.arange(257)[:, None] * base ** (-np.arange(32) / 32)
+        np.testing.assert_allclose(line.get_ydata(), np.cos(angles).mean(axis=1), atol=1e-5)
+    assert len(turns.lines) == 4 and len(scores.lines) == 2
+
+
 def test_layernorm(drawn):
     """The three terms add up to the Jacobian of a row's norm, by finite differences."""
     one, mean, rstd, jacobian = map(matrix_of, drawn("layernorm.png")[0].axes)

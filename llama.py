@@ -1,0 +1,140 @@
+"""Llama's model definition, beside gpt2.py: config, tensor shapes, initialization.
+
+Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models". What both models share, such as Tensors, is in
+gpt2.py. dev/derivations/from_gpt2_to_llama.md lists what differs.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpt2 import ALIGNMENT, Tensors
+
+MATRICES = ("wte", "qkvw", "attprojw", "fcw", "fcprojw", "headw")
+WEIGHT_DECAYED = MATRICES                   # no decay for biases and norm weights
+RESIDUAL_PROJECTIONS = ("attprojw", "fcprojw")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes of a model. `num_heads` is a multiple of `num_key_heads`, and `head_size` is even.
+
+    hidden: channels of the MLP. epsilon: of the norms. rope_base: of the rotary frequencies
+    tied: whether the token embedding is also the classifier's weight. qkv_bias: whether queries, keys and values have a bias
+    """
+    max_seq_len: int
+    vocab_size: int
+    padded_vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_key_heads: int
+    head_size: int
+    channels: int
+    hidden: int
+    rope_base: float = 10000.0
+    epsilon: float = 1e-5
+    tied: bool = True
+    qkv_bias: bool = False
+
+    @property
+    def qkv_channels(self) -> int:
+        """Columns of qkv: the heads of queries, then those of keys, then those of values."""
+        return (self.num_heads + 2 * self.num_key_heads) * self.head_size
+
+    @property
+    def att_channels(self) -> int:
+        return self.num_heads * self.head_size
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple]:
+    """Name -> shape of every parameter, named as in gpt2.py. Linear weights are (layers, output channels, input channels)."""
+    L, C = config.num_layers, config.channels
+    return {
+        "wte": (config.padded_vocab_size, C),     # token embedding, and the classifier's weight if they are tied
+        "ln1w": (L, C),
+        "qkvw": (L, config.qkv_channels, C),
+        "qkvb": (L, config.qkv_channels if config.qkv_bias else 0),
+        "attprojw": (L, C, config.att_channels),
+        "ln2w": (L, C),
+        "fcw": (L, 2 * config.hidden, C),         # the gates, then the values
+        "fcprojw": (L, C, config.hidden),
+        "lnfw": (C,),
+        "headw": (0 if config.tied else config.padded_vocab_size, C),
+    }
+
+
+def activation_shapes(config: Config, B: int, T: int, recompute: bool = False) -> dict[str, tuple]:
+    """Name -> shape of every activation; most are kept for the backward pass. N = B*T rows, one per token.
+
+    With `recompute` (activation checkpointing, Chen et al. 2016) the tensors in RECOMPUTED hold one layer, L = 1.
+    """
+    layers, C, N = config.num_layers, config.channels, B * T
+    L = 1 if recompute else layers
+    return {
+        "encoded": (N, C),
+        "ln1": (L, N, C),
+        "ln1_rstd": (L, N),
+        "qkv": (L, N, config.qkv_channels),       # queries and keys rotated
+        "att": (L, N, config.att_channels),
+        "att_lse": (L, B, config.num_heads, T),
+        "residual2": (L, N, C),                   # the block's input + attention
+        "ln2": (L, N, C),
+        "ln2_rstd": (L, N),
+        "fch": (L, N, 2 * config.hidden),         # the gates, then the values
+        "fch_swiglu": (L, N, config.hidden),
+        "residual3": (layers, N, C),              # residual2 + MLP: the block's output
+        "lnf": (N, C),
+        "lnf_rstd": (N,),
+        "losses": (N,),                           # one per target
+    }
+
+
+RECOMPUTED = ("ln1", "ln1_rstd", "qkv", "att", "att_lse", "residual2", "ln2", "ln2_rstd", "fch", "fch_swiglu")
+
+
+def activations(config: Config, B: int, T: int, recompute: bool, allocate: Callable) -> Tensors:
+    """The Tensors of activation_shapes. With `recompute`, all layers of those in RECOMPUTED share memory."""
+    acts = Tensors(activation_shapes(config, B, T, recompute), allocate, ALIGNMENT)
+    if recompute:
+        for name in RECOMPUTED:
+            setattr(acts, name, config.num_layers * [getattr(acts, name)[0]])
+    return acts
+
+
+def scratch_shapes(config: Config, B: int, T: int, classifier_rows: int) -> dict[str, tuple]:
+    """Name -> shape of the buffers that every layer reuses. Logits are computed `classifier_rows` rows at a time."""
+    N, C = B * T, config.channels
+    return {
+        "proj": (N, C),                           # what a projection adds to the residual stream
+        "dresidual": (N, C),                      # the gradient that flows down the residual stream
+        "dln": (N, C),
+        "datt": (N, config.att_channels),
+        "dqkv": (N, config.qkv_channels),
+        "dfch_swiglu": (N, config.hidden),
+        "dfch": (N, 2 * config.hidden),
+        "logits": (min(N, classifier_rows), config.padded_vocab_size),
+    }
+
+
+def rotations(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin (maxT, HS/2) of the angle of each position and pair of channels, for kernels_cpu.rope.
+
+    Pair i turns by rope_base**(-2i/HS) per position: the first by 1 radian, later ones ever more slowly. Derived in
+    dev/derivations/rope.md.
+    """
+    frequencies = config.rope_base ** (-np.arange(0, config.head_size, 2) / config.head_size)
+    angles = np.arange(config.max_seq_len)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def initialize(params: Tensors, config: Config, seed: int) -> None:
+    """Fill `params` (NumPy arrays) as gpt2.initialize does: the same deviations, biases 0, norm weights 1."""
+    generator = np.random.default_rng(seed)
+    for name, tensor in params.items():
+        if name in MATRICES:
+            std = 0.02 / np.sqrt(2 * config.num_layers) if name in RESIDUAL_PROJECTIONS else 0.02
+            generator.standard_normal(dtype=np.float32, out=tensor)
+            tensor *= np.float32(std)
+        else:
+            tensor[...] = 0 if name == "qkvb" else 1
+    params.wte[config.vocab_size:] = params.headw[config.vocab_size:] = 0
