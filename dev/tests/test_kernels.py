@@ -347,7 +347,7 @@ CASES = (
     collect(encoder_cases, (1, 1, 1), (3, 13, 7), (1, 65, 36), (3, 130, 768))
     + collect(token_cases, (1, 1, 1), (3, 13, 36))
     + collect(layernorm_cases, (1, 1), (2, 7), (13, 36), (130, 65), (13, 768))
-    + collect(rmsnorm_cases, (1, 1, 1.0), (2, 7, 1e-6), (13, 36), (130, 65, 1.0), (13, 768))
+    + collect(rmsnorm_cases, (1, 3, 1.0), (2, 7, 1e-6), (13, 36), (130, 65, 1.0), (13, 768))
     + collect(rope_cases, (1, 1, 1, 2, 0), (2, 13, 3, 6, 0), (3, 7, 2, 64, 5))
     + PRODUCTS + in_bfloat16(PRODUCTS)
     + collect(swiglu_cases, (1, 1), (13, 7), (65, 768))
