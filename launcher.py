@@ -230,9 +230,9 @@ class Device:
         problem = c.shape, c.strides, a.shape, a.strides, b.shape, b.strides, c.itemsize, a.itemsize
         check_matrices(*problem)
         if bias is not None and bias.size and not (isinstance(bias, self.Array) and bias.dtype == c.dtype
-                                                   and bias.shape == c.shape[1:] and self.contiguous(bias)):
+                                                   and bias.shape == c.shape[-1:] and self.contiguous(bias)):
             raise TypeError(f"gemm: bias is {describe(bias)} of shape {bias.shape}, expected a contiguous "
-                            f"{type_name(self.Array)} of {c.dtype} of shape {c.shape[1:]}")
+                            f"{type_name(self.Array)} of {c.dtype} of shape {c.shape[-1:]}")
         return problem
 
 

@@ -1098,7 +1098,7 @@ MUTATIONS = [Mutation(*row) for row in [
      cuda_device("product")),
     ("cuda products: bfloat16 from float32", "launcher.py", "c.dtype in (a.dtype, np.float32)):", "True):",
      cuda_device("product")),
-    ("cuda products: bias of any length", "launcher.py", "and bias.shape == c.shape[1:] and", "and", cuda_device("product")),
+    ("cuda products: bias of any length", "launcher.py", "and bias.shape == c.shape[-1:] and", "and", cuda_device("product")),
     ("cuda products: bias of another dtype", "launcher.py", " and bias.dtype == c.dtype\n", "\n", cuda_device("product")),
     ("cuda products: bias with gaps", "launcher.py", " and self.contiguous(bias)):", "):", cuda_device("product")),
     ("cuda products: bias forgotten", "device.py", "bias.data.ptr if bias is not None and bias.size else 0,", "0,",
