@@ -88,6 +88,22 @@ def add_to(total, term):
         total[i] += term[i]
 
 
+@helper
+def dot(a, b):
+    """The sum of a * b, for two 1-D views of the same length."""
+    total = np.float32(0)
+    for i in range(a.size):
+        total += a[i] * b[i]
+    return total
+
+
+@helper
+def add_scaled(total, factor, term):
+    """total += factor * term, for two 1-D views of the same length."""
+    for i in range(total.size):
+        total[i] += factor * term[i]
+
+
 @njit(inline="always", fastmath=FASTMATH)
 def exp(x):
     """e**x to 3e-7 relative, in arithmetic that vectorizes (Numba would call the C library once per element).
@@ -580,17 +596,14 @@ def attention_cached_forward(out, keys, values, qkv, position, workspace):
                 query, average = qkv[b, h * HS:(h + 1) * HS], out[b, h * HS:(h + 1) * HS]    # contiguous
                 own_key = qkv[b, (NH + kv) * HS:(NH + kv + 1) * HS]
                 own_value = qkv[b, (NH + KV + kv) * HS:(NH + KV + kv + 1) * HS]
-                for j in range(position + 1):
-                    key, score = k[j] if j < position else own_key, np.float32(0)
-                    for c in range(HS):
-                        score += query[c] * key[c]
-                    p[j] = scale * score
+                for j in range(position):
+                    p[j] = scale * dot(query, k[j])
+                p[position] = scale * dot(query, own_key)
                 softmax(p)
                 average[:] = 0
-                for j in range(position + 1):
-                    value, weight = v[j] if j < position else own_value, p[j]
-                    for c in range(HS):
-                        average[c] += weight * value[c]
+                for j in range(position):
+                    add_scaled(average, p[j], v[j])
+                add_scaled(average, p[position], own_value)
                 if h % group == 0:
                     keys[b, kv, position] = own_key
                     values[b, kv, position] = own_value
