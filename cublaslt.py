@@ -58,13 +58,13 @@ def alignment(address: int) -> int:
 class CublasLt:
     """Products on the current GPU. They share a workspace, so they have to run one after another, in one stream."""
 
-    def __init__(self, workspace: int, workspace_bytes: int, tf32: bool):
-        """workspace: its address on the GPU, a multiple of 256
+    def __init__(self, library: ctypes.CDLL, workspace: int, workspace_bytes: int, tf32: bool):
+        """library: see open_library. workspace: its address on the GPU, a multiple of 256
 
         tf32: whether to round float32 numbers to TF32 before they are multiplied
-        Raises ImportError or RuntimeError if the library is missing or cannot use the GPU.
+        Raises RuntimeError if the library cannot use the GPU.
         """
-        self.library = open_library()
+        self.library = library
         self.workspace, self.workspace_bytes = workspace, workspace_bytes
         self.compute_type = CUBLAS_COMPUTE_32F_FAST_TF32 if tf32 else CUBLAS_COMPUTE_32F
         self.handle = self.create("")

@@ -66,7 +66,7 @@ class CudaDevice(Device):
             import cupyx
             from cupy_backends.cuda.libs import nvrtc
             nvrtc.getVersion()          # loads the library
-            cublaslt.open_library()
+            library = cublaslt.open_library()
         except (ImportError, RuntimeError) as error:
             raise UserError(f"--device cuda needs CuPy and its CUDA libraries ({str(error).splitlines()[0]}): "
                             "pip install -r requirements-gpu.txt, or choose --device cpu") from error
@@ -89,7 +89,7 @@ class CudaDevice(Device):
             CudaDevice.stream = CudaDevice.stream or cupy.cuda.Stream(non_blocking=True)
             self.stream.use()
             self.workspace = cupy.empty(self.workspace_bytes, np.uint8)
-            self.products = cublaslt.CublasLt(self.workspace.data.ptr, self.workspace_bytes, tf32=dtype == "tf32")
+            self.products = cublaslt.CublasLt(library, self.workspace.data.ptr, self.workspace_bytes, tf32=dtype == "tf32")
         except RuntimeError as error:
             raise UserError(f"--device cuda:{index}: {self.name} cannot be used ({str(error).splitlines()[0]}); free its "
                             "memory, end the process that keeps it to itself, or choose another GPU") from error

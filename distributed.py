@@ -124,7 +124,7 @@ class World:
         self.communicator.Allgatherv(self.mpi.IN_PLACE, [numbers, self.shard_sizes(flat.size)])
 
     def gather(self, mine: np.ndarray, size: int) -> np.ndarray | None:
-        """The flat array of which `mine` is this process's shard, on process 0; None elsewhere."""
+        """Gather a flat array of `size` numbers on process 0, given every process's own shard `mine`. None elsewhere."""
         whole = np.empty(size, mine.dtype) if self.rank == 0 else None
         self.communicator.Gatherv(mine, [whole, self.shard_sizes(size)] if self.rank == 0 else None)
         return whole

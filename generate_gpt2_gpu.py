@@ -45,7 +45,7 @@ class Decoder(generate_gpt2.Decoder):
         self.start = self.length = 0
         self.acts = Tensors({"residual": (0, 0)}, empty)
         self.graphs = {}
-        self.no_bias = device.empty(0)
+        self.no_bias = device.none
 
     def forward(self, tokens):
         """From tokens (B, T), a NumPy array, to the normalized output of the last block (N, C), N = B*T."""

@@ -114,9 +114,14 @@ def activations(config: Config, B: int, T: int, recompute: bool, allocate: Calla
     """The Tensors of activation_shapes, of a dtype. With `recompute`, all layers of those in RECOMPUTED share memory."""
     acts = Tensors(activation_shapes(config, B, T, recompute), allocate, ALIGNMENT, dtype, STATISTICS)
     if recompute:
-        for name in RECOMPUTED:
-            setattr(acts, name, config.num_layers * [getattr(acts, name)[0]])
+        share_memory(acts, RECOMPUTED, config.num_layers)
     return acts
+
+
+def share_memory(acts: "Tensors", names: Sequence[str], layers: int) -> None:
+    """Make `layers` layers of each of the named tensors, which have one: views of the same memory."""
+    for name in names:
+        setattr(acts, name, layers * [getattr(acts, name)[0]])
 
 
 def scratch_shapes(config: Config, B: int, T: int, classifier_rows: int) -> dict[str, tuple]:
@@ -205,16 +210,18 @@ class Tensors:
         return [(name, getattr(self, name)) for name in self.shapes]
 
 
-def initialize(params: Tensors, config: Config, seed: int) -> None:
+def initialize(params: Tensors, config: Config, seed: int, matrices: Sequence[str] = MATRICES) -> None:
     """Fill `params` (NumPy arrays) as GPT-2 does: normal weights with standard deviation 0.02, biases 0, layernorm weights 1.
 
     Each block adds to the residual stream twice. To keep its variance from growing with depth, the 2L projections that
     feed it are scaled by 1/sqrt(2L). The padding rows of wte are zero and stay zero. Derived in
     dev/derivations/initialization.md.
+
+    matrices: the names of the weights to draw
     """
     generator = np.random.default_rng(seed)
     for name, tensor in params.items():
-        if name in MATRICES:
+        if name in matrices:
             std = 0.02 / np.sqrt(2 * config.num_layers) if name in RESIDUAL_PROJECTIONS else 0.02
             generator.standard_normal(dtype=np.float32, out=tensor)
             tensor *= np.float32(std)

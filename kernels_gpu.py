@@ -366,7 +366,7 @@ def encoder_forward(out, tokens, wte, wpe, position_on_device=None):
     dev/derivations/encoder.md.
     """
     N, C = out.shape
-    first = device.empty(0) if position_on_device is None else position_on_device
+    first = device.none if position_on_device is None else position_on_device
     device.launch("encoder_forward", N, row_threads(C), out, tokens, wte, wpe, first,
                   N, tokens.shape[1], C, len(wte), len(wpe))
 
@@ -499,7 +499,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
     mean (N) and rstd (N) are saved. Derived in dev/derivations/layernorm.md.
     """
-    none = device.empty(0)
+    none = device.none
     residual_layernorm_forward(none, out, mean, rstd, inp, none, none, weight, bias)
 
 
@@ -837,7 +837,7 @@ def attention_cached_forward(out, keys, values, qkv, position, position_on_devic
         k[:, position:] = qkv[b, NH:2 * NH]
         v[:, position:] = qkv[b, 2 * NH:]
         device.gemm(scores, scale, qkv[b, :NH], transposed(k), 0.0)
-        device.launch("causal_softmax", ceil_div(NH * T, 8), 256, scores, device.empty(0), NH, T, end)
+        device.launch("causal_softmax", ceil_div(NH * T, 8), 256, scores, device.none, NH, T, end)
         device.gemm(out[b], 1.0, scores, v, 0.0)
 
 

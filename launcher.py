@@ -201,6 +201,11 @@ class Device:
             self.functions.update(self.compile(preamble, layer, [self.kernels[name] for name in names]))
         self.functions[kernel_name](grid, block, values, shared_bytes)
 
+    @functools.cached_property
+    def none(self) -> DeviceArray:
+        """An empty array: for a kernel or a product, none."""
+        return self.empty(0)
+
     def replay(self, graphs: dict, key, work: Callable[[], None]) -> None:
         """Call work, which launches kernels on arrays that stay where they are. A GPU may repeat launches of an earlier call.
 

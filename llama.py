@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpt2 import ALIGNMENT, Tensors
+import gpt2
+from gpt2 import ALIGNMENT, Tensors, share_memory
 
 MATRICES = ("wte", "qkvw", "attprojw", "fcw", "fcprojw", "headw")
 WEIGHT_DECAYED = MATRICES                   # no decay for biases and norm weights
-RESIDUAL_PROJECTIONS = ("attprojw", "fcprojw")
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ def activations(config: Config, B: int, T: int, recompute: bool, allocate: Calla
     """The Tensors of activation_shapes. With `recompute`, all layers of those in RECOMPUTED share memory."""
     acts = Tensors(activation_shapes(config, B, T, recompute), allocate, ALIGNMENT)
     if recompute:
-        for name in RECOMPUTED:
-            setattr(acts, name, config.num_layers * [getattr(acts, name)[0]])
+        share_memory(acts, RECOMPUTED, config.num_layers)
     return acts
 
 
@@ -129,12 +128,5 @@ def rotations(config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 def initialize(params: Tensors, config: Config, seed: int) -> None:
     """Fill `params` (NumPy arrays) as gpt2.initialize does: the same deviations, biases 0, norm weights 1."""
-    generator = np.random.default_rng(seed)
-    for name, tensor in params.items():
-        if name in MATRICES:
-            std = 0.02 / np.sqrt(2 * config.num_layers) if name in RESIDUAL_PROJECTIONS else 0.02
-            generator.standard_normal(dtype=np.float32, out=tensor)
-            tensor *= np.float32(std)
-        else:
-            tensor[...] = 0 if name == "qkvb" else 1
-    params.wte[config.vocab_size:] = params.headw[config.vocab_size:] = 0
+    gpt2.initialize(params, config, seed, MATRICES)
+    params.headw[config.vocab_size:] = 0

@@ -106,10 +106,10 @@ class GPT2:
         kernels.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd,
                                   acts.residual3[-1], params.lnfw, params.lnfb)                                  # (N, C)
 
-    def block_forward(self, l: int, stop_at_gelu: bool = False) -> None:
+    def block_forward(self, l: int, recomputing: bool = False) -> None:
         """The forward pass of block l: ten calls. Its output is `acts.residual3[l]` (N, C).
 
-        stop_at_gelu: skip the last two calls, whose outputs the block's backward pass does not read
+        recomputing: skip the last two calls, whose outputs the block's backward pass does not read
         """
         params, acts, workspace = self.params, self.acts, self.workspace
         proj = self.scratch.proj[:self.tokens.size]
@@ -125,7 +125,7 @@ class GPT2:
                                   acts.residual2[l], params.ln2w[l], params.ln2b[l])                             # (N, C)
         kernels.matmul_forward(acts.fch[l], acts.ln2[l], params.fcw[l], params.fcb[l], workspace)                # (N, 4C)
         gelu_forward(acts.fch_gelu[l], acts.fch[l])                                                              # (N, 4C)
-        if stop_at_gelu:
+        if recomputing:
             return
         kernels.matmul_forward(proj, acts.fch_gelu[l], params.fcprojw[l], params.fcprojb[l], workspace)          # (N, C)
         kernels.residual_forward(acts.residual3[l], acts.residual2[l], proj)                                     # (N, C)
@@ -168,7 +168,7 @@ class GPT2:
         for l in reversed(range(L)):
             residual = acts.residual3[l - 1] if l > 0 else acts.encoded
             if self.recompute and l + 1 < L:    # the last block's activations are still in memory
-                self.block_forward(l, stop_at_gelu=True)
+                self.block_forward(l, recomputing=True)
             # residual3 = residual2 + proj: dresidual is the gradient of both.
             kernels.matmul_backward(dfch, grads.fcprojw[l], grads.fcprojb[l],
                                     dresidual, acts.fch_gelu[l], params.fcprojw[l], workspace)                   # (N, 4C)

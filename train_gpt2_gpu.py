@@ -65,7 +65,7 @@ class GPT2:
         self.acts = activations(config, batch_size, sequence_length, recompute, empty, device.Float)
         self.scratch = Tensors(gpu_scratch_shapes(config, batch_size, sequence_length, device.Float), empty, ALIGNMENT)
         self.batch_shape = batch_size, sequence_length
-        self.no_bias = self.no_weights = device.empty(0)
+        self.no_bias = device.none
         self.mean = device.zeros(1)         # of the losses
         self.report = device.zeros(2)       # a step's loss and gradient norm, side by side for one copy to the host
         self.batch = device.zeros((2, batch_size * sequence_length), np.int32)      # tokens and targets
@@ -129,11 +129,11 @@ class GPT2:
         for l in range(self.config.num_layers):
             self.block_forward(l)                                                                                # (N, C)
 
-    def block_forward(self, l: int, stop_at_gelu: bool = False) -> None:
+    def block_forward(self, l: int, recomputing: bool = False) -> None:
         """The forward pass of block l, given the output of its first layernorm. Its output is `acts.residual3[l]` (N, C).
 
         The last call also computes the layernorm that follows: the first one of block l + 1, or the last of all.
-        stop_at_gelu: skip the last two calls, whose outputs the block's backward pass does not read
+        recomputing: skip the last two calls, whose outputs the block's backward pass does not read
         """
         params, weights, acts, proj, no_bias = self.params, self.weights, self.acts, self.scratch.proj, self.no_bias
         bias_gelu_forward = kernels.bias_gelu_exact_forward if self.config.exact_gelu else kernels.bias_gelu_forward
@@ -146,7 +146,7 @@ class GPT2:
                                            residual, proj, params.attprojb[l], params.ln2w[l], params.ln2b[l])   # (N, C)
         kernels.matmul_forward(acts.fch[l], acts.ln2[l], weights.fcw[l], no_bias)                                # (N, 4C)
         bias_gelu_forward(acts.fch_gelu[l], acts.fch[l], params.fcb[l])                                          # (N, 4C)
-        if stop_at_gelu:
+        if recomputing:
             return
         kernels.matmul_forward(proj, acts.fch_gelu[l], weights.fcprojw[l], no_bias)                              # (N, C)
         if l + 1 < self.config.num_layers:
@@ -211,7 +211,7 @@ class GPT2:
             if self.recompute and l + 1 < L:    # the last block's activations are still in memory
                 kernels.layernorm_forward(acts.ln1[l], acts.ln1_mean[l], acts.ln1_rstd[l],
                                           residual, params.ln1w[l], params.ln1b[l])                              # (N, C)
-                self.block_forward(l, stop_at_gelu=True)
+                self.block_forward(l, recomputing=True)
             # residual3 = residual2 + proj: dresidual is the gradient of both.
             kernels.matmul_backward(dfch, grads.fcprojw[l], grads.fcprojb[l],
                                     dresidual, acts.fch_gelu[l], weights.fcprojw[l])                             # (N, 4C)
@@ -244,7 +244,7 @@ class GPT2:
         """
         kernels.use(self.device)
         for name, part in self.params.slices(self.owned):
-            weights = self.no_weights if self.weights is self.params else self.weights.flat[part]
+            weights = self.device.none if self.weights is self.params else self.weights.flat[part]
             moments = slice(part.start - self.owned.start, part.stop - self.owned.start)
             kernels.adamw_update(self.params.flat[part], self.grads.flat[part], self.adam_m[moments], self.adam_v[moments],
                                  weights, norm, learning_rate, BETA1, BETA2, EPSILON,

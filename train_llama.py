@@ -41,10 +41,10 @@ class Llama(GPT2):
             self.block_forward(l)                                                                                # (N, C)
         kernels.rmsnorm_forward(acts.lnf, acts.lnf_rstd, acts.residual3[-1], params.lnfw, self.config.epsilon)   # (N, C)
 
-    def block_forward(self, l: int, stop_at_gelu: bool = False) -> None:
+    def block_forward(self, l: int, recomputing: bool = False) -> None:
         """The forward pass of block l: eleven calls. Its output is `acts.residual3[l]` (N, C).
 
-        stop_at_gelu: skip the last two calls, whose outputs the block's backward pass does not read
+        recomputing: skip the last two calls, whose outputs the block's backward pass does not read
         """
         params, acts, workspace, epsilon = self.params, self.acts, self.workspace, self.config.epsilon
         proj = self.scratch.proj[:self.tokens.size]
@@ -58,7 +58,7 @@ class Llama(GPT2):
         kernels.rmsnorm_forward(acts.ln2[l], acts.ln2_rstd[l], acts.residual2[l], params.ln2w[l], epsilon)       # (N, C)
         kernels.matmul_forward(acts.fch[l], acts.ln2[l], params.fcw[l], NO_BIAS, workspace)                      # (N, 2H)
         kernels.swiglu_forward(acts.fch_swiglu[l], acts.fch[l])                                                  # (N, H)
-        if stop_at_gelu:
+        if recomputing:
             return
         kernels.matmul_forward(proj, acts.fch_swiglu[l], params.fcprojw[l], NO_BIAS, workspace)                  # (N, C)
         kernels.residual_forward(acts.residual3[l], acts.residual2[l], proj)                                     # (N, C)
@@ -85,7 +85,7 @@ class Llama(GPT2):
         for l in reversed(range(L)):
             residual = acts.residual3[l - 1] if l > 0 else acts.encoded
             if self.recompute and l + 1 < L:    # the last block's activations are still in memory
-                self.block_forward(l, stop_at_gelu=True)
+                self.block_forward(l, recomputing=True)
             # residual3 = residual2 + proj: dresidual is the gradient of both.
             kernels.matmul_backward(dfch_swiglu, grads.fcprojw[l], NO_BIAS,
                                     dresidual, acts.fch_swiglu[l], params.fcprojw[l], workspace)                 # (N, H)

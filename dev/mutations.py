@@ -2367,7 +2367,7 @@ MUTATIONS = [Mutation(*row) for row in [
     ("llama backward: MLP's input for the norm's", "train_llama.py",
      "dln, acts.ln2_rstd[l], acts.residual2[l]", "dln, acts.ln2_rstd[l], residual", llama("gradients")),
     ("llama backward: blocks not recomputed", "train_llama.py",
-     "self.block_forward(l, stop_at_gelu=True)", "pass", llama("recompute")),
+     "self.block_forward(l, recomputing=True)", "pass", llama("recompute")),
     ("llama: classifier does not decay", "llama.py",
      '"fcprojw", "headw")\nWEIGHT_DECAYED = MATRICES',
      '"fcprojw", "headw")\nWEIGHT_DECAYED = MATRICES[:-1]', llama("parameters")),
@@ -2378,17 +2378,9 @@ MUTATIONS = [Mutation(*row) for row in [
      "1 / (N * accumulation_steps), self.config.padded_vocab_size)", llama("padding")),
     ("llama: MLP's hidden channels doubled once more in the count", "llama.py",
      '"fcprojw": (L, C, config.hidden)', '"fcprojw": (L, C, 2 * config.hidden)', llama("smollm2")),
-    ("llama: residual projections not smaller", "llama.py",
-     "std = 0.02 / np.sqrt(2 * config.num_layers) if name in RESIDUAL_PROJECTIONS else 0.02",
-     "std = 0.02", llama("first_weights")),
     ("llama: padding rows of the classifier not zero", "llama.py",
-     "params.wte[config.vocab_size:] = params.headw[config.vocab_size:] = 0",
-     "params.wte[config.vocab_size:] = 0", llama("first_weights")),
-    ("llama: padding rows not zero", "llama.py",
-     "params.wte[config.vocab_size:] = params.headw[config.vocab_size:] = 0",
-     "params.headw[config.vocab_size:] = 0", llama("first_weights")),
-    ("llama: norm weights start at 0", "llama.py",
-     'tensor[...] = 0 if name == "qkvb" else 1', "tensor[...] = 0", llama("first_weights")),
+     "    params.headw[config.vocab_size:] = 0\n", "", llama("first_weights")),
+    ("llama: classifier not drawn", "llama.py", "config, seed, MATRICES)", "config, seed)", llama("first_weights")),
 ]]
 
 

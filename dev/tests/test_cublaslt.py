@@ -158,12 +158,12 @@ def stand_in(request, monkeypatch):
 
 
 def new(tf32=False):
-    return CublasLt(WORKSPACE, WORKSPACE_BYTES, tf32)
+    return CublasLt(cublaslt.open_library(), WORKSPACE, WORKSPACE_BYTES, tf32)
 
 
 def new_on_gpu(cupy, tf32=False):
     workspace = cupy.empty(WORKSPACE_BYTES, np.uint8)
-    lt = CublasLt(workspace.data.ptr, WORKSPACE_BYTES, tf32)
+    lt = CublasLt(cublaslt.open_library(), workspace.data.ptr, WORKSPACE_BYTES, tf32)
     lt.memory = workspace
     return lt
 

@@ -58,7 +58,7 @@ class FakeArray(np.ndarray):
 class FakeProducts:
     """cublaslt.CublasLt, on arrays in main memory."""
 
-    def __init__(self, workspace, workspace_bytes, tf32):
+    def __init__(self, library, workspace, workspace_bytes, tf32):
         self.tf32 = tf32
 
     def matmul(self, problem, c, alpha, a, b, beta, bias, stream):

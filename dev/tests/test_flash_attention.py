@@ -1,15 +1,13 @@
 """Flash attention against float64, on inputs rounded to bfloat16: in the emulator and, where there is one, on a GPU."""
-import sys
 
 import numpy as np
 import pytest
 
 import kernels_gpu
-from cli import UserError
 from cuda_on_cpu import CpuDevice
 from device import open_device
 from test_kernels import assert_same_bits, normal, relative_error
-from test_kernels_gpu import Runner, expected
+from test_kernels_gpu import Runner, expected, open_runner
 
 HS = kernels_gpu.FLASH_HEAD_SIZE
 SIZES = (1, 1, 1), (1, 16, 2), (2, 17, 1), (1, 64, 3), (2, 65, 2), (1, 128, 1), (1, 300, 1)     # B, T, NH
@@ -23,12 +21,7 @@ DEVICES = {
 
 @pytest.fixture(scope="module", params=DEVICES)
 def run(request):
-    if request.param == "cpu-sanitized" and sys.platform != "linux":
-        pytest.skip("AddressSanitizer reports to Python on Linux only")
-    try:
-        return Runner(DEVICES[request.param]())
-    except UserError as error:
-        pytest.skip(str(error))
+    return open_runner(DEVICES, request.param)
 
 
 def arguments(B, T, NH, scale=1.0):

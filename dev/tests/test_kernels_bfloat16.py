@@ -10,11 +10,10 @@ import pytest
 
 import kernels_gpu
 import test_kernels as cpu
-from cli import UserError
 from cuda_on_cpu import CpuDevice
 from device import open_device
 from test_kernels import collect
-from test_kernels_gpu import (CASE, CASES, OUTPUTS, Runner, expected, gelu_cases, matvec_cases, norm_cases,
+from test_kernels_gpu import (CASE, CASES, OUTPUTS, Runner, expected, gelu_cases, matvec_cases, norm_cases, open_runner,
                               residual_layernorm_cases, spoilt)
 
 BOUND, BOUND32 = 3e-3, 1e-6         # of outputs in bfloat16, and in float32
@@ -43,10 +42,7 @@ DEVICES = {
 
 @pytest.fixture(scope="module", params=DEVICES)
 def run(request):
-    try:
-        return Runner(DEVICES[request.param]())
-    except UserError as error:
-        pytest.skip(str(error))
+    return open_runner(DEVICES, request.param)
 
 
 @pytest.mark.parametrize("case", CASES + CASES_IN_PARTS, ids=str)

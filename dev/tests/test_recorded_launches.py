@@ -8,7 +8,6 @@ import math
 import re
 from collections import Counter
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -137,9 +136,7 @@ class CudaRecorder(Recorder, CudaDevice):
         super().__init__(dtype)
         CudaRecorder.current, self.Array, self.workspace = self, cupy.ndarray, 2 ** 39
         self.cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=STREAM)))
-        library = Products()
-        with mock.patch.object(cublaslt, "open_library", lambda: library):
-            self.products = cublaslt.CublasLt(self.workspace, self.workspace_bytes, tf32=False)
+        self.products = cublaslt.CublasLt(Products(), self.workspace, self.workspace_bytes, tf32=False)
 
     def array_at(self, address, shape, dtype):
         memory = cupy.cuda.UnownedMemory(address, max(1, math.prod(shape) * dtype.itemsize), self, 0)
