@@ -613,7 +613,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
 def matvec_forward(out, inp, weight, bias):
     """matmul_forward for an inp (N, C) of few rows, where all the time goes into reading the weight (OC, C) once.
 
-    See dev/derivations/matmul.md.
+    out is of `Float`, or float32 for logits. See dev/derivations/matmul.md.
     """
     N, OC = out.shape
     kernel = "matvec_forward" if out.dtype == device.Float else "matvec_forward_to_floats"
