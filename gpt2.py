@@ -8,6 +8,7 @@ from math import prod
 
 import numpy as np
 
+NAME = "GPT-2"
 CONTEXT = 1024
 VOCABULARY = 50257
 HEADS_BY_DEPTH = {2: 2, 4: 4, 6: 6, 8: 8, 12: 12, 24: 16, 36: 20, 48: 25}
@@ -29,6 +30,24 @@ class Config:
     channels: int
     exact_gelu: bool = False
 
+    @property
+    def head_size(self) -> int:
+        return self.channels // self.num_heads
+
+    @property
+    def num_key_heads(self) -> int:
+        """Heads of keys and of values: as many as those of queries. Llama's may be fewer."""
+        return self.num_heads
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The kinds of layers in which models differ, by their names in kernels_cpu.DIFFERENT_LAYERS."""
+        return "layernorm", "gelu_exact" if self.exact_gelu else "gelu"
+
+
+NEW_MODELS = [f"d{depth}" for depth in HEADS_BY_DEPTH]
+KNOWN_MODELS = " (d12 is GPT-2 124M)"
+
 
 def model_config(name: str) -> Config:
     """The Config of `d2` ... `d48`, named by depth, with 64 channels per head. d12, d24, d36 and d48 are GPT-2's four sizes.
@@ -38,6 +57,11 @@ def model_config(name: str) -> Config:
     depth = {f"d{layers}": layers for layers in HEADS_BY_DEPTH}[name]
     heads = HEADS_BY_DEPTH[depth]
     return Config(CONTEXT, VOCABULARY, padded(VOCABULARY), depth, heads, CHANNELS_PER_HEAD * heads)
+
+
+def smallest_model(config: Config, context: int = 1, channels: int = 1) -> Config:
+    """The smallest model that needs the same kernels."""
+    return Config(context, 1, 128, num_layers=1, num_heads=1, channels=channels, exact_gelu=config.exact_gelu)
 
 
 def padded(vocab_size: int) -> int:
@@ -66,6 +90,11 @@ def parameter_shapes(config: Config) -> dict[str, tuple]:
         "lnfw": (C,),
         "lnfb": (C,),
     }
+
+
+def row_parts(config: Config) -> dict[str, list[slice]]:
+    """Name -> the rows of a layer's weight that other programs store apart: none."""
+    return {}
 
 
 MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
@@ -141,12 +170,13 @@ def scratch_shapes(config: Config, B: int, T: int, classifier_rows: int) -> dict
     }
 
 
-def memory_needed(config: Config, activation_shapes: dict, scratch_shapes: dict, processes: int = 1, dtype=np.float32) -> int:
+def memory_needed(parameter_shapes: dict, activation_shapes: dict, scratch_shapes: dict, processes: int = 1, dtype=np.float32
+                  ) -> int:
     """Bytes that one process needs to train: parameters, gradients, its shard of the moments, activations and scratch.
 
     The dtype is that of activations; if it is not float32, there is also a copy of the parameters in it.
     """
-    itemsize, parameters = np.dtype(dtype).itemsize, sum(map(prod, parameter_shapes(config).values()))
+    itemsize, parameters = np.dtype(dtype).itemsize, sum(map(prod, parameter_shapes.values()))
     copies = itemsize * parameters if itemsize < 4 else 0
     tensors = [*activation_shapes.items(), *scratch_shapes.items()]
     return (4 * (2 * parameters + 2 * ceil_div(parameters, processes)) + copies

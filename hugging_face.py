@@ -4,13 +4,16 @@ Read is all that computes what GPT-2 does: with prefixes before the names, with 
 the sizes, with scales that can be folded into the weights. The rest is refused, by saying what it is.
 """
 import re
+from collections.abc import Callable, Iterator
 from math import prod, sqrt
+from typing import NamedTuple
 
 import numpy as np
 
 from cli import UserError
 from files import REPAIR_HINT, short_repr
-from gpt2 import CHANNELS_PER_HEAD, CONTEXT, VOCABULARY, Config, padded, parameter_shapes
+from gpt2 import CHANNELS_PER_HEAD, CONTEXT, VOCABULARY, Config, Tensors, padded
+from llama import definition_of
 from tokenizer import SPECIAL_IDS
 
 # Our tensors -> Hugging Face's, which are one per layer. In a file, a prefix such as "transformer." stands before the names.
@@ -103,8 +106,8 @@ def config_from_settings(source, settings):
     """
     settings = without_nulls(settings)
     if settings.get("model_type", "gpt2") != "gpt2":        # in 2019 it was not written
-        raise UserError(f"{source}: model_type is {short_repr(settings['model_type'])}, expected 'gpt2'; choose a model of "
-                        "GPT-2's architecture")
+        raise UserError(f"{source}: model_type is {short_repr(settings['model_type'])}, expected 'gpt2', 'llama' or 'qwen2'; "
+                        "choose a model of one of these architectures")
     settings = {name: choices[0] for name, choices in SUPPORTED_SETTINGS.items()} | settings
     config = make_config(source, config_sizes(settings), exact_gelu=settings["activation_function"] in EXACT_GELUS)
     for name, choices in {**SUPPORTED_SETTINGS, "n_inner": (4 * config.channels,)}.items():
@@ -163,20 +166,87 @@ def hugging_face_settings(config, special_ids):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tensors: name -> StoredTensor of model_files.py
 
-def stored_tensors(config):
-    """Yield (name, shape, our name, index) of each of the model's tensors in Hugging Face's format.
+class StoredModel(NamedTuple):
+    """A model in files: its Config, and its tensors by their names in hugging_face_tensors, as StoredTensors.
 
-    It equals our tensor[index], transposed if our name is in TRANSPOSED. `shape` is the one in the file.
+    notes: what was left out or assumed
+    finish: what is to be done to the parameters that were read
     """
-    for ours, shape in parameter_shapes(config).items():
-        name = HUGGING_FACE_NAMES[ours]
-        if ours == "wte":
-            yield name, (config.vocab_size, config.channels), ours, np.s_[:config.vocab_size]
-        elif "{layer}" not in name:
-            yield name, shape, ours, np.s_[:]
-        else:
+    config: object
+    tensors: dict
+    notes: list
+    finish: Callable[[Tensors], None] = lambda params: None
+
+
+def stored_tensors(config, names: dict) -> Iterator[tuple[str, tuple, str, tuple]]:
+    """Yield (name in a file, shape, our name, index) of each of a model's tensors. It equals our tensor[index].
+
+    names: our name -> that in a file, which is one per layer, or a list of them for parts that are stored apart
+    """
+    definition = definition_of(config)
+    parts = definition.row_parts(config)
+    for ours, shape in definition.parameter_shapes(config).items():
+        if 0 in shape:
+            continue
+        if ours in ("wte", "headw"):    # without the padding
+            yield names[ours], (config.vocab_size, config.channels), ours, np.s_[:config.vocab_size]
+        elif ours in parts:
             for l in range(config.num_layers):
-                yield name.format(layer=l), shape[:0:-1] if ours in TRANSPOSED else shape[1:], ours, l
+                for name, rows in zip(names[ours], parts[ours]):
+                    yield name.format(layer=l), (rows.stop - rows.start, *shape[2:]), ours, (l, rows)
+        elif "{layer}" in names[ours]:
+            for l in range(config.num_layers):
+                yield names[ours].format(layer=l), shape[1:], ours, l
+        else:
+            yield names[ours], shape, ours, np.s_[:]
+
+
+def hugging_face_tensors(config):
+    """stored_tensors in Hugging Face's format. A tensor whose name of ours is in TRANSPOSED is stored transposed."""
+    for name, shape, ours, index in stored_tensors(config, HUGGING_FACE_NAMES):
+        yield name, shape[::-1] if ours in TRANSPOSED else shape, ours, index
+
+
+def with_prefix(name):
+    """The name in a file, as GPT2LMHeadModel saves it."""
+    return f"transformer.{name}"
+
+
+def read(source, stored, settings, config_path):
+    """The StoredModel of a file's tensors (name -> StoredTensor) and the settings of a config.json.
+
+    settings: None: the Config is inferred from the shapes
+    Raises UserError unless the tensors are the model's.
+    """
+    if settings is not None:
+        config, scales = config_from_settings(config_path, settings)
+    tensors, classifiers, others = gpt2_tensors(source, stored)
+    if settings is not None:
+        check_sizes(config_path, settings, tensors)
+    else:
+        config, scales = config_from_shapes(source, tensors), GPT2_SCALES
+    missing = missing_biases(config, tensors)
+    shapes = {name: shape for name, shape, ours, _ in hugging_face_tensors(config) if ours not in missing}
+    check_tensors(source, "GPT-2", shapes, tensors)
+    check_classifiers(source, tensors["wte.weight"], classifiers)
+    notes = []
+    if others:
+        notes.append(f"{source}: left out {join_names(others)}, which GPT-2's language model does not use")
+    if missing:
+        names = join_names([HUGGING_FACE_NAMES[name].format(layer="*") for name in missing])
+        notes.append(f"{source}: no layer has {names}, so they are zero")
+    if settings is None:
+        notes.append(f"{source} has no config.json beside it, so heads of {CHANNELS_PER_HEAD} channels and GPT-2's form of "
+                     "GELU are assumed, which its tensors do not tell")
+    return StoredModel(config, tensors, notes, lambda params: scale_queries(config, params, *scales))
+
+
+def check_foreign(source, stored):
+    """Raise UserError if there are tensors that change what a model computes."""
+    for name in stored:
+        for pattern, what in FOREIGN.items():
+            if re.search(pattern, name):
+                raise UserError(f"{source} holds {short_repr(name)}: {what}")
 
 
 def gpt2_tensors(source, stored):
@@ -185,10 +255,7 @@ def gpt2_tensors(source, stored):
     A classifier stands in for a missing wte. Any matrix of wte's shape is taken for one.
     Raises UserError for tensors that change what a model computes, for more than one model, and for none.
     """
-    for name in stored:
-        for pattern, what in FOREIGN.items():
-            if re.search(pattern, name):
-                raise UserError(f"{source} holds {short_repr(name)}: {what}")
+    check_foreign(source, stored)
     prefixes = sorted({match[1] for match in map(PREFIX.fullmatch, stored) if match})
     if not prefixes:
         raise UserError(f"{source} holds {join_names(stored) or 'no tensors'}, expected GPT-2's wte.weight, wpe.weight, "
@@ -219,7 +286,7 @@ def count_layers(tensors):
 
 def missing_biases(config, tensors):
     """Return our names of the biases that no layer has. If that is only ln_f's, it is damage."""
-    found = {ours for name, _, ours, _ in stored_tensors(config) if name in tensors}
+    found = {ours for name, _, ours, _ in hugging_face_tensors(config) if name in tensors}
     missing = [ours for ours, name in HUGGING_FACE_NAMES.items() if name.endswith("bias") and ours not in found]
     return [] if missing == ["lnfb"] else missing
 
@@ -239,9 +306,8 @@ def check_sizes(source, settings, tensors):
                             "write the right number into it")
 
 
-def check_tensors(source, config, tensors, missing_biases):
-    """Raise UserError unless `tensors` are the model's, with the right shapes and sizes, and all but the missing biases."""
-    shapes = {name: shape for name, shape, ours, _ in stored_tensors(config) if ours not in missing_biases}
+def check_tensors(source, model, shapes, tensors):
+    """Raise UserError unless `tensors` are those of `shapes` (name -> shape), with the right sizes. model: its name."""
     missing = [name for name in shapes if name not in tensors]
     unknown = [name for name in tensors if name not in shapes]
     wrong = [name for name, shape in shapes.items()
@@ -249,7 +315,7 @@ def check_tensors(source, config, tensors, missing_biases):
     faults = [f"{name} is {short_repr(tensors[name].dtype)} {short_repr(tensors[name].shape)}, expected {' or '.join(DTYPES)} "
               f"{shapes[name]}" for name in wrong[:MAX_NAMES]]
     if unknown:
-        faults.insert(0, f"holds {join_names(unknown)}, which GPT-2 does not have")
+        faults.insert(0, f"holds {join_names(unknown)}, which {model} does not have")
     if missing:
         faults.insert(0, f"lacks {join_names(missing)}")
     if faults:
@@ -261,7 +327,7 @@ def check_tensors(source, config, tensors, missing_biases):
             hint = "it is transposed, as in nanoGPT; turn nanoGPT's own checkpoint into a folder with dev/from_pytorch.py"
         else:
             hint = OTHER_HINT
-        raise UserError(f"{source} is not the GPT-2 of its config.json or of its shapes: {'; '.join(faults)}"
+        raise UserError(f"{source} is not the {model} of its config.json or of its shapes: {'; '.join(faults)}"
                         f"{' ...' if len(wrong) > MAX_NAMES else ''}; {hint}")
     for name, shape in shapes.items():
         expected = np.dtype(DTYPES[tensors[name].dtype]).itemsize * prod(shape)

@@ -857,8 +857,11 @@ def on_one_thread(kernel):
 
 
 layernorm_forward_on_one_thread = on_one_thread(layernorm_forward)
+rmsnorm_forward_on_one_thread = on_one_thread(rmsnorm_forward)
+rope_on_one_thread = on_one_thread(rope)
 gelu_forward_on_one_thread = on_one_thread(gelu_forward)
 gelu_exact_forward_on_one_thread = on_one_thread(gelu_exact_forward)
+swiglu_forward_on_one_thread = on_one_thread(swiglu_forward)
 residual_forward_on_one_thread = on_one_thread(residual_forward)
 
 
@@ -884,12 +887,13 @@ def round_to_bfloat16(out, weight):
 
 @kernel
 def encoder_compact_forward(out, tokens, wte, wpe):
-    """encoder_forward with a wte of any format. See dev/derivations/encoder.md."""
+    """encoder_forward with a wte of any format. Llama's wpe is empty. See dev/derivations/encoder.md."""
     B, T = tokens.shape
     for n in prange(B * T):
         b, t = n // T, n % T
         widen(out[n], wte[tokens[b, t]])
-        add_to(out[n], wpe[t])
+        if wpe.size > 0:
+            add_to(out[n], wpe[t])
 
 
 @kernel
@@ -916,16 +920,29 @@ def matmul_compact_forward(out, inp, weight, bias, workspace):
 # Compiling
 
 DTYPES = tuple(WORDS)       # of matrix products
-TRAINING = (encoder_forward, encoder_backward, layernorm_forward, layernorm_backward, matmul_forward, matmul_backward,
-            attention_forward, attention_backward, gelu_forward, gelu_backward, gelu_exact_forward, gelu_exact_backward,
+TRAINING = (encoder_forward, encoder_backward, matmul_forward, matmul_backward, attention_forward, attention_backward,
             residual_forward, fused_classifier, global_norm, adamw_update)
-DECODING = (layernorm_forward, layernorm_forward_on_one_thread, attention_cached_forward, gelu_forward,
-            gelu_forward_on_one_thread, gelu_exact_forward, gelu_exact_forward_on_one_thread, residual_forward,
-            residual_forward_on_one_thread, fused_classifier)
+DECODING = (attention_cached_forward, residual_forward, residual_forward_on_one_thread, fused_classifier)
 DECODING_FLOAT32 = (encoder_forward, matvec_forward, matmul_forward)                        # besides, for weights in float32
 DECODING_COMPACT = (encoder_compact_forward, matvec_forward, matmul_compact_forward)        # and in other formats
-TANH_GELU = (gelu_forward, gelu_backward, gelu_forward_on_one_thread)
-EXACT_GELU = (gelu_exact_forward, gelu_exact_backward, gelu_exact_forward_on_one_thread)
+DIFFERENT_LAYERS = {    # besides, for those that a model has: kernels of training, of decoding
+    "layernorm": ((layernorm_forward, layernorm_backward), (layernorm_forward, layernorm_forward_on_one_thread)),
+    "rmsnorm": ((rmsnorm_forward, rmsnorm_backward), (rmsnorm_forward, rmsnorm_forward_on_one_thread)),
+    "rope": ((rope,), (rope, rope_on_one_thread)),
+    "gelu": ((gelu_forward, gelu_backward), (gelu_forward, gelu_forward_on_one_thread)),
+    "gelu_exact": ((gelu_exact_forward, gelu_exact_backward), (gelu_exact_forward, gelu_exact_forward_on_one_thread)),
+    "swiglu": ((swiglu_forward, swiglu_backward), (swiglu_forward, swiglu_forward_on_one_thread)),
+}
+
+
+def training_kernels(layers):
+    """The kernels that train a model with these layers, keys of DIFFERENT_LAYERS."""
+    return [*TRAINING, *(kernel for name in layers for kernel in DIFFERENT_LAYERS[name][0])]
+
+
+def decoding_kernels(layers):
+    """The kernels that decode with a model with these layers, besides those for the formats of its weights."""
+    return [*DECODING, *(kernel for name in layers for kernel in DIFFERENT_LAYERS[name][1])]
 
 
 def use_threads(threads, processes=1):
@@ -941,15 +958,12 @@ def use_threads(threads, processes=1):
     return threads
 
 
-def all_compiled(kernels, exact_gelu, **dtypes):
+def all_compiled(kernels, **dtypes):
     """Whether Numba's cache holds these kernels as they are written now and for this processor.
 
-    Those of the activation that the model does not have are not needed.
     dtypes: parameter -> dtype of its arrays, for those that can have several
     """
-    unused = TANH_GELU if exact_gelu else EXACT_GELU
-    return all(kernel._cache.is_intact(kernel.targetctx.codegen().magic_tuple(), dtypes)
-               for kernel in kernels if kernel not in unused)
+    return all(kernel._cache.is_intact(kernel.targetctx.codegen().magic_tuple(), dtypes) for kernel in kernels)
 
 
 def compile_in_processes(program, *arguments):

@@ -3,23 +3,37 @@
 Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models". What both models share, such as Tensors, is in
 gpt2.py. dev/derivations/from_gpt2_to_llama.md lists what differs.
 """
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
 import gpt2
-from gpt2 import ALIGNMENT, Tensors, share_memory
+from gpt2 import ALIGNMENT, CONTEXT, VOCABULARY, Tensors, ceil_div, padded, share_memory
 
+NAME = "Llama"
+HEADS_BY_DEPTH = {2: (2, 1), 4: (4, 2), 6: (6, 2), 8: (8, 2), 12: (12, 4)}     # of queries; of keys and values
+HEAD_SIZE = 64
 MATRICES = ("wte", "qkvw", "attprojw", "fcw", "fcprojw", "headw")
 WEIGHT_DECAYED = MATRICES                   # no decay for biases and norm weights
+
+
+class RopeScaling(NamedTuple):
+    """How Llama 3.1 stretches its rotations from a context of `original_context` to a longer one, see `frequencies`."""
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
 
 
 @dataclass(frozen=True)
 class Config:
     """The sizes of a model. `num_heads` is a multiple of `num_key_heads`, and `head_size` is even.
 
-    hidden: channels of the MLP. epsilon: of the norms. rope_base: of the rotary frequencies
+    hidden: channels of the MLP. epsilon: of the norms. rope_base, rope_scaling: of the rotary frequencies
     tied: whether the token embedding is also the classifier's weight. qkv_bias: whether queries, keys and values have a bias
     """
     max_seq_len: int
@@ -35,6 +49,7 @@ class Config:
     epsilon: float = 1e-5
     tied: bool = True
     qkv_bias: bool = False
+    rope_scaling: RopeScaling | None = None
 
     @property
     def qkv_channels(self) -> int:
@@ -44,6 +59,39 @@ class Config:
     @property
     def att_channels(self) -> int:
         return self.num_heads * self.head_size
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The kinds of layers in which models differ, by their names in kernels_cpu.DIFFERENT_LAYERS."""
+        return "rmsnorm", "rope", "swiglu"
+
+
+NEW_MODELS = [f"l{depth}" for depth in HEADS_BY_DEPTH]
+KNOWN_MODELS = ""
+
+
+def model_config(name: str) -> Config:
+    """The Config of `l2` ... `l12`, named by depth, with 64 channels per head. Raises KeyError for any other name.
+
+    They are as wide as GPT-2's of that depth. Two or more heads of queries share one of keys. The MLP has 8/3 as many channels
+    as the model, rounded up to a multiple of 64: its three matrices are then as large as the two of GPT-2.
+    """
+    depth = {f"l{layers}": layers for layers in HEADS_BY_DEPTH}[name]
+    heads, key_heads = HEADS_BY_DEPTH[depth]
+    channels = HEAD_SIZE * heads
+    return Config(CONTEXT, VOCABULARY, padded(VOCABULARY), depth, heads, key_heads, HEAD_SIZE, channels,
+                  hidden=64 * ceil_div(8 * channels, 3 * 64))
+
+
+def smallest_model(config: Config, context: int = 1, channels: int = 1) -> Config:
+    """The smallest model that needs the same kernels."""
+    return Config(context, 1, 128, num_layers=1, num_heads=1, num_key_heads=1, head_size=max(2, channels), channels=channels,
+                  hidden=channels)
+
+
+def definition_of(config: gpt2.Config | Config) -> ModuleType:
+    """The module that defines a model: gpt2 or this one."""
+    return sys.modules[__name__] if isinstance(config, Config) else gpt2
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple]:
@@ -89,6 +137,14 @@ def activation_shapes(config: Config, B: int, T: int, recompute: bool = False) -
     }
 
 
+def row_parts(config: Config) -> dict[str, list[slice]]:
+    """Name -> the rows of a layer's weight that other programs store apart: queries, keys, values; gates and values."""
+    queries, keys = config.att_channels, config.num_key_heads * config.head_size
+    qkv = [slice(0, queries), slice(queries, queries + keys), slice(queries + keys, config.qkv_channels)]
+    return {"qkvw": qkv, "qkvb": qkv,
+            "fcw": [slice(0, config.hidden), slice(config.hidden, 2 * config.hidden)]}
+
+
 RECOMPUTED = ("ln1", "ln1_rstd", "qkv", "att", "att_lse", "residual2", "ln2", "ln2_rstd", "fch", "fch_swiglu")
 
 
@@ -118,12 +174,25 @@ def scratch_shapes(config: Config, B: int, T: int, classifier_rows: int) -> dict
 def rotations(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin (maxT, HS/2) of the angle of each position and pair of channels, for kernels_cpu.rope.
 
-    Pair i turns by rope_base**(-2i/HS) per position: the first by 1 radian, later ones ever more slowly. Derived in
-    dev/derivations/rope.md.
+    Derived in dev/derivations/rope.md.
     """
-    frequencies = config.rope_base ** (-np.arange(0, config.head_size, 2) / config.head_size)
-    angles = np.arange(config.max_seq_len)[:, None] * frequencies
+    angles = np.arange(config.max_seq_len)[:, None] * frequencies(config)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def frequencies(config: Config) -> np.ndarray:
+    """By how many radians per position each of the HS/2 pairs turns: the first by 1, later ones ever more slowly.
+
+    rope_scaling divides the slowest ones by its factor, keeps the fast ones, and takes a mean of both in between (Llama 3.1;
+    Grattafiori et al. 2024). See "A longer context" in dev/derivations/rope.md.
+    """
+    plain = config.rope_base ** (-np.arange(0, config.head_size, 2) / config.head_size)
+    if config.rope_scaling is None:
+        return plain
+    factor, low, high, context = config.rope_scaling
+    turns = context * plain / (2 * np.pi)       # in the original context
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return kept * plain + (1 - kept) * plain / factor
 
 
 def initialize(params: Tensors, config: Config, seed: int) -> None:

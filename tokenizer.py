@@ -80,6 +80,17 @@ class Tokenizer:
         """The token before every document in training."""
         return next(iter(self.end_tokens), None)
 
+    @functools.cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja template that turns a conversation into a text; None if the model has none."""
+        if "chat_template.jinja" in self.files:
+            return self.files["chat_template.jinja"].decode(errors="replace")
+        template = json.loads(self.files.get("tokenizer_config.json", b"{}")).get("chat_template")
+        if isinstance(template, list):      # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
+
     @property
     def begin(self) -> list[int]:
         """What the first word of a text is predicted from; empty if the model has no token for it."""
@@ -105,6 +116,10 @@ class Tokenizer:
     def to_library(self):
         """The same tokenizer as a tokenizers.Tokenizer. Raises UserError if there is none."""
         raise UserError("the model has no tokenizer that the package tokenizers knows")
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token stands for no text, such as those that end a message."""
+        return token in self.end_tokens
 
     def num_bytes(self, tokens: Sequence[int]) -> int:
         """The length of some tokens' text in UTF-8, without end-of-text; 0 if it is not known."""
@@ -250,9 +265,27 @@ class LibraryTokenizer(Tokenizer):
         return self.library
 
     @property
+    def end_tokens(self):
+        """Those of the model and, in a chat model too, what separates documents."""
+        separator = self.library.token_to_id(SEPARATOR)
+        ends = super().end_tokens
+        return ends if separator is None or separator in ends else [*ends, separator]
+
+    @property
     def end_of_text(self):
-        end = super().end_of_text
+        separator, end = self.library.token_to_id(SEPARATOR), super().end_of_text
+        if separator is not None:       # a chat model's end token ends a message
+            return separator
         return self.library.token_to_id("[SEP]") if end is None else end    # BERT's
+
+    @property
+    def begin(self):
+        first, separator = self.special_ids.get("bos_token_id"), self.library.token_to_id(SEPARATOR)
+        return super().begin if self.prefix or separator is None or first in self.end_tokens else [separator]
+
+    def is_special(self, token):
+        added = self.library.get_added_tokens_decoder().get(token)
+        return added is not None and added.special
 
     def encode_pieces(self, texts):
         try:

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 from cli import bounded, run_program    # first: from here on, Ctrl-C is one line
@@ -21,10 +22,10 @@ from checkpoint import Saver, checkpoints, delete_checkpoint
 from dataloader import DataLoader, ValidationLoader
 from distributed import SINGLE_PROCESS, DataParallel, World, join_world
 from files import cache_lifetime
-from gpt2 import (ALIGNMENT, BETA1, BETA2, EPSILON, Config, Tensors, activation_shapes, activations, chunks,
-                  memory_needed, new_array, scratch_shapes)
+from gpt2 import ALIGNMENT, BETA1, BETA2, EPSILON, Config, Tensors, activations, chunks, memory_needed, new_array
 from hellaswag import count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, NO_BIAS
+from llama import definition_of
 from machine import check_memory, main_memory
 from matmul_cpu import HAS_BFLOAT16, instructions
 from tokenizer import Tokenizer
@@ -348,26 +349,27 @@ def train_and_save(model: GPT2, options, train_loader: DataLoader, val_loader: V
     return status
 
 
-def compile_kernels(exact_gelu: bool = False, dtype: str = "float32") -> None:
+def compile_kernels(config: Config, dtype: str = "float32") -> None:
     """Compile the kernels into Numba's cache if any is missing there that training such a model needs."""
-    if not kernels.all_compiled(kernels.TRAINING, exact_gelu, workspace=kernels.WORDS[dtype]):
+    if not kernels.all_compiled(kernels.training_kernels(config.layers), workspace=kernels.WORDS[dtype]):
         print(f"compiling the kernels, {cache_lifetime()}: about 15 seconds", flush=True)
-        kernels.compile_in_processes("train_gpt2", exact_gelu, dtype)
+        definition = definition_of(config)
+        kernels.compile_in_processes(f"train_{definition.__name__}", asdict(definition.smallest_model(config)), dtype)
 
 
-def run_every_kernel(backward_first: bool, exact_gelu: bool = False, dtype: str = "float32") -> None:
+def run_every_kernel(backward_first: bool, sizes: dict, dtype: str = "float32", model_class: type = GPT2) -> None:
     """One step of the smallest model, so that Numba compiles every kernel: for kernels_cpu.compile_in_processes.
 
+    sizes: the fields of its Config
     With backward_first it begins with the two kernels of the backward pass that take longest to compile.
     """
-    model = GPT2(Config(1, 1, 128, num_layers=1, num_heads=1, channels=1, exact_gelu=exact_gelu), 1, 1, threads=1,
-                 dtype=dtype)
+    model = model_class(model_class.definition.Config(**sizes), 1, 1, threads=1, dtype=dtype)
     grads, params, acts, scratch = model.grads, model.params, model.acts, model.scratch
     token = np.zeros((1, 1), dtype=np.int32)
     if backward_first:
         kernels.attention_backward(scratch.dqkv, scratch.datt, acts.att[0], acts.att_lse[0], acts.qkv[0],
                                    model.workspace)
-        kernels.matmul_backward(scratch.datt, grads.attprojw[0], grads.attprojb[0],
+        kernels.matmul_backward(scratch.datt, grads.attprojw[0], NO_BIAS,
                                 scratch.dresidual, acts.att[0], params.attprojw[0], model.workspace)
         model.tokens = token
         model.backward(token)
@@ -377,7 +379,7 @@ def run_every_kernel(backward_first: bool, exact_gelu: bool = False, dtype: str 
     model.backward(token)
 
 
-def main():
+def main(model_class: type = GPT2):
     with join_world() as world:
         own_flags = {
             "threads": dict(type=bounded(int, 1), help="CPU threads per process (default: the usable cores, divided among the "
@@ -385,27 +387,28 @@ def main():
             "dtype": dict(default="float32", choices=kernels.DTYPES, help="of the factors in matrix products; bfloat16 is "
                           "twice as fast, on processors with AVX512-BF16 or AMX"),
         }
-        with open_run("Train GPT-2 on the CPU.", world, **own_flags) as options:
-            status = run(options, world)
+        with open_run(model_class.definition, "CPU", world, **own_flags) as options:
+            status = run(model_class, options, world)
     sys.exit(status)
 
 
-def run(options, world: World) -> int:
+def run(model_class: type, options, world: World) -> int:
     """Load the model and the data, train, and save. Returns the exit status."""
     threads = kernels.use_threads(options.threads, world.local_size)
     prepare_data(options.input_bin, options.input_val_bin)
     train_loader, val_loader = data_loaders(options, world)
-    config, params, moments, tokenizer = load_or_create_model(options, train_loader, val_loader)
+    definition = model_class.definition
+    config, params, moments, tokenizer = load_or_create_model(definition, options, train_loader, val_loader)
     if options.dtype == "bfloat16" and not HAS_BFLOAT16:
         print("this processor cannot multiply bfloat16: --dtype bfloat16 computes what one that can would, and saves no time")
     with world.local_rank_zero_first():
-        compile_kernels(config.exact_gelu, options.dtype)
+        compile_kernels(config, options.dtype)
     B, T = options.batch_size, options.sequence_length
-    needed = memory_needed(config, activation_shapes(config, B, T, options.recompute),
-                           scratch_shapes(config, B, T, CLASSIFIER_ROWS), world.size)
+    needed = memory_needed(definition.parameter_shapes(config), definition.activation_shapes(config, B, T, options.recompute),
+                           definition.scratch_shapes(config, B, T, CLASSIFIER_ROWS), world.size)
     memory = check_memory(f"{options.model} with batches of {B} x {T}", needed * world.local_size, main_memory(),
                           "this machine", memory_hint(options.recompute))
-    model = GPT2(config, B, T, threads, options.recompute, options.dtype)
+    model = model_class(config, B, T, threads, options.recompute, options.dtype)
     if world.size > 1:
         model = DataParallel(model, world)
     load_weights(model, params, moments, options.seed)

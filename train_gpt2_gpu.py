@@ -14,6 +14,7 @@ from cli import run_program     # first: from here on, Ctrl-C is one line
 
 import numpy as np
 
+import gpt2
 import kernels_gpu as kernels
 from dataloader import DataLoader, ValidationLoader
 from device import open_device
@@ -362,7 +363,7 @@ def main():
         "dtype": dict(default="float32", choices=["float32", "tf32", "bfloat16"],
                       help="tf32: faster matrix products, with 10 bits of mantissa; bfloat16: activations too, with 7 bits"),
     }
-    with join_world() as world, open_run("Train GPT-2 on a GPU.", world, **own_flags) as options:
+    with join_world() as world, open_run(gpt2, "GPU", world, **own_flags) as options:
         status = run(options, world)
     sys.exit(status)
 
@@ -374,9 +375,9 @@ def run(options, world: World) -> int:
     device = open_device(options.device, options.dtype, world)
     prepare_data(options.input_bin, options.input_val_bin)
     loaders = data_loaders(options, world)
-    config, params, moments, tokenizer = load_or_create_model(options, *loaders)
+    config, params, moments, tokenizer = load_or_create_model(gpt2, options, *loaders)
     B, T = options.batch_size, options.sequence_length
-    needed = memory_needed(config, activation_shapes(config, B, T, options.recompute),
+    needed = memory_needed(parameter_shapes(config), activation_shapes(config, B, T, options.recompute),
                            gpu_scratch_shapes(config, B, T, device.Float), world.size, device.Float)
     processes = world.local_size if options.device == "cpu" else 1      # in the same memory
     memory = check_memory(f"{options.model} with batches of {B} x {T}", processes * needed + device.library_bytes,

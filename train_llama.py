@@ -1,14 +1,21 @@
-"""Llama on the CPU: its memory, forward and backward pass, beside those of train_gpt2.py, from which it has all the rest.
+"""Train Llama on the CPU: `python train_llama.py`. `python train_llama.py --help` lists all options.
 
-Lay the two files side by side: every line that differs is one of the five changes in dev/derivations/from_gpt2_to_llama.md.
+Here are its forward and backward pass. train_gpt2.py has all the rest: the update, the training loop, the command line. Lay the
+two files side by side: every line that differs is one of the five changes in dev/derivations/from_gpt2_to_llama.md.
 """
+from functools import partial
+
+from cli import run_program     # first: from here on, Ctrl-C is one line
+
 import numpy as np
 
 import kernels_cpu as kernels
 import llama
+import train_gpt2
 from gpt2 import chunks
 from kernels_cpu import CLASSIFIER_ROWS, NO_BIAS
 from train_gpt2 import GPT2
+from training import OUT_OF_MEMORY_HINT
 
 NO_POSITIONS = np.empty((0, 0), dtype=np.float32)       # of the encoder: rotations take their place
 
@@ -104,3 +111,10 @@ class Llama(GPT2):
                                      dln, acts.ln1_rstd[l], residual, params.ln1w[l])                            # (N, C)
         kernels.encoder_backward(grads.wte, NO_POSITIONS, dresidual, self.tokens)                                # (Vp, C)
         return float(np.mean(acts.losses, dtype=np.float64))
+
+
+run_every_kernel = partial(train_gpt2.run_every_kernel, model_class=Llama)
+
+
+if __name__ == "__main__":
+    run_program(partial(train_gpt2.main, Llama), OUT_OF_MEMORY_HINT)

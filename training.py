@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -23,8 +24,9 @@ from cli import OneLineParser, UserError, bounded, one_line
 from dataloader import DataLoader, ValidationLoader, finish_replacing, refuse_leak
 from distributed import SINGLE_PROCESS, World
 from files import DATA_DIR, LOCK_NAME, atomic_file, lock, locked_folder, made_folder, open_file, short_repr
-from gpt2 import CONTEXT, HEADS_BY_DEPTH, RECOMPUTED, VOCABULARY, Config, Tensors, model_config, padded
-from model_files import find_model, load_model, load_model_tokenizer
+from gpt2 import VOCABULARY, Config, Tensors, padded
+from llama import definition_of
+from model_files import check_definition, find_model, load_model, load_model_tokenizer
 from prepare_tinyshakespeare import prepare as prepare_tinyshakespeare
 from sampling import sample
 from tokenizer import GPT2_FINGERPRINT, NO_TOKENIZER, GPT2Tokenizer, Tokenizer, load_tokenizer, tokenizer_folder
@@ -38,7 +40,6 @@ RENAMED_FLAGS = {"shuffle": "shuffle_shards"}   # of earlier checkpoints
 FLAGS_OF_ONE_PROGRAM = "threads", "device"  # which the other program ignores in a checkpoint
 DTYPES = "float32", "bfloat16", "tf32"      # of either program; the other ignores one that it lacks
 FLAGS_THAT_MUST_MATCH = "model", "sequence_length", "total_batch_size", "seed", "shuffle_shards", "overfit_single_batch"
-NEW_MODELS = [f"d{depth}" for depth in HEADS_BY_DEPTH]
 OUT_OF_MEMORY_HINT = "choose a smaller --model, --batch-size or --sequence-length"
 MEAN_WINDOWS = 40       # of the running mean, in a plot
 LOG_HINT = "delete it, and --resume starts a new one"
@@ -50,10 +51,11 @@ TEMPERATURE = 0.8
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
 
-def model_name(text: str) -> str:
+def model_name(definition: ModuleType, text: str) -> str:
     """An argparse type: the name of a new model, or anything that model_files.load_model may find."""
-    if re.fullmatch(r"d\d+", text) and text not in NEW_MODELS and not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(map(repr, NEW_MODELS))}, or a checkpoint")
+    names = definition.NEW_MODELS
+    if re.fullmatch(names[0][0] + r"\d+", text) and text not in names and not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(map(repr, names))}, or a checkpoint")
     return text
 
 
@@ -64,25 +66,28 @@ def folder_name(text: str) -> Path:
     return Path(text)
 
 
-def make_parser(description: str, own_flags: dict) -> OneLineParser:
-    """The parser of a training program. own_flags are those of one program only: {"threads": dict(type=..., help=...)}."""
-    parser = OneLineParser(description=description)
+def make_parser(definition: ModuleType, processor: str, own_flags: dict) -> OneLineParser:
+    """The parser of a training program. own_flags are those of one program only: {"threads": dict(type=..., help=...)}.
+
+    definition: the module that defines the model, gpt2 or llama
+    """
+    parser = OneLineParser(description=f"Train {definition.NAME} on the {processor}.")
     add, switch = parser.add_flag, parser.add_argument
     positive, count = bounded(int, 1), bounded(int, 0)
-    add("--model", default="d2", type=model_name,
-        help=f"{', '.join(NEW_MODELS)}: a new model of that depth (d12 is GPT-2 124M); or a pretrained model to fine-tune: a "
-             "Hugging Face folder, its name on the hub, a .safetensors, .gguf or llm.c .bin file")
+    add("--model", default=definition.NEW_MODELS[0], type=partial(model_name, definition),
+        help=f"{', '.join(definition.NEW_MODELS)}: a new model of that depth{definition.KNOWN_MODELS}; or a pretrained model "
+             "to fine-tune: a Hugging Face folder, its name on the hub, a .safetensors, .gguf or llm.c .bin file")
     add("--input-bin", help="training tokens: a file, or a glob in quotes (default: Tiny Shakespeare, prepared on first use)")
     add("--input-val-bin", help="validation tokens (default: Tiny Shakespeare's if --input-bin is not given, else none)")
     add("--output-dir", default="out", type=folder_name, help="folder for log.csv, loss.png and the trained model; overwritten")
     add("--batch-size", default=8, type=positive, help="sequences per micro-batch per process, B")
     add("--sequence-length", default=64, type=positive,
-        help=f"tokens per sequence, T: a new model's context; at most a pretrained one's ({CONTEXT} for GPT-2)")
+        help="tokens per sequence, T: a new model's context; at most a pretrained one's")
     add("--total-batch-size", type=positive, help="tokens per optimizer step, via gradient accumulation; a multiple of B*T "
         "times the number of processes (default: that product)")
     add("--num-iterations", default=1250, type=positive, help="optimizer steps")
-    add("--learning-rate", type=bounded(float, 0), help="peak learning rate (default: 0.002 for d2, less for wider models, and "
-        "0.0001 for pretrained ones)")
+    add("--learning-rate", type=bounded(float, 0), help="peak learning rate (default: 0.002 for the smallest new model, less "
+        "for wider ones, and 0.0001 for pretrained ones)")
     add("--warmup-iters", default=50, type=count, help="steps of linear warmup to the peak learning rate")
     add("--learning-rate-decay-frac", default=0.1, type=bounded(float, 0, 1),
         help="final learning rate, as a fraction of the peak")
@@ -114,24 +119,25 @@ def make_parser(description: str, own_flags: dict) -> OneLineParser:
 
 
 @contextmanager
-def open_run(description: str, world: World = SINGLE_PROCESS, **own_flags):
+def open_run(definition: ModuleType, processor: str, world: World = SINGLE_PROCESS, **own_flags):
     """Parse the command line, lock the output folder while entered, and yield the options (parse_options).
 
     Raises UserError also if another process has locked the folder, it cannot be written, or the flags are not the same in all
     processes of the world.
     """
-    output_dir = make_parser(description, own_flags).parse_args().output_dir
+    output_dir = make_parser(definition, processor, own_flags).parse_args().output_dir
     with locked_folder("--output-dir", output_dir) if world.rank == 0 else nullcontext():   # rank 0 alone writes
         if world.rank == 0:
             refuse_links(output_dir)
             delete_leftovers(output_dir)
-        options = parse_options(description, None, world, **own_flags)
+        options = parse_options(definition, processor, None, world, **own_flags)
         world.check_same(**{flag_name(name): value for name, value in options.flags.items()},
                          **{"--output-dir": output_dir, "the checkpoint to resume from": options.checkpoint})
         yield options
 
 
-def parse_options(description: str, arguments: list | None = None, world: World = SINGLE_PROCESS, **own_flags):
+def parse_options(definition: ModuleType, processor: str, arguments: list | None = None, world: World = SINGLE_PROCESS,
+                  **own_flags):
     """All settings of a run, read-only: its flags, those saved by a resumed run, and what follows from them.
 
     Besides the flags: `checkpoint`, the folder to resume from or None; `accumulation_steps`, micro-batches per step; and
@@ -139,7 +145,7 @@ def parse_options(description: str, arguments: list | None = None, world: World 
     Raises UserError if a flag or combination is wrong (status 2), there is nothing to --resume, or --output-dir holds an
     unfinished run that would be replaced.
     """
-    new_parser = partial(make_parser, description, own_flags)
+    new_parser = partial(make_parser, definition, processor, own_flags)
     parser = new_parser()
     settings = vars(parser.parse_args(arguments))
     checkpoint = None
@@ -155,7 +161,7 @@ def parse_options(description: str, arguments: list | None = None, world: World 
         parser.error(f"--total-batch-size is {total}, expected a multiple of --batch-size x --sequence-length"
                      f"{f' x {world.size} processes' if world.size > 1 else ''} = {tokens}")
     if settings["learning_rate"] is None:
-        settings["learning_rate"] = default_learning_rate(settings["model"])
+        settings["learning_rate"] = default_learning_rate(definition, settings["model"])
     for name in ("input_bin", "input_val_bin"):
         if settings[name] == "":
             parser.error(f"{flag_name(name)} is empty, expected a file or a glob")
@@ -170,9 +176,9 @@ def parse_options(description: str, arguments: list | None = None, world: World 
     return options
 
 
-def default_learning_rate(model: str) -> float:
+def default_learning_rate(definition: ModuleType, model: str) -> float:
     """The peak for --model. It falls with the square root of a new model's width; a pretrained one must not forget."""
-    return 2e-3 * math.sqrt(128 / model_config(model).channels) if model in NEW_MODELS else 1e-4
+    return 2e-3 * math.sqrt(128 / definition.model_config(model).channels) if model in definition.NEW_MODELS else 1e-4
 
 
 def flag_name(setting: str) -> str:
@@ -246,7 +252,7 @@ def is_due(every: int, step: int, last: int) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # Model and data
 
-def load_or_create_model(options, train_loader: DataLoader, val_loader: ValidationLoader | None
+def load_or_create_model(definition: ModuleType, options, train_loader: DataLoader, val_loader: ValidationLoader | None
                          ) -> tuple[Config, Tensors | None, list[np.ndarray] | None, Tokenizer]:
     """Return (config, params, moments, tokenizer) of a checkpoint, a new model or a pretrained one.
 
@@ -258,14 +264,15 @@ def load_or_create_model(options, train_loader: DataLoader, val_loader: Validati
     if options.checkpoint:
         config, params, moments = load_checkpoint(options.checkpoint)
         tokenizer = load_model_tokenizer(options.checkpoint, config.vocab_size)
-    elif options.model in NEW_MODELS:
+    elif options.model in definition.NEW_MODELS:
         vocab_size, tokenizer = vocabulary_of(train_loader)
-        config = replace(model_config(options.model), max_seq_len=options.sequence_length, vocab_size=vocab_size,
+        config = replace(definition.model_config(options.model), max_seq_len=options.sequence_length, vocab_size=vocab_size,
                          padded_vocab_size=padded(vocab_size))
     else:
         path = find_model(options.model)
         config, params = load_model(path)
         tokenizer = load_model_tokenizer(path, config.vocab_size)
+    check_definition(definition, config, options.checkpoint or options.model, "train")
     if options.sequence_length > config.max_seq_len:
         raise UserError(f"--sequence-length is {options.sequence_length}, expected at most {config.max_seq_len}, the context "
                         f"of --model {options.model}", status=2)
@@ -471,9 +478,9 @@ def outlier(loss: float, norm: float, progress: Progress, loss_limit: float, nor
 
 def activations_in_order(model):
     """(name, tensor) of the activations in memory, in the order in which the forward pass computes them."""
-    L = model.config.num_layers
+    L, recomputed = model.config.num_layers, definition_of(model.config).RECOMPUTED
     names = list(model.acts.shapes)
-    per_layer = [name for name in names[names.index("ln1"):names.index("lnf")] if not (model.recompute and name in RECOMPUTED)]
+    per_layer = [name for name in names[names.index("ln1"):names.index("lnf")] if not (model.recompute and name in recomputed)]
     yield "encoded", model.acts.encoded
     for l in range(L):
         for name in per_layer:

@@ -3,6 +3,7 @@
     python dev/benchmark.py                                            d12, at B x T = 4x64 and 1x1024
     python dev/benchmark.py --python ~/torch/bin/python                with the PyTorch of another environment
     python dev/benchmark.py --shapes 4x64 1x1024 4x1024 --rounds 5
+    python dev/benchmark.py --model smollm2                            Llama with the sizes of SmolLM2-135M, at 4x256
     python dev/benchmark.py --device cuda                              train_gpt2_gpu.py on a GPU, at 4x1024
     python dev/benchmark.py --device cuda --dtypes tf32 bfloat16       without the programs in float32
 
@@ -11,15 +12,15 @@ benchmark_attention.py attention on a GPU alone.
 
 What is timed
     A whole step: forward, backward, gradient clipping at norm 1, AdamW, and the loss. Ours is the loop of train_gpt2.py itself.
-    PyTorch's is the GPT-2 of reference_pytorch.py with the unpadded vocabulary, GPT-2's initialization and fused AdamW. All
-    programs get the same random tokens and the same number of threads.
+    PyTorch's is the GPT-2 of reference_pytorch.py with the unpadded vocabulary, GPT-2's initialization and fused AdamW; its
+    Llama is that of transformers. All programs get the same random tokens and the same number of threads.
 
 How
     Each program runs in its own process, so that no thread pool or allocator affects another. The programs take turns for
     several rounds, so that a slow minute of the machine hits all of them. The first steps, which compile, are not counted. A
     time is the median over all steps; a ratio is the median over the rounds of the ratio of that round's medians. PyTorch's
-    attention, written out ("plain") or by scaled_dot_product_attention ("sdpa"), runs both ways in the first round; each
-    program keeps the faster one.
+    attention, written out ("plain"; transformers calls it "eager") or by scaled_dot_product_attention ("sdpa"), runs both ways
+    in the first round; each program keeps the faster one.
 
 On a GPU (--device cuda)
     Each program runs with float32, TF32 and bfloat16 products, and is compared with ours of the same kind; kinds that the GPU
@@ -78,6 +79,7 @@ RATE_REPEATS = 5
 SPIN_ROUNDS = 50_000      # about 0.1 ms on a GPU
 QUIET_CORES = 0.2         # if other programs keep more cores busy, the report warns
 MEASURE = "--measure"     # runs this file as a measuring process, with a task in JSON
+SMOLLM2 = "smollm2"       # a --model: Llama with the sizes of SmolLM2-135M
 
 
 class Shape(NamedTuple):
@@ -90,6 +92,31 @@ class Shape(NamedTuple):
     @property
     def tokens(self):
         return prod(self)
+
+
+def config_of(model):
+    """The gpt2.Config or llama.Config of a --model."""
+    from gpt2 import model_config
+    from llama import Config
+    if model == SMOLLM2:
+        return Config(max_seq_len=8192, vocab_size=49152, padded_vocab_size=49152, num_layers=30, num_heads=9, num_key_heads=3,
+                      head_size=64, channels=576, hidden=1536, rope_base=1e5)
+    return model_config(model)
+
+
+def is_llama(config):
+    from llama import Config
+    return isinstance(config, Config)
+
+
+def step_flops(config, shape):
+    """gpt2.training_flops for either model."""
+    from gpt2 import training_flops
+    if not is_llama(config):
+        return training_flops(config, *shape)
+    L, C, T = config.num_layers, config.channels, shape.sequence_length
+    weights = L * C * (config.qkv_channels + config.att_channels + 3 * config.hidden) + config.padded_vocab_size * C
+    return 6 * shape.tokens * weights, 6 * L * config.att_channels * shape.tokens * (T + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,11 +220,12 @@ def measure_ours(task, dtype="float32"):
     import numba
 
     import train_gpt2
-    from gpt2 import model_config
+    import train_llama
 
     numba.set_num_threads(task["threads"])
-    config = model_config(task["model"])
-    model = train_gpt2.GPT2(config, *task["shape"], task["threads"], dtype=dtype)
+    config = config_of(task["model"])
+    model_class = train_llama.Llama if is_llama(config) else train_gpt2.GPT2
+    model = model_class(config, *task["shape"], task["threads"], dtype=dtype)
     train = our_training(model, RandomBatches(task["shape"], config.vocab_size), task)
     result = time_training(train, task) | dict(peak_memory=peak_memory(), versions=versions("numpy", "numba"))
     result["product_rate"] = our_product_rate(train_gpt2.kernels, task["threads"], dtype)
@@ -234,15 +262,16 @@ def measure_ours_on_gpu(task, dtype):
 
 def our_training(model, batches, task):
     """A function train(steps) that runs train_gpt2's loop. It returns the seconds of each step and the last loss."""
+    import gpt2
     import train_gpt2
     from training import Progress, StopRequest, parse_options
 
     model.initialize(SEED)
     B, T = task["shape"]
-    flags = (f"--model {task['model']} --batch-size {B} --sequence-length {T} --learning-rate {LEARNING_RATE} --warmup-iters 0 "
-             f"--schedule constant --weight-decay {WEIGHT_DECAY} --grad-clip {GRAD_CLIP} --val-loss-every 0 --sample-every 0 "
-             f"--checkpoint-every 0 --output-dir {Path(tempfile.gettempdir(), 'gpt2-benchmark')}")     # nothing is written
-    options = parse_options("", flags.split())
+    flags = (f"--batch-size {B} --sequence-length {T} --learning-rate {LEARNING_RATE} --warmup-iters 0 --schedule constant "
+             f"--weight-decay {WEIGHT_DECAY} --grad-clip {GRAD_CLIP} --val-loss-every 0 --sample-every 0 --checkpoint-every 0 "
+             f"--output-dir {Path(tempfile.gettempdir(), 'gpt2-benchmark')}")      # nothing is written
+    options = parse_options(gpt2, "CPU", flags.split())
 
     def train(steps):
         log = StepTimes()
@@ -296,7 +325,7 @@ KERNEL_FLOPS = {
 
 @contextlib.contextmanager
 def timing_kernels():
-    """Time every kernel call of train_gpt2 while this is entered. Yields the list of Calls, which grows."""
+    """Time every kernel call of a model on the CPU while this is entered. Yields the list of Calls, which grows."""
     from dev.recorder import watching
     calls = []
 
@@ -453,22 +482,54 @@ def gpu_rates(device):
                 copy_rate=2 * copy.nbytes / copy_seconds)
 
 
+def pytorch_gpt2(config, attention, on_gpu):
+    from dev.reference_pytorch import GPT2
+
+    # `initialize` matters: with PyTorch's default N(0, 1) embedding, probabilities underflow to denormals and a step is six
+    # times slower than in real training.
+    return GPT2(config.max_seq_len, config.padded_vocab_size if on_gpu else config.vocab_size, config.num_layers,
+                config.num_heads, config.channels, attention).initialize(SEED)
+
+
+def transformers_llama(config, attention):
+    """transformers' Llama, initialized as it does by default, with the loss and the optimizer of reference_pytorch.Model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dev.reference_pytorch import Model
+
+    class Llama(Model):
+        def __init__(self):
+            super().__init__()
+            self.llama = LlamaForCausalLM(LlamaConfig(
+                max_position_embeddings=config.max_seq_len, vocab_size=config.vocab_size, num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads, num_key_value_heads=config.num_key_heads, head_dim=config.head_size,
+                hidden_size=config.channels, intermediate_size=config.hidden, rms_norm_eps=config.epsilon,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_base}, tie_word_embeddings=config.tied,
+                attention_bias=config.qkv_bias, attn_implementation="sdpa" if attention == "sdpa" else "eager"))
+
+        def forward(self, tokens, targets):
+            logits = self.llama(tokens, use_cache=False).logits     # (B,T,V)
+            return self.cross_entropy(logits.flatten(0, 1), targets.flatten()).mean()
+
+    torch.manual_seed(SEED)
+    return Llama()
+
+
 def measure_pytorch(task, compiled, bf16=False, tf32=False):
     """Time PyTorch's step. task["attention"] is "plain" or "sdpa"."""
     import torch
 
-    from dev.reference_pytorch import GPT2
-    from gpt2 import model_config
-
     torch.set_num_threads(task["threads"])
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    config = model_config(task["model"])
+    config = config_of(task["model"])
     on_gpu = task["device"] == "cuda"
     clock = TorchCudaClock() if on_gpu else WallClock()
-    # `initialize` matters: with PyTorch's default N(0, 1) embedding, probabilities underflow to denormals and a step is six
-    # times slower than in real training.
-    model = GPT2(config.max_seq_len, config.padded_vocab_size if on_gpu else config.vocab_size, config.num_layers,
-                 config.num_heads, config.channels, task["attention"]).initialize(SEED).to(task["device"])
+    if is_llama(config):
+        model, packages = transformers_llama(config, task["attention"]), ("torch", "transformers")
+    else:
+        model, packages = pytorch_gpt2(config, task["attention"], on_gpu), ("torch",)
+    model.to(task["device"])
     optimizer = model.optimizer(LEARNING_RATE, WEIGHT_DECAY)
     forward = torch.compile(model) if compiled else model
     batches = RandomBatches(task["shape"], config.vocab_size)
@@ -499,7 +560,7 @@ def measure_pytorch(task, compiled, bf16=False, tf32=False):
     n = MATRIX_SIZE[task["device"]]
     matrices = torch.randn(2, n, n, device=task["device"]).to(torch.bfloat16 if bf16 else torch.float32)
     result["product_rate"] = product_rate(lambda: torch.mm(*matrices), n, clock)
-    return result | dict(versions=versions("torch"))
+    return result | dict(versions=versions(*packages))
 
 
 class Program(NamedTuple):
@@ -721,11 +782,9 @@ def milliseconds(number):
 
 def print_steps(config, summaries, peak_flops):
     """Print the main table. peak_flops: program of ours -> the GPU's peak FLOP/s, if known."""
-    from gpt2 import training_flops
-
     def mfu(shape, name, row):
         peak = peak_flops.get(ours_beside(name))
-        return f"{sum(training_flops(config, *shape)) / (row.milliseconds / 1000) / peak:.1%}" if peak else ""
+        return f"{sum(step_flops(config, shape)) / (row.milliseconds / 1000) / peak:.1%}" if peak else ""
 
     rows = [(str(shape), name, milliseconds(row.milliseconds), f"{row.ratio:.2f}",
              f"{1000 * shape.tokens / row.milliseconds:,.0f}", f"{row.peak_memory / 1e9:.2f} GB",
@@ -737,7 +796,6 @@ def print_steps(config, summaries, peak_flops):
 
 def print_floor(config, results, summaries, ours, size):
     """Print the step time of one of our programs next to the time that its matrix products alone would take."""
-    from gpt2 import training_flops
     rates = [(result["product_rate"], name) for programs in results.values() for name, rounds in programs.items()
              if ours_beside(name) == ours for result in rounds]
     peak, program = max(rates)
@@ -745,12 +803,13 @@ def print_floor(config, results, summaries, ours, size):
     tile_rates = [result["tile_rate"] for programs in results.values() for result in programs.get(ours, ())
                   if "tile_rate" in result]
     tiles = f", {our_peak / max(tile_rates):.0%} of single tiles in the first-level cache" if tile_rates else ""
+    weights, width = ("L C (2 (NH + KV) HS + 3 H) + Vp C", "NH HS") if is_llama(config) else ("12 L C^2 + Vp C", "C")
     print(f"The fastest {NUMBERS[ours]} products of {size} x {size} matrices were those of {program}: {peak / 1e9:,.0f} "
-          f"GFLOP/s; ours reach {our_peak / 1e9:,.0f}{tiles}. FLOPs of a step's products: 6 N (12 L C^2 + Vp C) in the linear "
-          "layers and the classifier, 6 L C B T (T+1) in the causal half of attention.\n")
+          f"GFLOP/s; ours reach {our_peak / 1e9:,.0f}{tiles}. FLOPs of a step's products: 6 N ({weights}) in the linear "
+          f"layers and the classifier, 6 L {width} B T (T+1) in the causal half of attention.\n")
     rows = []
     for shape, summary in ((shape, summary) for shape, summary in summaries.items() if ours in summary):
-        linear, attention = training_flops(config, *shape)
+        linear, attention = step_flops(config, shape)
         floor = 1000 * (linear + attention) / peak
         rows.append((str(shape), f"{linear / 1e9:,.1f}", f"{attention / 1e9:,.1f}", milliseconds(floor),
                      milliseconds(summary[ours].milliseconds), f"{summary[ours].milliseconds / floor:.2f}"))
@@ -820,25 +879,28 @@ def bar_chart(pyplot, groups, title):
     return figure
 
 
+def title(model):
+    return "SmolLM2-135M" if model == SMOLLM2 else f"GPT-2 {model}"
+
+
 def draw_steps(summaries, options, hardware):
     """Draw one group per shape, since their times differ more than tenfold."""
     draw({f"B x T = {shape}": [Bar(name, row.milliseconds, f"{milliseconds(row.milliseconds)} ms"
                                    + ("" if is_ours(name) else f", {row.ratio:.2f} x")) for name, row in summary.items()]
           for shape, summary in summaries.items()},
-         f"GPT-2 {options.model}: time of a training step, {hardware} (shorter is better)", options.output)
+         f"{title(options.model)}: time of a training step, {hardware} (shorter is better)", options.output)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
 
 def parse_shape(text):
-    from gpt2 import CONTEXT
     try:
         shape = Shape(*map(int, text.split("x")))
     except (ValueError, TypeError):
         shape = Shape(0, 0)
-    if not (shape.batch_size >= 1 and 1 <= shape.sequence_length <= CONTEXT):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected BxT such as 4x64, with T at most {CONTEXT}")
+    if min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected BxT such as 4x64")
     return shape
 
 
@@ -848,15 +910,17 @@ DEFAULTS = {
     "cuda": dict(shapes=[Shape(4, 1024)], steps=40, dtypes=["float32", "tf32", "bfloat16"],
                  output=Path(__file__).with_name("benchmark_cuda.png")),
 }
+SMOLLM2_DEFAULTS = dict(shapes=[Shape(4, 256)], output=Path(__file__).with_name("benchmark_smollm2.png"))
 
 
-def shared_parser(description):
-    """A parser with the flags of both benchmarks."""
+def shared_parser(description, **models):
+    """A parser with the flags of both benchmarks. models: choices of --model besides GPT-2's -> their help."""
     from gpt2 import HEADS_BY_DEPTH
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", choices=[f"d{depth}" for depth in HEADS_BY_DEPTH], default="d12", help="d12 is GPT-2 124M")
+    add("--model", choices=[*(f"d{depth}" for depth in HEADS_BY_DEPTH), *models], default="d12",
+        help="; ".join(["d12 is GPT-2 124M", *models.values()]))
     add("--rounds", type=bounded(int, 1), default=3, help="how often each program gets its turn")
     add("--threads", type=bounded(int, 1, cores), default=cores, help="CPU threads of every program")
     return parser
@@ -870,7 +934,8 @@ def python_path(text):
 
 
 def parse_options():
-    parser = shared_parser("Time a training step of this program and of PyTorch, side by side.")
+    parser = shared_parser("Time a training step of this program and of PyTorch, side by side.", **{
+        SMOLLM2: f"{SMOLLM2} is a Llama with the sizes of SmolLM2-135M, by default at {SMOLLM2_DEFAULTS['shapes']}"})
     add = parser.add_argument
 
     def add_by_device(flag, help, **settings):
@@ -886,10 +951,17 @@ def parse_options():
     add("--python", type=python_path, default=sys.executable, metavar="PATH", help="a Python with PyTorch")
     add_by_device("output", "the bar chart", type=Path, metavar="FILE")
     options = parser.parse_args()
-    options = argparse.Namespace(**DEFAULTS[options.device] | vars(options))
+    defaults = DEFAULTS[options.device] | (SMOLLM2_DEFAULTS if options.model == SMOLLM2 else {})
+    options = argparse.Namespace(**defaults | vars(options))
     missing = set(options.dtypes).difference(DEFAULTS[options.device]["dtypes"])
     if missing:
         parser.error(f"argument --dtypes: {', '.join(missing)} needs --device cuda")
+    if options.model == SMOLLM2 and options.device == "cuda":
+        parser.error(f"argument --model: {SMOLLM2} needs --device cpu")
+    context = config_of(options.model).max_seq_len
+    for shape in options.shapes:
+        if shape.sequence_length > context:
+            parser.error(f"argument --shapes: found {shape}, expected BxT with T at most {context}")
     return options
 
 
@@ -897,10 +969,11 @@ def main():
     if sys.argv[1:2] == [MEASURE]:
         return measuring_process(measure_step)
     options = parse_options()
-    from gpt2 import model_config
-    config = model_config(options.model)
-    peers = {"torch": Peers(options.python, "--python", "torch")}
-    programs = programs_that_run({name: program for name, program in PROGRAMS[options.device].items()
+    config = config_of(options.model)
+    needs, packages = ("torch, transformers", "torch transformers") if is_llama(config) else ("torch", "torch")
+    peers = {needs: Peers(options.python, "--python", packages)}
+    programs = programs_that_run({name: program._replace(needs=program.needs and needs)
+                                  for name, program in PROGRAMS[options.device].items()
                                   if NUMBERS[ours_beside(name)] in options.dtypes}, peers)
 
     results = {shape: measure_shape(shape, options, programs, peers) for shape in dict.fromkeys(options.shapes)}
@@ -908,7 +981,7 @@ def main():
     ours = {name: rounds for by_program in results.values() for name, rounds in by_program.items() if is_ours(name)}
     gpu = next(iter(ours.values()))[0].get("gpu")
     progress("")
-    print_machine(f"GPT-2 {options.model}, training steps", options,
+    print_machine(f"{title(options.model)}, training steps", options,
                   [rounds for by_program in results.values() for rounds in by_program.values()],
                   gpu or f"{cpu_name()}, {options.threads} threads")
     peak_flops = {name: rounds[0].get("peak_flops") for name, rounds in ours.items()}

@@ -100,7 +100,7 @@ class Ours:
         numba.set_num_threads(task["threads"])
         config, params = load_model(Path(task["folder"], file), BITS)
         kinds = weight_kinds(params)
-        compile_kernels(config.exact_gelu, kinds, prompt_dtype(kinds))
+        compile_kernels(config, kinds, prompt_dtype(kinds))
         self.decoder = Decoder(config, params, 1, task["threads"], prompt_dtype(kinds))
         self.forget()
 

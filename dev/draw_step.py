@@ -1,30 +1,31 @@
 """Draw one training step on one page: which kernels are called, in which order, and which memory they read and write.
 
-    python dev/draw_step.py                   writes dev/training_step.png (dev/figures.py draws it, too)
+    python dev/draw_step.py                   writes dev/training_step.png and dev/training_step_llama.png
+                                              (dev/figures.py draws them, too)
 
-The picture is drawn from a recording of a real step of a tiny model (recorder.py), so it shows what train_gpt2.py actually
-does. The calls and sizes are also stored in the file, as the PNG text `Description`: a test fails when they change.
+Each is drawn from a recording of a real step of a tiny model (recorder.py), so it shows what train_gpt2.py or train_llama.py
+actually does. The calls and sizes are also stored in the file, as the PNG text `Description`: a test fails when they change.
 """
 import sys
 from itertools import groupby
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import gpt2
 import kernels_cpu as kernels
+import llama
 from cli import OneLineParser, run_program
 from dev import style
-from dev.recorder import TINY, record_step, tiny_step
+from dev.recorder import TINY, record_step, tiny, tiny_step
 from dev.style import INK, WIDTH
-from gpt2 import activation_shapes, memory_needed, model_config, parameter_shapes, scratch_shapes
 from train_gpt2 import CLASSIFIER_ROWS, compile_kernels
 
 OUT_OF_MEMORY_HINT = "close other programs"
 PICTURE = Path(__file__).with_name("training_step.png")
-CONFIG, B, T = model_config("d12"), 4, 1024     # GPT-2 124M, whose sizes are drawn
-PARAMS, ACTS, SCRATCH = SIZES = (parameter_shapes(CONFIG), activation_shapes(CONFIG, B, T),
-                                 scratch_shapes(CONFIG, B, T, CLASSIFIER_ROWS))
+B, T = 4, 1024                                  # the batch whose sizes are drawn
 TURN = "fused_classifier"                       # where forward becomes backward
 LAYER = 1                                       # the layer that is drawn: the first differs slightly
 
@@ -47,6 +48,7 @@ COLORS = {                                     # buffer -> background, letters
     "scratch": ("#f4df9a", "#463600"),
     "adam": ("#d3c2f5", "#2c1760"),
     "batch": ("#d3d9df", "#1d2731"),
+    "tables": ("#8fdce4", "#05363c"),
 }
 MEANINGS = {
     "params": "parameters",
@@ -55,17 +57,49 @@ MEANINGS = {
     "scratch": "reused from layer to layer",
     "adam": "AdamW's moments",
     "batch": "tokens and targets",
+    "tables": "cosine and sine of the angles by which rope rotates queries and keys; sign = -1 rotates back",
 }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is drawn
 
+class Model(NamedTuple):
+    """A model of which a step is drawn."""
+    config: gpt2.Config | llama.Config      # whose sizes are drawn
+    name: str
+    suffix: str                             # of the picture's name
+    title: str
+    note: str                               # below the legend: what is not clear from the names
+    remarks: dict                           # name of an activation -> what its channels are
+
+    @property
+    def definition(self):
+        return llama.definition_of(self.config)
+
+    @property
+    def sizes(self):
+        """The tables, name -> shape, of the parameters, the activations, and the scratch."""
+        return (self.definition.parameter_shapes(self.config), self.definition.activation_shapes(self.config, B, T),
+                self.definition.scratch_shapes(self.config, B, T, CLASSIFIER_ROWS))
+
+
+GPT2 = Model(gpt2.model_config("d12"), "GPT-2 124M", "", "One training step",
+             "dln is the gradient of lnf, ln2 or ln1; dfch of fch_gelu, then of fch; "
+             "dresidual of the residual stream, initially 0", {})
+L12 = llama.model_config("l12")
+LLAMA = Model(L12, "a 114M Llama (l12)", "_llama", "One training step of Llama",
+              "dln is the gradient of lnf, ln2 or ln1; dqkv of the rotated qkv, then of qkv; "
+              "dresidual of the residual stream, initially 0",
+              {"qkv": f"{L12.num_heads} heads of q, {L12.num_key_heads} of k, {L12.num_key_heads} of v",
+               "fch": f"{L12.hidden} gates, then {L12.hidden} values"})
+
+
 def mirror(forward, backward):
     """Pairs (forward call, its backward call or None) in the order of the forward pass.
 
-    The twin of X_forward is X_backward, if that kernel exists. Raises ValueError unless the backward calls are the twins of
-    the forward calls in reverse order.
+    The twin of X_forward is X_backward, if that kernel exists, and rope is its own. Raises ValueError unless the backward calls
+    are the twins of the forward calls in reverse order.
     """
     twins = [twin if hasattr(kernels, twin := call.kernel.replace("_forward", "_backward")) else None for call in forward]
     expected, found = [twin for twin in reversed(twins) if twin], [call.kernel for call in backward]
@@ -78,17 +112,21 @@ def mirror(forward, backward):
 class Step:
     """The calls of a step of the tiny model as they are drawn, with one layer in place of all.
 
+    model: the Model whose sizes are drawn
     pairs: forward and backward calls, see `mirror`, in three parts: before the layers, one layer, after the layers
     turn: the call between forward and backward
     update: the calls after the backward pass, one per kernel
     updates: kernel -> number of its calls in the update
+    last_writers: name of an array -> the last forward call that writes it, which leaves what is kept: rope changes qkv in place
+    buffers: the names of those that appear
     first_layer: (name, its name in the first layer) where they differ
     description: all calls and sizes, as text
 
     Raises ValueError if backward does not mirror forward, or if the layers differ.
     """
 
-    def __init__(self, calls):
+    def __init__(self, calls, model):
+        self.model = model
         turn = next(i for i, call in enumerate(calls) if call.kernel == TURN)
         first_of_update = next(i for i, call in enumerate(calls) if call.phase == "update")
         self.turn = calls[turn]
@@ -101,16 +139,18 @@ class Step:
             raise ValueError(f"the layers differ, so one cannot stand for all: {others}")
         before, after = pairs[:pairs.index(groups[0][0])], pairs[pairs.index(groups[TINY.num_layers - 1][-1]) + 1:]
         self.pairs = before, groups[LAYER], after
+        self.last_writers = {array.name: call for part in self.pairs for call, _ in part for array in call.written}
+        self.buffers = {array.buffer.partition("_")[0] for call in calls for array in call.arrays}
         self.update = list({call.kernel: call for call in calls[first_of_update:]}.values())
         self.updates = {call.kernel: sum(other.kernel == call.kernel for other in calls) for call in self.update}
         self.description = "\n".join([f"{call.phase}: {call}" for call in calls] +
-                                     [f"{name}: {shape}" for shapes in SIZES for name, shape in shapes.items()])
+                                     [f"{name}: {shape}" for shapes in model.sizes for name, shape in shapes.items()])
 
 
-def todays_step():
-    """The Step that train_gpt2.py takes now."""
-    calls, _, _ = record_step(*tiny_step())
-    return Step(calls)
+def todays_step(model):
+    """The Step that the program takes now."""
+    calls, _, _ = record_step(*tiny_step(tiny(model.config)))
+    return Step(calls, model)
 
 
 def differences(group, other):
@@ -198,12 +238,13 @@ class Page:
 
     def card(self, column, y, call, times=1):
         """One call: its kernel, the arrays it writes and those it only reads."""
+        remark = f"for each of {times} tensors" if times > 1 else f"sign = {call.sign}" if call.sign else ""
         x, width = column
         lines = [(verb, arrays) for verb, arrays in (("writes", call.written), ("reads", call.read)) if arrays]
         self.box(x, y, width, CARD - (2 - len(lines)) * LINE, CARD_GROUND, CARD_EDGE)
         self.text(x + 0.08, y + 0.1, call.kernel, CARD_TEXT, MEDIUM, weight="bold")
-        if times > 1:
-            self.text(x + width - 0.08, y + 0.1, f"for each of {times} tensors", CARD_LABEL, ha="right")
+        if remark:
+            self.text(x + width - 0.08, y + 0.1, remark, CARD_LABEL, ha="right")
         for i, (verb, arrays) in enumerate(lines):
             line = y + 0.1 + (i + 1) * LINE
             self.text(x + 0.08, line, verb, CARD_LABEL, SMALL - 1)
@@ -224,9 +265,11 @@ def edge(column):
 def draw(step, path):
     """Draw a Step and write the PNG."""
     before, layer, after = step.pairs
+    model, legend = step.model, [buffer for buffer in MEANINGS if buffer in step.buffers]
     # backward() itself computes the logits, chunk by chunk.
     of_all_rows, of_chunks = ([pair for pair in after if pair[0].phase == phase] for phase in ("forward", "backward"))
-    update_top = 1.64
+    notes_top = 0.7 + gpt2.ceil_div(len(legend), 3) * 0.19
+    update_top = notes_top + 0.56
     top = update_top + len(step.update) * (ROW - LINE) + 0.28
     layers_top = top + len(before) * ROW + 0.24
     after_top = layers_top + len(layer) * ROW + 0.08
@@ -237,15 +280,14 @@ def draw(step, path):
 
     # The heading and the legend.
     x = LEFT[0]
-    page.text(x, 0.2, "One training step", size=15, weight="bold")
-    page.text(x, 0.45, "Every kernel call of train_gpt2.py, recorded as it ran. "
-              f"Sizes: all layers of GPT-2 124M, B = {B}, T = {T}.")
-    for i, (buffer, meaning) in enumerate(MEANINGS.items()):
+    page.text(x, 0.2, model.title, size=15, weight="bold")
+    page.text(x, 0.45, f"Every kernel call of train_{model.definition.__name__}.py, recorded as it ran. "
+              f"Sizes: all layers of {model.name}, B = {B}, T = {T}.")
+    for i, buffer in enumerate(legend):
         at, y = x + (i % 3) * 2.6, 0.7 + i // 3 * 0.19
-        page.text(page.chip(at, y, buffer, COLORS[buffer]) + 0.02, y, meaning)
-    page.text(x, 1.08, "+ before a name: the kernel adds to the array or changes it in place")
-    page.text(x, 1.24, "dln is the gradient of lnf, ln2 or ln1; dfch of fch_gelu, then of fch; "
-              "dresidual of the residual stream, initially 0")
+        page.text(page.chip(at, y, buffer, COLORS[buffer]) + 0.02, y, MEANINGS[buffer])
+    page.text(x, notes_top, "+ before a name: the kernel adds to the array or changes it in place")
+    page.text(x, notes_top + 0.16, model.note)
 
     # The columns, and the flow through them: down, across, up, and back to the start.
     loop, turn = update_top + (CARD - LINE) / 2, turn_top + CARD / 2
@@ -260,41 +302,46 @@ def draw(step, path):
 
     # The calls, forward beside backward, and between them the activations that forward keeps for backward.
     exceptions = "".join(f"; for l = 0, {name} is {instead}" for name, instead in step.first_layer)
-    page.loop(layers_top, len(layer), "for l in range(L):", f"L = {CONFIG.num_layers}{exceptions}", "reversed(range(L)):")
+    page.loop(layers_top, len(layer), "for l in range(L):", f"L = {model.config.num_layers}{exceptions}", "reversed(range(L)):")
     page.loop(chunks_top, len(of_chunks) + 1, f"for each chunk of {CLASSIFIER_ROWS} of the N = B*T rows, in backward():")
     for first, pairs in ((top, before), (layers_top, layer), (after_top, of_all_rows), (chunks_top, of_chunks)):
         for i, (forward, backward) in enumerate(pairs):
             y = first + i * ROW
             page.card(LEFT, y, forward)
-            draw_kept(page, y + CARD / 2, forward)
+            draw_kept(page, y + CARD / 2, forward, step)
             if backward:
                 page.card(RIGHT, y, backward)
             else:
                 page.text(UP - 0.1, y + CARD / 2 - 0.07, "no kernel: dresidual is", ha="right")
                 page.text(UP - 0.1, y + CARD / 2 + 0.07, "the gradient of both terms", ha="right")
     page.card((center(MIDDLE) - 1.2, 2.4), turn_top, step.turn)
-    draw_memory(page, memory_top)
+    draw_memory(page, memory_top, model)
     style.save(page.figure, path, step.description)
 
 
-def draw_kept(page, y, call):
+def draw_kept(page, y, call, step):
     """Draw the activations that a forward call keeps for the backward pass, as bars to scale, centered at height y."""
     x, _ = MIDDLE
-    largest = max(map(prod, ACTS.values()))
-    kept = [array for array in call.written if array.buffer == "acts"]
+    _, acts, _ = step.model.sizes
+    largest = max(map(prod, acts.values()))
+    kept = [array for array in call.written if array.buffer == "acts" and step.last_writers[array.name] is call]
+    remarks = [step.model.remarks[array.name] for array in kept if array.name in step.model.remarks]
+    first = y - (len(kept) + len(remarks) - 1) / 2 * LINE
     for i, array in enumerate(kept):
-        line = y + (i - (len(kept) - 1) / 2) * LINE
-        size = prod(ACTS[array.name])
+        line = first + i * LINE
+        size = prod(acts[array.name])
         page.text(x + 0.55, line, array.name, ha="right")
         bar = max(0.7 * size / largest, 0.01)
         page.box(x + 0.61, line - 0.055, bar, 0.11, COLORS[array.buffer][0], corner=0, linewidth=0)
         page.text(x + 0.61 + bar + 0.05, line, format_bytes(4 * size))
+    for i, remark in enumerate(remarks, len(kept)):
+        page.text(center(MIDDLE), first + i * LINE, remark, ha="center")
 
 
-def draw_memory(page, y):
+def draw_memory(page, y, model):
     """Draw the memory of a step as one bar to scale."""
-    params, acts, scratch = (4 * sum(map(prod, shapes.values())) for shapes in SIZES)
-    total = memory_needed(CONFIG, ACTS, SCRATCH)
+    params, acts, scratch = (4 * sum(map(prod, shapes.values())) for shapes in model.sizes)
+    total = gpt2.memory_needed(*model.sizes)
     x, scale = LEFT[0], (edge(RIGHT) - LEFT[0]) / total
     page.text(x, y, f"memory: {format_bytes(total)}", size=LARGE, weight="bold")
     for buffer, size in (("params", params), ("grads", params), ("adam_m", params), ("adam_v", params), ("acts", acts),
@@ -306,16 +353,23 @@ def draw_memory(page, y):
             page.text(x + scale * size / 2 - 0.01, y + line, text, letters, letter_size, ha="center")
         x += scale * size
     at = LEFT[0]
-    for name, shape in SCRATCH.items():
+    for name, shape in model.sizes[2].items():
         at = page.chip(at, y + 0.66, f"{name} {format_bytes(4 * prod(shape))}", COLORS["scratch"]) + 0.03
+
+
+def draw_all(path=PICTURE):
+    """Draw today's step of both models. path: of GPT-2's picture; Llama's is beside it."""
+    for model in (GPT2, LLAMA):
+        compile_kernels(model.config)
+        draw(todays_step(model), path.with_stem(path.stem + model.suffix))
 
 
 def main():
     parser = OneLineParser(description="Draw one training step on one page.")
-    parser.add_flag("--output", default=PICTURE, type=Path, metavar="FILE", help="the PNG to write")
+    parser.add_flag("--output", default=PICTURE, type=Path, metavar="FILE",
+                    help="the PNG to write for GPT-2; Llama's is beside it, with _llama in its name")
     options = parser.parse_args()
-    compile_kernels()
-    draw(todays_step(), options.output)
+    draw_all(options.output)
 
 
 if __name__ == "__main__":

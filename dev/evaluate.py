@@ -55,7 +55,7 @@ def main():
     if device:
         decoder = generate_gpt2_gpu.Decoder(config, params, options.batch_size, device)
     else:
-        generate_gpt2.compile_kernels(config.exact_gelu)
+        generate_gpt2.compile_kernels(config)
         decoder = generate_gpt2.Decoder(config, params, options.batch_size, threads)
 
     started = time.perf_counter()

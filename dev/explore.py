@@ -14,6 +14,7 @@ import math
 import sys
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,20 +22,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+import gpt2
 import kernels_cpu as kernels
 from cli import OneLineParser, UserError, bounded, run_program
 from dataloader import DataLoader
 from dev.recorder import as_batch, record_step, time_step
 from files import atomic_file
 from generate_gpt2 import DAMAGED_WEIGHTS_HINT, encode
-from gpt2 import activation_shapes, chunks, memory_needed, model_config, scratch_shapes
+from gpt2 import NEW_MODELS, activation_shapes, chunks, memory_needed, model_config, parameter_shapes, scratch_shapes
 from machine import check_memory, main_memory
-from model_files import load_model, load_model_tokenizer
+from model_files import check_definition, load_model, load_model_tokenizer
 from prepare_tinyshakespeare import prepare
 from sampling import softmax
 from tokenizer import GPT2Tokenizer
 from train_gpt2 import CLASSIFIER_ROWS, GPT2, NO_BIAS, compile_kernels, load_weights
-from training import NEW_MODELS, OUT_OF_MEMORY_HINT, TRAIN_TOKENS, memory_hint, model_name
+from training import OUT_OF_MEMORY_HINT, TRAIN_TOKENS, memory_hint, model_name
 
 MAX_LABELS = 64           # tokens along an axis of the picture; more would overlap
 ATTENDED = 4              # positions listed for each position of the prompt
@@ -163,7 +165,8 @@ def explore_step(config, params, threads, options):
     loader = DataLoader(options.input_bin or TRAIN_TOKENS, B, T)
     loader.check_vocabulary(config.vocab_size, 0, options.model)
     shapes = activation_shapes(config, B, T, options.recompute), scratch_shapes(config, B, T, CLASSIFIER_ROWS)
-    check_memory(f"{options.model} with a batch of {B} x {T}", memory_needed(config, *shapes), main_memory(), "this machine",
+    needed = memory_needed(parameter_shapes(config), *shapes)
+    check_memory(f"{options.model} with a batch of {B} x {T}", needed, main_memory(), "this machine",
                  memory_hint(options.recompute))
     model = GPT2(config, B, T, threads, recompute=options.recompute)
     load_weights(model, params, None, options.seed)
@@ -304,7 +307,7 @@ def main():
     parser = OneLineParser(description="See what every kernel does in one training step, or how a model reads a prompt.")
     add = parser.add_flag
     positive, count = bounded(int, 1), bounded(int, 0)
-    add("--model", default="d4", type=model_name,
+    add("--model", default="d4", type=partial(model_name, gpt2),
         help=f"a new model: one of {', '.join(NEW_MODELS)}; or a pretrained one: a Hugging Face folder or hub name, a "
              ".safetensors file, an llm.c .bin file")
     add("--input-bin", help="tokens of the step's batch: a file, or a glob in quotes (default: Tiny Shakespeare, prepared "
@@ -323,7 +326,8 @@ def main():
 
     threads = kernels.use_threads(options.threads)
     config, params = (model_config(options.model), None) if options.model in NEW_MODELS else load_model(options.model)
-    compile_kernels(config.exact_gelu)
+    check_definition(gpt2, config, options.model, "train")
+    compile_kernels(config)
     if options.prompt is None:
         explore_step(config, params, threads, options)
     else:

@@ -1,4 +1,4 @@
-"""Draw the figures of dev/derivations, one function per figure (DRAWINGS), and dev/training_step.png (draw_step.py).
+"""Draw the figures of dev/derivations, one function per figure (DRAWINGS), and the pages of a step (draw_step.py).
 
     python train_gpt2.py                    saves a trained model in `out`
     python dev/figures.py                   draws all figures
@@ -402,7 +402,7 @@ def draw(name, model, folder):
 
 
 def main():
-    parser = OneLineParser(description="Draw the figures of dev/derivations, and dev/training_step.png.")
+    parser = OneLineParser(description="Draw the figures of dev/derivations, and the pages of a step.")
     parser.add_flag("--model", default=Path("out"), type=Path, help="folder of a trained model, to draw its attention")
     options = parser.parse_args()
     if not options.model.is_dir():
@@ -413,10 +413,10 @@ def main():
     if length > config.max_seq_len:
         raise UserError(f"the prompt of the figure is {length} tokens long, expected at most {config.max_seq_len}, the model's "
                         "context; name another --model")
-    compile_kernels()
+    compile_kernels(config)
     for name in DRAWINGS:
         draw(name, (config, params), PAGES)
-    draw_step.draw(draw_step.todays_step(), draw_step.PICTURE)
+    draw_step.draw_all()
 
 
 if __name__ == "__main__":

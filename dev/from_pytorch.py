@@ -27,7 +27,7 @@ except ImportError as error:
 
 from files import read_json, short_repr
 from hugging_face import (CONFIG_HINT, TRANSPOSED, WRAPPERS, check_sizes, config_from_settings, gpt2_tensors,
-                          hugging_face_settings, join_names, make_config, missing_biases, stored_tensors)
+                          hugging_face_settings, hugging_face_tensors, join_names, make_config, missing_biases)
 from tokenizer import END_OF_TEXT, TOKENIZER_FILES
 
 STATE_KEYS = "model", "state_dict", "model_state_dict", "module"    # where training programs keep the tensors
@@ -98,7 +98,7 @@ def find_settings(path: Path, model_args: dict | None) -> dict:
     return settings | {"model_type": settings.get("model_type") or "gpt2"}
 
 
-def hugging_face_tensors(path: Path, settings: dict, stored: dict) -> dict:
+def converted_tensors(path: Path, settings: dict, stored: dict) -> dict:
     """GPT-2's tensors, named and shaped as transformers saves them. Raises UserError if they are not those of the settings."""
     config, _ = config_from_settings(f"config.json for {path}", settings)
     tensors, classifiers, others = gpt2_tensors(path, {WRAPPERS.sub("", name): tensor for name, tensor in stored.items()})
@@ -116,7 +116,7 @@ def hugging_face_tensors(path: Path, settings: dict, stored: dict) -> dict:
     C = config.channels
     linear = "h.0.attn.c_attn.weight" in tensors and tensors["h.0.attn.c_attn.weight"].shape == (3 * C, C)      # nanoGPT's
     converted = {}
-    for name, shape, ours, _ in stored_tensors(config):
+    for name, shape, ours, _ in hugging_face_tensors(config):
         tensor = torch.zeros(shape, dtype=wte.dtype) if ours in missing else tensors.pop(name, None)
         if linear and ours in TRANSPOSED and tensor is not None:
             tensor = tensor.T
@@ -144,7 +144,7 @@ def main():
         tensors, model_args = load_checkpoint(path)
         stored |= tensors
     settings = find_settings(files[0], model_args)
-    tensors = hugging_face_tensors(files[0], settings, stored)
+    tensors = converted_tensors(files[0], settings, stored)
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     beside = files[0].parent

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,7 @@ os.environ["NUMBA_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import numpy as np
 
 import prepare_text
+import gpt2
 import train_gpt2
 import training
 from checkpoint import MOMENTS, checkpoints, load_checkpoint, load_state
@@ -206,7 +208,7 @@ class Training(Scenario):
         def plot(log):
             with atomic_file(log.output_dir / "loss.png") as file:
                 file.write(b"a picture that takes no time to draw")
-        training.model_config, training.TrainingLog.plot = self.MODELS.get, plot
+        gpt2.model_config, training.TrainingLog.plot = self.MODELS.get, plot
 
     def train(self, folder, shape="d4", steps=STEPS, every=2, keep=2, **rest):
         return run(train_gpt2.main, folder, "--model", shape, *self.FLAGS, "--num-iterations", steps,
@@ -393,8 +395,9 @@ def main():
     from tqdm import tqdm
     tqdm.monitor_interval = 0       # no thread, which a fork would lose
     warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)     # that Numba's worker, which each fork restarts, is lost
-    train_gpt2.compile_kernels()
-    train_gpt2.run_every_kernel(backward_first=False)       # loads them before the first fork
+    config = gpt2.model_config("d2")
+    train_gpt2.compile_kernels(config)
+    train_gpt2.run_every_kernel(backward_first=False, sizes=asdict(gpt2.smallest_model(config)))   # loads them before a fork
 
     failed = False
     if not options.list:

@@ -71,6 +71,7 @@ of_processes = tests_in("test_distributed.py")
 pages = tests_in("test_derivations.py")
 drawing = tests_in("tools/test_figures.py")
 recording = tests_in("tools/test_recorder.py")
+drawing_step = tests_in("tools/test_draw_step.py")
 exploring = tests_in("tools/test_explore.py")
 SAMPLING, PLOTTING = "dev/tests/test_sampling.py", "dev/tests/tools/test_plot_runs.py"
 GPU, PAGES = "kernels_gpu.py", "dev/derivations/"
@@ -2282,16 +2283,21 @@ MUTATIONS = [Mutation(*row) for row in [
     ("recorder: call without parameters in no layer", "dev/recorder.py",
      "of_parameters[0] if of_parameters else self.layer", "of_parameters[0] if of_parameters else None", recording("layers")),
     ("draw step: call missing", "dev/draw_step.py",
-     "groups[LAYER], after\n", "groups[LAYER][1:], after\n", drawing("in_order")),
+     "groups[LAYER], after\n", "groups[LAYER][1:], after\n", drawing_step("in_order")),
     ("draw step: backward a row too low", "dev/draw_step.py",
-     "page.card(RIGHT, y, backward)", "page.card(RIGHT, y + ROW, backward)", drawing("face")),
+     "page.card(RIGHT, y, backward)", "page.card(RIGHT, y + ROW, backward)", drawing_step("face")),
     ("draw step: layer before is the layer", "dev/draw_step.py",
-     "{array.tensor}[l-{call.layer - array.layer}]", "{array.tensor}[l]", drawing("cards_say")),
+     "{array.tensor}[l-{call.layer - array.layer}]", "{array.tensor}[l]", drawing_step("cards_say")),
     ("draw step: passes that do not mirror", "dev/draw_step.py",
-     "    if found != expected:", "    if False:", drawing("mirror")),
+     "    if found != expected:", "    if False:", drawing_step("mirror")),
     ("draw step: page out of date", "train_gpt2.py",
      "dfch, acts.ln2[l], params.fcw[l], workspace)", "dfch, acts.ln1[l], params.fcw[l], workspace)",
-     drawing("page_is_todays")),
+     drawing_step("pages_are_todays")),
+    ("draw step: page of Llama out of date", "train_llama.py",
+     "dfch, acts.ln2[l], params.fcw[l], workspace)", "dfch, acts.ln1[l], params.fcw[l], workspace)",
+     drawing_step("pages_are_todays")),
+    ("draw step: rotated queries and keys twice among what is kept", "dev/draw_step.py",
+     "and step.last_writers[array.name] is call]", "]", drawing_step("leaves_them")),
 
     # explore
     ("explore: mask off by one", "dev/explore.py",

@@ -13,13 +13,16 @@ from typing import NamedTuple
 import numpy as np
 from numba.core.dispatcher import Dispatcher
 
+import llama
 import train_gpt2
-from gpt2 import RECOMPUTED, Config, Tensors
-from train_gpt2 import GPT2
+import train_llama
+from gpt2 import Config, Tensors
 
 LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP = 2e-3, 0.1, 1.0     # train_gpt2.py's defaults
 TIMED_STEPS = 3
-TINY = Config(max_seq_len=8, vocab_size=50, padded_vocab_size=128, num_layers=3, num_heads=2, channels=8)
+SIZES = dict(max_seq_len=8, vocab_size=50, padded_vocab_size=128, num_layers=3, num_heads=2, channels=8)
+LLAMA_SIZES = SIZES | dict(num_key_heads=1, head_size=4, hidden=12)
+TINY, TINY_LLAMA = Config(**SIZES), llama.Config(**LLAMA_SIZES)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,13 +41,16 @@ class WatchedKernels:
 
 @contextlib.contextmanager
 def watching(watch):
-    """Route every kernel call of train_gpt2 through watch(kernel, *arguments), which makes the call and returns its result."""
-    kernels = train_gpt2.kernels
-    train_gpt2.kernels = WatchedKernels(kernels, watch)
+    """Route every kernel call of a model through watch(kernel, *arguments), which makes the call and returns its result."""
+    modules = train_gpt2, train_llama       # both at once: Llama has its update from GPT2
+    originals = [module.kernels for module in modules]
+    for module in modules:
+        module.kernels = WatchedKernels(module.kernels, watch)
     try:
         yield
     finally:
-        train_gpt2.kernels = kernels
+        for module, kernels in zip(modules, originals):
+            module.kernels = kernels
 
 
 def run_step(model, batch, begin=lambda phase: None):
@@ -66,12 +72,11 @@ def as_batch(tokens, targets):
 
 
 @functools.cache
-def effects(exact_gelu=False):
+def effects(config=TINY):
     """Name of a kernel -> (positions of the arguments it reads, positions of those it writes).
 
-    Found by experiment, in a step of a tiny model with this activation. A kernel writes an argument if a call changes it. It
-    reads an argument if it does not write it, or if a NaN put there before the call is still somewhere in its arguments
-    afterward.
+    Found by experiment, in a step of a tiny model. A kernel writes an argument if a call changes it. It reads an argument if it
+    does not write it, or if a NaN put there before the call is still somewhere in its arguments afterward.
     """
     found = {}
 
@@ -96,13 +101,19 @@ def effects(exact_gelu=False):
         return kernel(*arguments)
 
     with watching(watch):
-        run_step(*tiny_step(exact_gelu))
+        run_step(*tiny_step(config))
     return found
 
 
-def tiny_step(exact_gelu=False):
+def tiny(config):
+    """A config with the sizes of TINY or TINY_LLAMA. The rest stays, so the tiny model calls the same kernels."""
+    return replace(config, **LLAMA_SIZES if isinstance(config, llama.Config) else SIZES)
+
+
+def tiny_step(config=TINY):
     """A tiny model and a batch: a step takes milliseconds."""
-    model = GPT2(replace(TINY, exact_gelu=exact_gelu), 2, 4, threads=1)
+    model_class = train_llama.Llama if isinstance(config, llama.Config) else train_gpt2.GPT2
+    model = model_class(config, 2, 4, threads=1)
     model.initialize(seed=0)
     sequences = np.arange(2 * 5, dtype=np.int32).reshape(2, 5)
     return model, as_batch(sequences[:, :-1], sequences[:, 1:])
@@ -120,7 +131,7 @@ def array_positions(kernel, arguments):
 
 class Array(NamedTuple):
     """An array argument of a kernel call, named by its place in the model's memory."""
-    buffer: str              # params, grads, acts, scratch, adam_m, adam_v, or batch
+    buffer: str              # params, grads, acts, scratch, adam_m, adam_v, batch, or tables: cos and sin of a Llama
     name: str                # in that buffer's table of shapes; empty: the whole buffer
     layer: int | None        # None: not one layer's part of a tensor
     shape: tuple
@@ -145,6 +156,7 @@ class Call(NamedTuple):
     arrays: list
     result: float | None
     seconds: float = math.nan
+    sign: int | None = None  # of rope: 1, or -1 to rotate back
 
     @property
     def written(self):
@@ -157,7 +169,8 @@ class Call(NamedTuple):
 
     def __str__(self):
         writes = ", ".join(f"{'+' if array.read else ''}{array}" for array in self.written)
-        return f"{writes} = {self.kernel}({', '.join(map(str, self.read))})".removeprefix(" = ")
+        reads = ", ".join([*map(str, self.read), *([f"sign={self.sign}"] if self.sign else [])])
+        return f"{writes} = {self.kernel}({reads})".removeprefix(" = ")
 
 
 class Recorder:
@@ -167,7 +180,7 @@ class Recorder:
     """
 
     def __init__(self, model, batch):
-        self.model, self.batch, self.effects = model, batch, effects(model.config.exact_gelu)
+        self.model, self.batch, self.effects = model, batch, effects(tiny(model.config))
         self.calls = []
         self.phase = self.layer = None
 
@@ -187,7 +200,8 @@ class Recorder:
             arrays.append(Array(*place, array.shape, bool(where & reads), bool(where & writes), norm))
         of_parameters = [array.layer for array in arrays if array.buffer in ("params", "grads")]
         self.layer = of_parameters[0] if of_parameters else self.layer
-        self.calls.append(Call(self.phase, kernel.__name__, self.layer, arrays, result))
+        sign = dict(zip(kernel.py_func.__code__.co_varnames, arguments)).get("sign")
+        self.calls.append(Call(self.phase, kernel.__name__, self.layer, arrays, result, sign=sign))
         return result
 
     def place(self, array):
@@ -196,12 +210,15 @@ class Recorder:
         buffers = dict(params=model.params, grads=model.grads, acts=model.acts, scratch=model.scratch, batch=self.batch,
                        adam_m=Tensors(model.params.shapes, lambda size: model.adam_m),
                        adam_v=Tensors(model.params.shapes, lambda size: model.adam_v))
-        buffer = next(buffer for buffer, tensors in buffers.items() if np.may_share_memory(array, tensors.flat))
+        buffer = next((buffer for buffer, tensors in buffers.items() if np.may_share_memory(array, tensors.flat)), None)
+        if buffer is None:
+            return "tables", next(name for name, value in vars(model).items() if value is array), None
         tensors = buffers[buffer]
         first = (array.ctypes.data - tensors.flat.ctypes.data) // array.itemsize
         for name, place in tensors.places.items():
             if place.start <= first and first + array.size <= place.stop:
-                one_layer = array.shape == tensors.shapes[name][1:] and not (model.recompute and name in RECOMPUTED)
+                shared = model.recompute and name in model.definition.RECOMPUTED
+                one_layer = array.shape == tensors.shapes[name][1:] and not shared
                 return buffer, name, (first - place.start) // array.size if one_layer else None
         return buffer, "", None
 

@@ -4,6 +4,7 @@
     python dev/reference_pytorch.py --model d12 --output d12.npz       the 124M shape, about 2 GB
     python dev/reference_pytorch.py --model llama-tiny                 writes dev/reference_llama_tiny.npz
     python dev/reference_pytorch.py --model llama-tied                 writes dev/reference_llama_tied.npz
+    python dev/reference_pytorch.py --model llama-smollm2 --output smollm2.npz     SmolLM2-135M's sizes, about 2 GB
 
 The model is built twice from the same float32 parameters: in float64, which serves as the truth, and in float32, whose error
 shows how much comes from rounding alone. Both take ten AdamW steps on one batch. The file also holds all settings, so that the
@@ -53,7 +54,14 @@ MODELS = {
         batch=dict(batch_size=2, sequence_length=67),
         training=dict(steps=10, learning_rate=1e-3, weight_decay=0.1, grad_clip=0.75),
     ),
+    "llama-smollm2": dict(
+        config=dict(max_seq_len=8192, vocab_size=49152, padded_vocab_size=49152, num_layers=30, num_heads=9, num_key_heads=3,
+                    head_size=64, channels=576, hidden=1536, rope_base=1e5, epsilon=1e-5, tied=True, qkv_bias=False),
+        batch=dict(batch_size=4, sequence_length=64),
+        training=dict(steps=10, learning_rate=1e-4, weight_decay=0.1, grad_clip=1.0),
+    ),
 }
+LARGE = ("d12", "llama-smollm2")    # only gradients, losses and norms are kept
 
 
 def causal_attention(q, k, v):
@@ -366,18 +374,18 @@ def main():
     and for PRECISION in float64, float32:
     PRECISION.grads.NAME     gradients of the first step, before clipping
     PRECISION.step_losses    the loss of every step;  PRECISION.step_norms    its gradient norm
-    PRECISION.acts.NAME      activations before the first step       (not d12)
-    PRECISION.params.NAME    parameters after the last step          (not d12)
+    PRECISION.acts.NAME      activations before the first step       (not of LARGE models)
+    PRECISION.params.NAME    parameters after the last step          (not of LARGE models)
     and for INDEX 0 to BFLOAT16_MODELS - 1, see autocast_errors:
-    bfloat16.INDEX.tokens, targets, params.NAME, grads.NAME, error.NAME     (not d12)
+    bfloat16.INDEX.tokens, targets, params.NAME, grads.NAME, error.NAME     (not of LARGE models)
     """
     parser = argparse.ArgumentParser(description="Write the reference numbers for test_gpt2.py and test_llama.py.")
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: beside this file, reference_MODEL.npz")
     args = parser.parse_args()
-    tiny = args.model != "d12"
+    tiny = args.model not in LARGE
     if not tiny and args.output is None:
-        parser.error("--model d12 writes 2 GB; name the file with --output FILE")
+        parser.error(f"--model {args.model} writes 2 GB; name the file with --output FILE")
     output = args.output or Path(__file__).with_name(f"reference_{args.model.replace('-', '_')}.npz")
 
     settings = MODELS[args.model]

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import checkpoint
+import gpt2
 import train_gpt2
 import train_gpt2_gpu
 import training
@@ -40,7 +41,7 @@ FLAGS = ["--batch-size", 2, "--sequence-length", 8, "--total-batch-size", 32, "-
 
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch):
-    monkeypatch.setattr(training, "model_config", lambda name: CONFIG)
+    monkeypatch.setattr(gpt2, "model_config", lambda name: CONFIG)
     monkeypatch.setattr(training, "OUTLIER_WINDOW", 4)
     monkeypatch.setattr(training.TrainingLog, "plot", lambda log: None)     # takes a third of the time of a short run
 
@@ -297,7 +298,7 @@ def test_what_must_not_change(run, tmp_path, flags):
 
 def test_default_tokens_are_not_saved_as_a_path():
     """A checkout may move, or its data be in another folder when the run is resumed."""
-    options = training.parse_options("", [])
+    options = training.parse_options(gpt2, "CPU", [])
     assert options.input_bin == str(training.TRAIN_TOKENS)
     assert options.flags["input_bin"] is options.flags["input_val_bin"] is None
 
@@ -431,10 +432,10 @@ def test_checkpoint_before_the_damaged_one(run, stopped, tmp_path):
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-import training, train_gpt2, train_gpt2_gpu
+import gpt2, training, train_gpt2, train_gpt2_gpu
 from gpt2 import Config
 from cli import run_program
-training.model_config = lambda name: Config({}, {}, {}, {}, {}, {})
+gpt2.model_config = lambda name: Config({}, {}, {}, {}, {}, {})
 run_program({program}.main, training.OUT_OF_MEMORY_HINT)
 """
 ROOT = Path(train_gpt2.__file__).parent

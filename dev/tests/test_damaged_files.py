@@ -27,6 +27,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import generate_gpt2
+import gpt2
 import train_gpt2
 import training
 from conftest import random_params
@@ -241,7 +242,7 @@ def valid_files(tmp_path_factory):
     (folder / "shards/model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "a.safetensors"}}')
     with pytest.MonkeyPatch.context() as patches:
         patches.chdir(folder)
-        patches.setattr(training, "model_config", lambda name: CONFIG)
+        patches.setattr(gpt2, "model_config", lambda name: CONFIG)
         patches.setattr(training, "OUTLIER_WINDOW", 4)
         patches.setattr(training.TrainingLog, "plot", lambda log: None)
         flags = "--output-dir", "run", "--checkpoint-every", 6, "--keep-checkpoints", 2
@@ -318,7 +319,7 @@ def read(run_main, monkeypatch, tmp_path):
         return finished.status, peak, fault(command[0], finished, caught, time.perf_counter() - started, seconds)
 
     plots, folders = itertools.count(), itertools.count()
-    monkeypatch.setattr(training, "model_config", lambda name: CONFIG)
+    monkeypatch.setattr(gpt2, "model_config", lambda name: CONFIG)
     monkeypatch.setattr(training, "OUTLIER_WINDOW", 4)
     monkeypatch.setattr(training.StopRequest, "signal", signal.SIGTERM)
     monkeypatch.setattr(training.TrainingLog, "plot", plot)

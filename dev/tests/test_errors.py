@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import files
+import gpt2
 import train_gpt2
 import train_gpt2_gpu
 import tokenizer
@@ -215,7 +216,7 @@ def test_help_states_the_real_defaults(run, monkeypatch):
     finished = run("--help")
     assert finished.status == 0 and finished.err == ""
     texts = dict(re.findall(r"^  --([a-z-]+)(.*(?:\n {10,}.*)*)", finished.out, re.MULTILINE))
-    parsed = training.parse_options("", [], threads={}, dtype=dict(default="float32"))._asdict()
+    parsed = training.parse_options(gpt2, "CPU", [], threads={}, dtype=dict(default="float32"))._asdict()
     flags = {name: value for name, value in parsed.items() if name not in ("accumulation_steps", "checkpoint", "flags")}
     assert {flag.replace("-", "_") for flag in texts} == set(flags)
     in_words = ("input-bin", "input-val-bin", "hellaswag", "total-batch-size", "threads", "learning-rate")
@@ -300,7 +301,7 @@ def test_locking_the_output_folder_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path / "new" / "out", Path("new/out"), tmp_path, Path()):
         monkeypatch.setattr(sys, "argv", ["program", "--output-dir", str(folder)])
-        with training.open_run(""):
+        with training.open_run(gpt2, "CPU"):
             assert [path.name for path in folder.iterdir()] == [files.LOCK_NAME]
         assert not list(tmp_path.iterdir())
 
@@ -310,9 +311,9 @@ def test_only_the_process_that_writes_locks_the_output_folder(tmp_path, monkeypa
     world.rank = 1
     for folder in unwritable_folders(tmp_path):
         monkeypatch.setattr(sys, "argv", ["program", "--output-dir", str(folder)])
-        with training.open_run("", world):
+        with training.open_run(gpt2, "CPU", world):
             pass
-        with pytest.raises(UserError, match="cannot write to --output-dir"), training.open_run(""):
+        with pytest.raises(UserError, match="cannot write to --output-dir"), training.open_run(gpt2, "CPU"):
             pass
 
 
@@ -350,7 +351,7 @@ def test_picture_that_cannot_be_drawn(run, tokens, out, tmp_path):
 def test_model_larger_than_memory(run, tokens, out, monkeypatch, message):
     def too_large(*arguments):
         raise MemoryError(message)
-    monkeypatch.setattr(train_gpt2, "GPT2", too_large)
+    monkeypatch.setattr(train_gpt2.GPT2, "__init__", too_large)
     assert_one_line(run(*SMALL, "--input-bin", tokens, "--output-dir", out), 1, "memory", "--model")
     assert not out.exists()
 

@@ -1,5 +1,7 @@
 """A model with exact_gelu: training on both devices, and both decoders, against a float64 model and its finite differences."""
+from dataclasses import asdict, replace
 from functools import cache
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -8,11 +10,13 @@ import generate_gpt2
 import generate_gpt2_gpu
 import kernels_cpu
 import kernels_float64 as exact
+import llama
 import train_gpt2
 import train_gpt2_gpu
 from dev.recorder import WatchedKernels
 from gpt2 import Config, Tensors, parameter_shapes
 from matmul_cpu import KernelCache
+from matvec_cpu import QUANT_GROUP
 from test_kernels import EMPTY, finite_differences, relative_error
 
 CONFIG = Config(max_seq_len=4, vocab_size=5, padded_vocab_size=5, num_layers=2, num_heads=2, channels=4, exact_gelu=True)
@@ -83,12 +87,16 @@ def test_decoder_on_a_device(on):
     assert relative_error(on.to_host(decoder.forward(INPUTS)), last_rows()) <= BOUND
 
 
-@pytest.mark.parametrize("exact_gelu", [False, True])
-@pytest.mark.parametrize("program, settings", [
-    (train_gpt2, ["float32"]), (train_gpt2, ["bfloat16"]),
-    (generate_gpt2, [{"float32"}, "float32"]), (generate_gpt2, [{"int8", "int4"}, "bfloat16"])])
-def test_compiled_kernels_are_those_that_are_called(monkeypatch, program, settings, exact_gelu):
-    """Of the two forms, and of the formats of weights and products, only the model's is compiled before a run."""
+@pytest.mark.parametrize("config", [replace(CONFIG, exact_gelu=False), CONFIG, llama.model_config("l2")],
+                         ids=["gelu", "exact gelu", "llama"])
+@pytest.mark.parametrize("kind, settings", [
+    ("train", ["float32"]), ("train", ["bfloat16"]),
+    ("generate", [{"float32"}, "float32"]), ("generate", [{"int8", "int4"}, "bfloat16"])])
+def test_compiled_kernels_are_those_that_are_called(monkeypatch, config, kind, settings):
+    """Of the kinds of layers, and of the formats of weights and products, only the model's are compiled before a run."""
+    definition, generating = llama.definition_of(config), kind == "generate"
+    shared = generate_gpt2 if generating else train_gpt2
+    program = import_module(f"{kind}_{definition.__name__}")
     compiled, called, missing = set(), set(), []
 
     def is_intact(self, target, dtypes):
@@ -98,9 +106,8 @@ def test_compiled_kernels_are_those_that_are_called(monkeypatch, program, settin
 
     monkeypatch.setattr(KernelCache, "is_intact", is_intact)
     monkeypatch.setattr(kernels_cpu, "compile_in_processes", lambda *arguments: missing.append(arguments))
-    generating = program is generate_gpt2
     with_weights = kernels_cpu.DECODING_FLOAT32 + kernels_cpu.DECODING_COMPACT
-    program.compile_kernels(exact_gelu, *settings)
+    shared.compile_kernels(config, *settings)
     assert missing == []
 
     def watch(kernel, *arguments):
@@ -109,8 +116,10 @@ def test_compiled_kernels_are_those_that_are_called(monkeypatch, program, settin
         called.add((kernel._cache, frozenset(dtypes.items())))
         return kernel(*arguments)
 
-    monkeypatch.setattr(program, "kernels", WatchedKernels(kernels_cpu, watch))
-    rest = settings if not generating else [sorted(settings[0]), exact_gelu, settings[1]]
+    for module in (shared, program):
+        monkeypatch.setattr(module, "kernels", WatchedKernels(kernels_cpu, watch))
+    rest = settings if not generating else [sorted(settings[0]), settings[1]]
+    sizes = dict(context=2 * generate_gpt2.MEMORY_BOUND_ROWS, channels=QUANT_GROUP) if generating else {}
     for first in (False, True):
-        program.run_every_kernel(first, *(rest if generating else [exact_gelu, *rest]))
+        program.run_every_kernel(first, asdict(definition.smallest_model(config, **sizes)), *rest)
     assert called == compiled

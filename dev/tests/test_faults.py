@@ -20,6 +20,7 @@ from numba.core.caching import FunctionCache
 
 import files
 import generate_gpt2
+import gpt2
 import kernels_cpu
 import machine
 import matmul_cpu
@@ -56,7 +57,7 @@ def alarm():
 
 @pytest.fixture
 def small_model(monkeypatch):
-    monkeypatch.setattr(training, "model_config", lambda name: CONFIG)
+    monkeypatch.setattr(gpt2, "model_config", lambda name: CONFIG)
     monkeypatch.setattr(training.TrainingLog, "plot", lambda log: None)
 
 

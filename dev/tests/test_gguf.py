@@ -22,7 +22,7 @@ import gguf_files
 from cli import UserError, one_line
 from conftest import random_params
 from generate_gpt2 import Decoder, round_weights
-from gguf_files import FILE_TYPES, NAMES, read_gguf, read_gguf_tokenizer, stored_tensors, write_gguf
+from gguf_files import FILE_TYPES, NAMES, gguf_tensors, read_gguf, read_gguf_tokenizer, write_gguf
 from gpt2 import Config, Tensors, parameter_shapes
 from matvec_cpu import WEIGHT_DTYPES
 from model_files import load_model, load_model_tokenizer, save_model
@@ -88,7 +88,7 @@ def test_matrices_as_they_lie(tmp_path, params, tokenizer, type, kind):
     contents = path.read_bytes()
     config, stored = load_model(path, AS_STORED)
     tensors = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
-    for name, _, ours, index in stored_tensors(config):
+    for name, _, ours, index in gguf_tensors(config):
         array = getattr(stored, ours)[index] if "{layer}" in NAMES[ours] else getattr(stored, ours)
         if ours in ("wte", "qkvw", "attprojw", "fcw", "fcprojw"):
             assert array.dtype == WEIGHT_DTYPES[kind] and array.tobytes() == tensors[name].tobytes(), name
@@ -273,7 +273,7 @@ def write_other(path, fields=None, tensors=None, architecture="gpt2"):
     tensors: name -> an array, or a kind and its bytes
     """
     params = random_params(SMALL)
-    arrays = {name: getattr(params, ours)[index] for name, _, ours, index in gguf_files.stored_tensors(SMALL)}
+    arrays = {name: getattr(params, ours)[index] for name, _, ours, index in gguf_files.gguf_tensors(SMALL)}
     writer = GGUFWriter(path, architecture)
     for key, value in (FIELDS | (fields or {})).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
@@ -366,7 +366,7 @@ def test_an_untied_classifier_in_a_coarse_file(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", {
-    "architecture": (dict(architecture="llama"), "is a llama model, expected gpt2; choose a GPT-2"),
+    "architecture": (dict(architecture="bert"), "is a bert model, expected gpt2, llama or qwen2; choose a model"),
     "epsilon": (dict(fields={"gpt2.attention.layer_norm_epsilon": 1e-6}), "epsilon is 9.99.*e-07, expected 1e-05; choose"),
     "feed-forward": (dict(fields={"gpt2.feed_forward_length": 512}), "length is 512, expected 1024; choose"),
     "heads of keys": (dict(fields={"gpt2.attention.head_count_kv": 2}), "head_count_kv is 2, expected 4"),

@@ -283,7 +283,7 @@ def test_memory_needed_is_what_is_allocated(monkeypatch, recompute, dtype):
         monkeypatch.setattr(counting, name, partial(count, getattr(counting, name)))
     config = model_config("d2")
     model = train_gpt2_gpu.GPT2(config, 2, 160, counting, recompute)
-    needed = memory_needed(config, activation_shapes(config, 2, 160, recompute),
+    needed = memory_needed(parameter_shapes(config), activation_shapes(config, 2, 160, recompute),
                            train_gpt2_gpu.gpu_scratch_shapes(config, 2, 160, counting.Float), dtype=counting.Float)
     gaps = 4 * ALIGNMENT * 30       # between 30 tensors
     assert (model.scratch.scores.size == 0) == (dtype == "bfloat16")

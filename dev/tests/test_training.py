@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import gpt2
 import train_gpt2
 from cli import UserError
 from dataloader import DataLoader, ValidationLoader, write_tokens
@@ -16,7 +17,7 @@ CONFIG = Config(max_seq_len=T, vocab_size=60, padded_vocab_size=128, num_layers=
 
 
 def options(*flags):
-    return parse_options("", ["--input-bin", "train", "--sequence-length", str(T), *flags])
+    return parse_options(gpt2, "CPU", ["--input-bin", "train", "--sequence-length", str(T), *flags])
 
 
 # Initialization

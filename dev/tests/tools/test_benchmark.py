@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import kernels_gpu
+import llama
 import train_gpt2
 import train_gpt2_gpu
+import train_llama
 from cli import UserError
 from cuda_on_cpu import CpuDevice
 from dev import benchmark, benchmark_generate
@@ -27,16 +29,19 @@ from model_files import load_model
 
 DEV = Path(__file__).resolve().parents[2]
 TINY = Config(max_seq_len=16, vocab_size=120, padded_vocab_size=128, num_layers=2, num_heads=2, channels=32)
+TINY_LLAMA = llama.Config(max_seq_len=16, vocab_size=120, padded_vocab_size=128, num_layers=2, num_heads=6, num_key_heads=2,
+                          head_size=4, channels=32, hidden=40)
 
 
-def test_flops_of_the_kernels_add_up_to_the_flops_of_a_step():
+@pytest.mark.parametrize("model_class, config", [(train_gpt2.GPT2, TINY), (train_llama.Llama, TINY_LLAMA)])
+def test_flops_of_the_kernels_add_up_to_the_flops_of_a_step(model_class, config):
     """Counted call by call from the shapes of the arguments, and by formula."""
-    model = train_gpt2.GPT2(TINY, batch_size=3, sequence_length=10, threads=1)
+    model = model_class(config, batch_size=3, sequence_length=10, threads=1)
     tokens = np.ones((3, 10), dtype=np.int32)
     with benchmark.timing_kernels() as calls:
         model.forward(tokens)
         model.backward(tokens)
-    assert sum(call.flops for call in calls) == sum(training_flops(TINY, 3, 10))
+    assert sum(call.flops for call in calls) == sum(benchmark.step_flops(config, Shape(3, 10)))
     assert {"encoder_forward", "attention_backward"} <= {call.name for call in calls}
 
 
@@ -68,7 +73,26 @@ def test_without_pytorch_it_measures_our_step_alone(tmp_path):
     assert "kernel at 1x16" in finished.stdout and chart.read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_pytorch_it_measures_our_llama_alone(monkeypatch, capsys, tmp_path):
+    """A tiny one, in this process; results still pass through JSON."""
+    def run_task(python, task):
+        return json.loads(json.dumps(PROGRAMS[task["device"]][task["program"]].measure(task)))
+
+    monkeypatch.setattr(benchmark, "run_task", run_task)
+    monkeypatch.setattr(benchmark, "config_of", lambda model: TINY_LLAMA)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--model", "smollm2", "--shapes", "2x16", "--rounds", "1", "--steps", "1",
+                                      "--python", shutil.which("false"), "--output", str(tmp_path / "chart.png")])
+    benchmark.main()
+    output, errors = capsys.readouterr()
+    assert "no torch and transformers in" in errors and output.startswith("SmolLM2-135M, training steps.")
+    table = rows_of(output)
+    assert [row[1] for row in table if row[0] == "2x16" and len(row) == 6 and "by-hand" in row[1]] == [OURS, OURS_BF16]
+    assert "6 N (L C (2 (NH + KV) HS + 3 H) + Vp C)" in output
+    assert [row[1] for row in table if row[0] == "rmsnorm_backward"] == 2 * [str(2 * TINY_LLAMA.num_layers + 1)]
+
+
 @pytest.mark.parametrize("script, flags", [
+    ("benchmark.py", ("--model", "smollm2", "--device", "cuda")), ("benchmark.py", ("--shapes", "1x1025")),
     ("benchmark.py", ("--shapes", "4x")), ("benchmark.py", ("--python", "/no/such/python")),
     ("benchmark.py", ("--dtypes", "tf32")), ("benchmark_attention.py", ("--sizes", "4x12")),
     ("benchmark_generate.py", ("--llama-python", "/no/such/python"))])

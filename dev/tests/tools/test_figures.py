@@ -1,8 +1,7 @@
-"""figures.py and draw_step.py: the pictures show the program's own numbers and calls, and are up to date."""
+"""figures.py: the pictures show the program's own numbers, and are up to date."""
 from functools import cache
 from math import ceil, floor
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from conftest import random_params
 from cuda_on_cpu import CpuDevice
 from dev import draw_step, figures, style
 from dev.explore import attention_weights
-from dev.recorder import Call, record_step, tiny_step
 from model_files import save_model
 from test_kernels import finite_differences
 
@@ -68,11 +66,12 @@ def test_figures_are_todays(name, drawn):
 def test_everything_is_drawn(run_main, model, tmp_path, monkeypatch):
     wanted = []
     monkeypatch.setattr(figures, "draw", lambda name, model, folder: wanted.append((model[0], folder / name)))
-    monkeypatch.setattr(draw_step, "draw", lambda step, path: wanted.append((step.turn.kernel, path)))
+    monkeypatch.setattr(draw_step, "draw", lambda step, path: wanted.append((step.model, path)))
     save_model(tmp_path / "model", model.config, model.params)
     assert run_main(figures, "--model", tmp_path / "model").status == 0
     assert wanted == [*((model.config, figures.PAGES / name) for name in figures.DRAWINGS),
-                      ("fused_classifier", draw_step.PICTURE)]
+                      (draw_step.GPT2, draw_step.PICTURE),
+                      (draw_step.LLAMA, draw_step.PICTURE.with_stem("training_step_llama"))]
 
 
 def test_one_line_errors(run_main, tmp_path, monkeypatch):
@@ -236,7 +235,7 @@ def test_memory(drawn):
         layers = 1 if label.get_text().endswith("--recompute") else 12
         shapes = (gpt2.activation_shapes(config, B, T, recompute=layers == 1),
                   gpt2.scratch_shapes(config, B, T, train_gpt2.CLASSIFIER_ROWS))
-        needed = gpt2.memory_needed(config, *shapes) / 1e9
+        needed = gpt2.memory_needed(gpt2.parameter_shapes(config), *shapes) / 1e9
         assert sizes[:3] == pytest.approx(np.array([4, 4, 8]) * 124_475_904 / 1e9)
         assert sum(sizes[:5]) == pytest.approx(needed) and text.get_text().startswith(f"{needed:.1f}")
         assert sizes[5] == pytest.approx(4e-9 * ((B * T - min(B * T, 512)) * 50304 + B * 12 * T * T * layers))
@@ -262,113 +261,3 @@ def test_roofline(drawn):
     verticals = {line.get_label(): line.get_xdata()[0] for line in axes.lines if line.get_marker() != "o"}
     assert verticals == pytest.approx({"2 CPU cores: 13": 385 / 30, "H100, float32: 20": 67 / 3.35,
                                        "H100, TF32: 148": 495 / 3.35})
-
-
-# ---- The page of a step
-
-@pytest.fixture(scope="module")
-def calls():
-    """The calls of a step of the tiny model."""
-    return record_step(*tiny_step())[0]
-
-
-class Card(NamedTuple):
-    """One call on the page."""
-    column: tuple
-    y: float
-    call: Call
-    words: str
-
-
-@pytest.fixture(scope="module")
-def page(calls, tmp_path_factory):
-    """The page: its cards and all its texts."""
-    found = SimpleNamespace(cards=[], texts=[])
-    text, card = draw_step.Page.text, draw_step.Page.card
-
-    def noting_text(page, x, y, words, *arguments, **settings):
-        found.texts.append(words)
-        text(page, x, y, words, *arguments, **settings)
-
-    def noting_card(page, column, y, call, times=1):
-        before = len(found.texts)
-        card(page, column, y, call, times)
-        found.cards.append(Card(column, y, call, " ".join(found.texts[before:])))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draw_step.Page, "text", noting_text)
-        patch.setattr(draw_step.Page, "card", noting_card)
-        draw_step.draw(draw_step.Step(calls), tmp_path_factory.mktemp("page") / "step.png")
-    return found
-
-
-def test_page_is_todays(run_main, tmp_path):
-    """If this fails, train_gpt2.py calls its kernels differently since the page was drawn: run python dev/draw_step.py."""
-    finished = run_main(draw_step, "--output", tmp_path / "step.png")
-    assert finished.status == 0 and finished.out.endswith(f"wrote {tmp_path / 'step.png'}\n")
-    assert description(tmp_path / "step.png") == description(draw_step.PICTURE)
-
-
-def cards_in(column, page):
-    """Its cards, from top to bottom."""
-    return sorted((card for card in page.cards if card.column == column), key=lambda card: card.y)
-
-
-def test_calls_of_the_page_are_in_order(page, calls):
-    """The forward pass runs down the left side, the backward pass and the update up the right side."""
-    turn = [call.kernel for call in calls].index("fused_classifier")
-    first_of_update = [call.phase for call in calls].index("update")
-    shown = [[call for call in part if call.layer in (None, draw_step.LAYER)]
-             for part in (calls[:turn], calls[turn + 1:first_of_update])]
-    left, right = ([card.call for card in cards_in(column, page)] for column in (draw_step.LEFT, draw_step.RIGHT))
-    assert left == shown[0] and len(left) == 1 + 10 + 2
-    assert [call.kernel for call in right[:2]] == ["adamw_update", "global_norm"]
-    assert right[2:] == shown[1][::-1] and len(right[2:]) == 1 + 8 + 2
-    assert [card.call.kernel for card in page.cards if card.column not in (draw_step.LEFT, draw_step.RIGHT)] == [
-        "fused_classifier"]
-
-
-def test_backward_calls_face_their_forward_calls(page):
-    facing = {card.y: card.call.kernel for card in cards_in(draw_step.LEFT, page)}
-    for card in cards_in(draw_step.RIGHT, page)[2:]:
-        assert facing.pop(card.y) == card.call.kernel.replace("_backward", "_forward")
-    assert [*facing.values()] == 2 * ["residual_forward"]
-
-
-# One card of each kind: tensors of a layer, of the layer before, of the last; overwritten, accumulated, changed in place.
-@pytest.mark.parametrize("words", [
-    "layernorm_forward writes ln1 ln1_mean ln1_rstd reads residual3[l-1] ln1w ln1b",
-    "layernorm_backward writes +dresidual +grads.ln1w +grads.ln1b reads dln ln1_mean ln1_rstd residual3[l-1] ln1w",
-    "gelu_backward writes +dfch reads fch",
-    "layernorm_forward writes lnf lnf_mean lnf_rstd reads residual3[L-1] lnfw lnfb",
-    "fused_classifier writes losses +logits reads targets",
-    "adamw_update for each of 16 tensors writes +params +grads +adam_m +adam_v",
-])
-def test_cards_say_what_a_kernel_writes_and_reads(page, words):
-    assert [card.words for card in page.cards].count(words) == 1
-
-
-def test_sizes_on_the_page_are_those_of_the_124m_model(page):
-    for name, size in (("qkv", "453 MB"), ("fch", "604 MB"), ("params", "498 MB"), ("acts", "2.44 GB"), ("scratch", "241 MB")):
-        assert (name, size) in zip(page.texts, page.texts[1:]), name
-    assert "memory: 4.68 GB" in page.texts and "L = 12; for l = 0, residual3[l-1] is encoded" in " ".join(page.texts)
-
-
-def without(calls, kernel):
-    """The calls without the first one of a kernel."""
-    first = [call.kernel for call in calls].index(kernel)
-    return [*calls[:first], *calls[first + 1:]]
-
-
-@pytest.mark.parametrize("broken", [
-    lambda calls: without(calls, "gelu_backward"),
-    lambda calls: without(calls, "residual_forward"),
-    lambda calls: [call for call in calls if call.layer != 0],
-    lambda calls: [call._replace(kernel="gelu_backward") if call.kernel == "attention_backward" else call for call in calls],
-    lambda calls: [call._replace(arrays=[*call.arrays[:-1], call.arrays[-1]._replace(name="fch_gelu")])
-                   if str(call) == "fch_gelu[2] = gelu_forward(fch[2])" else call for call in calls],
-], ids=["backward missing", "residual missing", "layer missing", "another kernel", "another array"])
-def test_page_is_not_drawn_if_passes_do_not_mirror(calls, broken):
-    draw_step.Step(calls)
-    with pytest.raises(ValueError):
-        draw_step.Step(broken(calls))

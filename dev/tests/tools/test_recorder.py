@@ -1,21 +1,30 @@
 """recorder.py: every kernel call of a step is recorded, with its arrays by name, and recording changes nothing."""
 import math
+from dataclasses import replace
 from itertools import groupby
+from math import prod
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import gpt2
 import train_gpt2
 from dev import recorder
-from dev.recorder import TINY, effects, record_step, run_step, time_step, tiny_step
+from dev.recorder import TINY, TINY_LLAMA, effects, record_step, run_step, time_step, tiny_step
 from training import parse_options
+
+LLAMA_WITH_ALL = replace(TINY_LLAMA, tied=False, qkv_bias=True)
 
 
 @pytest.fixture(scope="module")
 def step():
     """The calls of a tiny model's step, its loss, its norm, and the model afterward."""
-    model, batch = tiny_step()
+    return recorded(TINY)
+
+
+def recorded(config):
+    model, batch = tiny_step(config)
     return *record_step(model, batch), model
 
 
@@ -38,17 +47,29 @@ WRITES = {
 }
 
 
-def test_effects_found_by_experiment():
+OF_GPT2_ONLY = {"layernorm_forward", "layernorm_backward", "gelu_forward", "gelu_backward"}
+LLAMA_WRITES = {kernel: writes for kernel, writes in WRITES.items() if kernel not in OF_GPT2_ONLY} | {
+    "encoder_backward": "+dwte",
+    "rmsnorm_forward": "out rstd",
+    "rmsnorm_backward": "+dinp +dweight",
+    "rope": "+rows",
+    "swiglu_forward": "out",
+    "swiglu_backward": "dinp",
+}
+
+
+@pytest.mark.parametrize("config, expected", [(TINY, WRITES), (LLAMA_WITH_ALL, LLAMA_WRITES)], ids=["gpt2", "llama"])
+def test_effects_found_by_experiment(config, expected):
     found = {}
-    for name, (reads, writes) in effects().items():
+    for name, (reads, writes) in effects(config).items():
         parameters = getattr(train_gpt2.kernels, name).py_func.__code__.co_varnames
         found[name] = " ".join("+" * (i in reads) + parameters[i] for i in sorted(writes))
-    assert found == WRITES
+    assert found == expected
 
 
 def test_a_step_with_exact_gelu():
     """The calls of any other step, with the other two kernels."""
-    calls, _, _ = record_step(*tiny_step(exact_gelu=True))
+    calls, _, _ = record_step(*tiny_step(replace(TINY, exact_gelu=True)))
     assert [str(call).replace("gelu_exact", "gelu") for call in calls] == [str(call) for call in record_step(*tiny_step())[0]]
     assert sum("gelu_exact" in call.kernel for call in calls) == 2 * TINY.num_layers
 
@@ -73,38 +94,55 @@ def test_arrays_by_name(step):
         assert found.count(text) == 1, text
 
 
-def test_every_tensor_is_recognized(step):
-    """Each activation is written once in each layer, and the gradient of every parameter is written."""
-    calls, _, _, model = step
+def test_arrays_of_a_llama_by_name():
+    found = [str(call) for call in recorded(LLAMA_WITH_ALL)[0]]
+    assert found[0] == "encoded = encoder_forward(tokens, wte)"
+    for text in ("qkv[2] = matmul_forward(ln1[2], qkvw[2], qkvb[2])", "+qkv[1] = rope(cos, sin, sign=1)",
+                 "fch_swiglu[0] = swiglu_forward(fch[0])", "dln, +grads.headw = matmul_backward(logits, lnf, headw)",
+                 "dfch = swiglu_backward(dfch_swiglu, fch[0])", "dln, +grads.fcw[0] = matmul_backward(dfch, ln2[0], fcw[0])",
+                 "+dresidual, +grads.ln1w[1] = rmsnorm_backward(dln, ln1_rstd[1], residual3[0], ln1w[1])",
+                 "+qkvb, +grads.qkvb, +adam_m.qkvb, +adam_v.qkvb = adamw_update()"):
+        assert found.count(text) == 1, text
+    assert found.count("+dqkv = rope(cos, sin, sign=-1)") == TINY_LLAMA.num_layers
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_LLAMA, LLAMA_WITH_ALL], ids=["gpt2", "tied llama", "llama"])
+def test_every_tensor_is_recognized(config):
+    """Each activation is written anew once in each layer, and the gradient of every parameter is written."""
+    calls, _, _, model = recorded(config)
     L = TINY.num_layers
-    written = [(array.buffer, array.name, array.layer) for call in calls if call.phase != "update" for array in call.written]
+    arrays = [array for call in calls if call.phase != "update" for array in call.written]
+    written = [(array.buffer, array.name, array.layer) for array in arrays]
 
     def in_every_layer(tensors):
-        return [(name, layer) for name, shape in tensors.shapes.items() for layer in (range(L) if shape[0] == L else [None])]
-    activations = [(name, layer) for buffer, name, layer in written if buffer == "acts"]
+        return [(name, layer) for name, shape in tensors.shapes.items() if prod(shape) > 0
+                for layer in (range(L) if shape[0] == L else [None])]
+    activations = [(array.name, array.layer) for array in arrays if array.buffer == "acts" and not array.read]
     assert sorted(activations, key=str) == sorted(in_every_layer(model.acts), key=str)
     assert {(name, layer) for buffer, name, layer in written if buffer == "grads"} == set(in_every_layer(model.grads))
     assert {name for buffer, name, _ in written if buffer == "scratch"} == set(model.scratch.shapes)
 
 
-def test_recomputed_activations_have_one_layer_only():
-    _, batch = tiny_step()
-    model = train_gpt2.GPT2(TINY, *batch.tokens.shape, threads=1, recompute=True)
+@pytest.mark.parametrize("config, last_call", [(TINY, "fch_gelu = gelu_forward(fch)"),
+                                               (TINY_LLAMA, "fch_swiglu = swiglu_forward(fch)")], ids=["gpt2", "llama"])
+def test_recomputed_activations_have_one_layer_only(config, last_call):
+    _, loss, norm, kept = recorded(config)
+    model = type(kept)(config, *kept.tokens.shape, threads=1, recompute=True)
     model.initialize(0)
-    calls, loss, norm = record_step(model, batch)
+    calls, *again = record_step(model, tiny_step(config)[1])
     found = [(call.phase, call.layer, str(call)) for call in calls]
     for l in range(TINY.num_layers):
-        again = ("backward", l, "fch_gelu = gelu_forward(fch)")
-        assert found.count(again) == (l < TINY.num_layers - 1) and ("forward", *again[1:]) in found
-    assert (loss, norm) == record_step(*tiny_step())[1:]
+        assert found.count(("backward", l, last_call)) == (l < TINY.num_layers - 1) and ("forward", l, last_call) in found
+    assert again == [loss, norm]
 
 
-def test_recording_changes_nothing(step):
-    model, batch = tiny_step()
+@pytest.mark.parametrize("config", [TINY, TINY_LLAMA], ids=["gpt2", "llama"])
+def test_recording_changes_nothing(config):
+    model, batch = tiny_step(config)
     loss, norm = run_step(model, batch)
-    calls, recorded_loss, recorded_norm, recorded = step
+    calls, recorded_loss, recorded_norm, recorded_model = recorded(config)
     assert (loss, norm) == (recorded_loss, recorded_norm)
-    assert model.params.flat.tobytes() == recorded.params.flat.tobytes()
+    assert model.params.flat.tobytes() == recorded_model.params.flat.tobytes()
     seconds, whole = time_step(model, batch)
     assert len(seconds) == len(calls) and min(seconds) > 0 and sum(seconds) <= whole
 
@@ -149,6 +187,6 @@ def test_times_are_those_of_the_fastest_step(monkeypatch):
 
 
 def test_settings_are_the_defaults_of_the_program(tmp_path):
-    options = parse_options("", ["--output-dir", str(tmp_path)])
+    options = parse_options(gpt2, "CPU", ["--output-dir", str(tmp_path)])
     assert ((recorder.LEARNING_RATE, recorder.WEIGHT_DECAY, recorder.GRAD_CLIP) ==
             (options.learning_rate, options.weight_decay, options.grad_clip))

@@ -1,0 +1,56 @@
+"""Chat: the text that a model's own template makes of a conversation.
+
+A template is a program in the language Jinja2 that comes with a model (tokenizer.chat_template). It is untrusted: it runs in
+Jinja2's sandbox, which lets it read and join what it is given, and nothing else.
+"""
+import datetime
+import json
+
+from cli import UserError
+from files import short_repr
+from tokenizer import Tokenizer
+
+TEMPLATE_HINT = "put the model's own chat_template.jinja into its folder, or leave out --chat"
+
+
+class ChatTemplate:
+    """The chat template of a model's tokenizer. Raises UserError if it has none, or a damaged one."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        from jinja2 import TemplateError    # here, not above: other programs start faster without it
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        if not tokenizer.chat_template:
+            raise UserError(f"the model has no chat template, so it is none that was trained to chat; {TEMPLATE_HINT}")
+        # As transformers renders templates: lines with nothing but a statement leave no trace.
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = lambda value, **settings: json.dumps(value, ensure_ascii=False, **settings)
+        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
+        first = {name: ids[0] if isinstance(ids, list) else ids for name, ids in tokenizer.special_ids.items()}
+        self.special = {name.removesuffix("_id"): "" if id is None else tokenizer.decode([id]) for name, id in first.items()}
+        try:
+            self.template = environment.from_string(tokenizer.chat_template)
+        except TemplateError as error:
+            raise UserError(f"the model's chat template cannot be read ({error}); {TEMPLATE_HINT}") from error
+
+    def text(self, messages: list[dict]) -> str:
+        """The text of a conversation up to where the model replies.
+
+        messages: {"role": "system", "user" or "assistant", "content": text} each
+
+        Raises UserError if the template refuses the conversation, or fails.
+        """
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=True, **self.special)
+        except Exception as error:      # of whatever kind: the template is a program
+            raise UserError(f"the model's chat template fails ({short_repr(str(error))}); {TEMPLATE_HINT}") from error
+
+
+def refuse(message):
+    """What a template calls to refuse a conversation."""
+    raise ValueError(message)
+
+
+def common_start(first: list[int], second: list[int]) -> int:
+    """The number of tokens that two texts begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
