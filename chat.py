@@ -17,8 +17,7 @@ class ChatTemplate:
     """The chat template of a model's tokenizer. Raises UserError if it has none, or a damaged one."""
 
     def __init__(self, tokenizer: Tokenizer):
-        from jinja2 import TemplateError    # here, not above: other programs start faster without it
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.sandbox import ImmutableSandboxedEnvironment    # here, not above: other programs start faster without it
         if not tokenizer.chat_template:
             raise UserError(f"the model has no chat template, so it is none that was trained to chat; {TEMPLATE_HINT}")
         # As transformers renders templates: lines with nothing but a statement leave no trace.
@@ -30,8 +29,8 @@ class ChatTemplate:
         self.special = {name.removesuffix("_id"): "" if id is None else tokenizer.decode([id]) for name, id in first.items()}
         try:
             self.template = environment.from_string(tokenizer.chat_template)
-        except TemplateError as error:
-            raise UserError(f"the model's chat template cannot be read ({error}); {TEMPLATE_HINT}") from error
+        except Exception as error:      # of whatever kind: one that is nested too deeply is no TemplateError
+            raise UserError(f"the model's chat template cannot be read ({short_repr(str(error))}); {TEMPLATE_HINT}") from error
 
     def text(self, messages: list[dict]) -> str:
         """The text of a conversation up to where the model replies.
@@ -41,7 +40,8 @@ class ChatTemplate:
         Raises UserError if the template refuses the conversation, or fails.
         """
         try:
-            return self.template.render(messages=messages, add_generation_prompt=True, **self.special)
+            return self.template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True,
+                                        **self.special)
         except Exception as error:      # of whatever kind: the template is a program
             raise UserError(f"the model's chat template fails ({short_repr(str(error))}); {TEMPLATE_HINT}") from error
 

@@ -573,19 +573,20 @@ def chat(decoder: Decoder, tokenizer: Tokenizer, options, prompt: str, generator
     context = decoder.config.max_seq_len
     longest = context - min(options.max_new_tokens, context // 2)
     for line in read_lines(prompt):
-        messages.append({"role": "user", "content": line})
+        turns = [*messages, {"role": "user", "content": line}]
         try:
-            tokens = encode(tokenizer, template.text(messages), decoder.config)
-            while len(tokens) > longest and len(messages) > 1:
-                del messages[:2]
-                tokens = encode(tokenizer, template.text(messages), decoder.config)
-                note("[context full: the oldest turn is forgotten]")
+            tokens = encode(tokenizer, template.text(turns), decoder.config)
+            while len(tokens) > longest and len(turns) > 1:
+                turns = turns[2:]
+                tokens = encode(tokenizer, template.text(turns), decoder.config)
             if not 0 < len(tokens) <= longest:
                 raise UserError(f"it has {len(tokens):,} tokens, expected 1 to {longest:,}")
         except UserError as error:
             note(f"this line is left out: {error}")
-            messages.pop()
             continue
+        if len(turns) <= len(messages):
+            note("[context full: the oldest turns are forgotten]")
+        messages = turns
         decoder.rewind(min(common_start(text, tokens), len(tokens) - 1))
         text = tokens
         [reply] = write_texts(decoder, tokenizer, [text], generators, options, speed, tokenizer.is_special)

@@ -496,6 +496,12 @@ def read_gguf_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(ids)
 
 
+def read_architecture(path: Path) -> str | None:
+    """The architecture that a GGUF file names. Raises UserError if its header is damaged."""
+    with open_file(path, REPAIR_HINT) as file:
+        return read_header(file, path)[0].get("general.architecture")
+
+
 def read_header(file, path):
     """Return the metadata (key -> value), name -> StoredTensor, and the position of the data.
 

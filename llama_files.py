@@ -104,12 +104,14 @@ def config_from_settings(source, settings):
     config = make_config(source, {name: settings.get(name) for name in SIZES}, settings["tie_word_embeddings"] is True,
                          settings["model_type"] == "qwen2" or settings.get("attention_bias") is True,
                          rope.get("rope_theta", settings["rope_theta"]), settings["rms_norm_eps"], scaling_of(source, rope))
-    window = settings.get("sliding_window")
-    slides = settings["model_type"] == "qwen2" and settings.get("use_sliding_window") is True
-    if slides and window is not None and window < config.max_seq_len and (
-            settings.get("max_window_layers", 0) < config.num_layers):
-        raise UserError(f"{source}: sliding_window is {short_repr(window)}, less than the context of {config.max_seq_len:,}, "
-                        "and attention here sees the whole context; choose a model without a sliding window")
+    def reaches(name, number):
+        return type(settings.get(name)) is int and settings[name] >= number
+
+    slides = settings["model_type"] == "qwen2" and settings.get("use_sliding_window") is True and "sliding_window" in settings
+    if slides and not (reaches("sliding_window", config.max_seq_len) or reaches("max_window_layers", config.num_layers)):
+        raise UserError(f"{source}: sliding_window is {short_repr(settings['sliding_window'])}, less than the context of "
+                        f"{config.max_seq_len:,}, and attention here sees the whole context; choose a model without a sliding "
+                        "window")
     return config
 
 
@@ -195,8 +197,9 @@ def read(source, stored, settings, config_path):
     if not shapes_known:
         raise UserError(f"{config_path}: num_hidden_layers is {config.num_layers:,}, and {source} has {len(stored):,} tensors; "
                         f"{CONFIG_HINT}")
-    if config.tied and CLASSIFIER in tensors:
-        if not tensors.pop(CLASSIFIER).equals(tensors.get(HUGGING_FACE_NAMES["wte"])):
+    if config.tied and CLASSIFIER in tensors:   # once more, or in place of the embedding
+        classifier = tensors.pop(CLASSIFIER)
+        if not classifier.equals(tensors.setdefault(HUGGING_FACE_NAMES["wte"], classifier)):
             raise UserError(f"{config_path}: tie_word_embeddings is true, and {source} holds an {CLASSIFIER} that differs from "
                             f"{HUGGING_FACE_NAMES['wte']}; {CONFIG_HINT}")
     check_tensors(source, "Llama", {name: shape for name, shape, *_ in hugging_face_tensors(config)}, tensors)
@@ -226,7 +229,8 @@ def config_from_fields(path, fields, tensors, rows):
              "attention.head_count": heads, "attention.head_count_kv": field("attention.head_count_kv", heads),
              "attention.key_length": field("attention.key_length", head_size), "embedding_length": channels,
              "feed_forward_length": field("feed_forward_length")}
-    config = make_config(path, {f"{architecture}.{key}": size for key, size in sizes.items()}, GGUF_NAMES["headw"] not in tensors, "blk.0.attn_q.bias" in tensors,
+    sizes = {f"{architecture}.{key}": size for key, size in sizes.items()}
+    config = make_config(path, sizes, GGUF_NAMES["headw"] not in tensors, "blk.0.attn_q.bias" in tensors,
                          field("rope.freq_base", 10000.0), rounded(field("attention.layer_norm_rms_epsilon")))
     expected = {"attention.value_length": config.head_size, "rope.dimension_count": config.head_size, "expert_count": 0,
                 "rope.scaling.type": "none"}

@@ -139,6 +139,16 @@ def check_definition(definition: ModuleType, config, source, verb: str) -> None:
         raise UserError(f"{source} is a {found.NAME}, expected a {definition.NAME}; {verb} it with {verb}_{found.__name__}.py")
 
 
+def stored_definition(name: str | Path) -> ModuleType:
+    """The module that defines a model, see load_model, as its header says: gpt2 or llama."""
+    path = find_model(name)
+    if path.is_file() and is_gguf(path):
+        from gguf_files import read_architecture
+        return llama if read_architecture(path) in llama_files.MODEL_TYPES else gpt2
+    config_path = (path if path.is_dir() else path.parent) / "config.json"
+    return llama if config_path.is_file() and llama_files.is_llama(read_json(config_path), ()) else gpt2
+
+
 def is_gguf(path):
     return read_opening(path).startswith(b"GGUF")
 

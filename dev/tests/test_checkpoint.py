@@ -12,23 +12,31 @@ import subprocess
 import sys
 import time
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import checkpoint
 import gpt2
+import llama
 import train_gpt2
 import train_gpt2_gpu
+import train_llama
 import training
 from checkpoint import checkpoints, load_state
 from cli import UserError
 from dataloader import write_tokens
 from gpt2 import Config, Tensors
+from model_files import load_model, save_model
 from training import Progress
 
 CONFIG = Config(max_seq_len=8, vocab_size=60, padded_vocab_size=128, num_layers=2, num_heads=2, channels=16)
+LLAMA_CONFIG = llama.Config(8, 60, 128, num_layers=2, num_heads=2, num_key_heads=1, head_size=8, channels=16, hidden=24)
+TRAIN_LLAMA = SimpleNamespace(main=partial(train_gpt2.main, train_llama.Llama), GPT2=train_llama.Llama,
+                              __file__=train_llama.__file__, OUT_OF_MEMORY_HINT=train_llama.OUT_OF_MEMORY_HINT)
 STEPS = 12
 STOP = 6
 # Everything a step may depend on: two micro-batches per step from shuffled shards, a schedule that decays at the end, and soon
@@ -42,6 +50,7 @@ FLAGS = ["--batch-size", 2, "--sequence-length", 8, "--total-batch-size", 32, "-
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch):
     monkeypatch.setattr(gpt2, "model_config", lambda name: CONFIG)
+    monkeypatch.setattr(llama, "model_config", lambda name: LLAMA_CONFIG)
     monkeypatch.setattr(training, "OUTLIER_WINDOW", 4)
     monkeypatch.setattr(training.TrainingLog, "plot", lambda log: None)     # takes a third of the time of a short run
 
@@ -175,6 +184,54 @@ def test_bfloat16_run_resumes(run, uninterrupted, tmp_path):
     assert run("crossed", "--device", "cpu", "--resume", program=train_gpt2_gpu, new=False).status == 0
     losses = [[float(row[1]) for row in left_behind(tmp_path / folder)[0] if row[1]] for folder in ("crossed", "whole")]
     np.testing.assert_allclose(*losses, rtol=1e-2)
+
+
+def losses_of(folder):
+    """The training losses in a log, and the validation losses."""
+    rows, *_ = left_behind(folder)
+    return [[float(row[column]) for row in rows if row[column]] for column in (1, 2)]
+
+
+def test_llama(run, tmp_path):
+    """It learns. Stopped and resumed, or with recomputed activations, the run is the same bit for bit. What it saved is
+    fine-tuned from where it stood."""
+    program = dict(program=TRAIN_LLAMA)
+    assert run("whole", **program).status == 0
+    expected = left_behind(tmp_path / "whole")
+    train_losses, val_losses = losses_of(tmp_path / "whole")
+    assert train_losses[-1] < train_losses[0] - 0.1
+    assert run("out", stop=STOP, **program).status == 128 + signal.SIGTERM
+    assert run("out", "--resume", new=False, **program).status == 0
+    assert left_behind(tmp_path / "out") == expected
+    assert run("recomputed", "--recompute", **program).status == 0
+    assert left_behind(tmp_path / "recomputed") == expected
+    tuning = "--model", tmp_path / "whole", "--num-iterations", 1, "--weight-decay", 0, "--warmup-iters", 0
+    assert run("still", *tuning, "--learning-rate", 0, **program).status == 0
+    config, params = load_model(tmp_path / "whole")
+    found, still = load_model(tmp_path / "still")
+    assert found == config == LLAMA_CONFIG and still.flat.tobytes() == params.flat.tobytes()
+    assert losses_of(tmp_path / "still")[1] == val_losses[-1:]
+    assert run("tuned", *tuning, "--learning-rate", 0.01, **program).status == 0
+    tuned = load_model(tmp_path / "tuned")[1]
+    assert all((getattr(tuned, name) != tensor).any() for name, tensor in params.items() if tensor.size)
+
+
+def test_llamas_micro_batches(run, tmp_path):
+    """They train like one large batch."""
+    flags = "--num-iterations", 4, "--skip-update-lossz", 0, "--skip-update-gradz", 0, "--overfit-single-batch"
+    for folder, sizes in (("two", (2, 32)), ("one", (4, 32))):
+        assert run(folder, *flags, "--batch-size", sizes[0], "--total-batch-size", sizes[1], program=TRAIN_LLAMA).status == 0
+    np.testing.assert_allclose(losses_of(tmp_path / "two")[0], losses_of(tmp_path / "one")[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--sequence-length", 9), r"--sequence-length is 9, expected at most 8, the context of --model"),
+    (("--model", "l3"), r"found 'l3', expected one of 'l2', .*'l12', or a checkpoint"),
+    (("--model", "l2", "--batch-size", 0), "argument --batch-size: found '0'")])
+def test_llamas_mistakes(run, tmp_path, flags, message):
+    save_model(tmp_path / "model", LLAMA_CONFIG, Tensors(llama.parameter_shapes(LLAMA_CONFIG)))
+    finished = run("out", "--total-batch-size", 72, "--model", tmp_path / "model", *flags, program=TRAIN_LLAMA)
+    assert finished.status == 2 and re.search(message, finished.err) and finished.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("program, flags", [(train_gpt2, ()), (train_gpt2_gpu, ("--device", "cpu"))], ids=["cpu", "gpu"])

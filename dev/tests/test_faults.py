@@ -21,6 +21,7 @@ from numba.core.caching import FunctionCache
 import files
 import generate_gpt2
 import gpt2
+import hugging_face
 import kernels_cpu
 import machine
 import matmul_cpu
@@ -317,10 +318,10 @@ def test_token_file_that_shrinks(tokens):
 def test_model_file_that_shrinks(tmp_path, monkeypatch):
     save_model(tmp_path, CONFIG, random_params(CONFIG))
 
-    def check(*arguments, original=model_files.check_tensors):
+    def check(*arguments, original=hugging_face.check_tensors):
         original(*arguments)
         os.truncate(tmp_path / "model.safetensors", 5_000)
-    monkeypatch.setattr(model_files, "check_tensors", check)
+    monkeypatch.setattr(hugging_face, "check_tensors", check)
     with pytest.raises(UserError, match="model.safetensors was cut short while it was read"):
         load_model(tmp_path)
 

@@ -658,7 +658,7 @@ def test_model_without_a_tokenizer(run):
 def test_more_samples_than_memory(run, monkeypatch):
     def too_large(*arguments):
         raise MemoryError
-    monkeypatch.setattr(generate_gpt2, "Decoder", too_large)
+    monkeypatch.setattr(generate_gpt2.Decoder, "__init__", too_large)
     assert_one_line(run("--prompt", "I", "--num-samples", 99), 1, "memory", "--num-samples")
 
 
@@ -668,12 +668,12 @@ def test_help_states_the_real_defaults(run, monkeypatch):
     finished = run("--help")
     assert finished.status == 0 and finished.err == ""
     texts = dict(re.findall(r"^  --([a-z0-9-]+)(.*(?:\n {10,}.*)*)", finished.out, re.MULTILINE))
-    flags = generate_gpt2.parse_options("", ["--model", "m"], quantize={}, dtype={}, threads={})._asdict()
+    flags = generate_gpt2.parse_options("", ["--model", "m"], quantize={}, dtype={}, context_length={}, threads={})._asdict()
     assert {flag.replace("-", "_") for flag in texts} == set(flags)
     for flag, text in texts.items():
         stated = re.findall(r"\(default: ([^)]*)\)", text)
         value = flags[flag.replace("-", "_")]
-        if flag in ("threads", "prompt", "dtype"):
+        if flag in ("threads", "prompt", "dtype", "temperature", "context-length"):
             assert len(stated) == 1 and stated != ["None"], text
         elif flag == "model" or value is None or value is False or value == []:
             assert stated == [], text

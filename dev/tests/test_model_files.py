@@ -609,7 +609,7 @@ def assert_says(message, *parts):
 
 
 CONFIGS = {
-    "another architecture": (dict(model_type="mistral"), ("config.json", "model_type", "mistral", "'gpt2', 'llama' or 'qwen2'")),
+    "another architecture": (dict(model_type="mistral"), ("config.json", "model_type", "mistral", "'gpt2', 'llama'")),
     "other activation": (dict(activation_function="relu"), ("activation_function", "relu", "gelu_new or gelu_pytorch_tanh")),
     "approximated with a sigmoid": (dict(activation_function="quick_gelu"), ("activation_function", "quick_gelu", "computes")),
     "activation in a list": (dict(activation_function=["gelu"]), ("activation_function", "['gelu']", "gelu_new")),
