@@ -316,17 +316,17 @@ class Data(NamedTuple):
         """Convert a StoredTensor to float32 and write it to `view`."""
         for rows, numbers in self.strips(tensor):
             view.reshape(-1, view.shape[-1])[rows] = numbers
-        view[...] = self.in_our_order(name, view)
+        if self.is_permuted(name):
+            view[...] = llama_files.from_neighbors(view, self.config.head_size)
 
     def stored(self, name, tensor, dtype):
         """A matrix as it is stored, an array of a dtype over the file. Copy-on-write: the file never changes."""
         sizes = tensor.shape[0], tensor.row_bytes // np.dtype(dtype).itemsize
-        return self.in_our_order(name, np.asarray(np.memmap(self.path, dtype, "c", self.start + tensor.offset, sizes)))
+        rows = np.asarray(np.memmap(self.path, dtype, "c", self.start + tensor.offset, sizes))
+        return llama_files.from_neighbors(rows, self.config.head_size) if self.is_permuted(name) else rows
 
-    def in_our_order(self, name, rows):
-        if self.neighbors and llama_files.ROTATED.fullmatch(name):
-            return llama_files.from_neighbors(rows, self.config.head_size)
-        return rows
+    def is_permuted(self, name):
+        return self.neighbors and llama_files.ROTATED.fullmatch(name)
 
 
 class Header:

@@ -22,7 +22,7 @@ from checkpoint import Saver, checkpoints, delete_checkpoint
 from dataloader import DataLoader, ValidationLoader
 from distributed import SINGLE_PROCESS, DataParallel, World, join_world
 from files import cache_lifetime
-from gpt2 import ALIGNMENT, BETA1, BETA2, EPSILON, Config, Tensors, activations, chunks, memory_needed, new_array
+from gpt2 import ALIGNMENT, BETA1, BETA2, EPSILON, Config, Tensors, chunks, memory_needed, new_array
 from hellaswag import count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, NO_BIAS
 from llama import definition_of
@@ -97,7 +97,7 @@ class GPT2:
         if T > self.config.max_seq_len:
             raise ValueError(f"tokens are {T} long, expected at most {self.config.max_seq_len}")
         buffer = self.acts.flat
-        self.acts = activations(self.config, B, T, self.recompute, lambda size: buffer)
+        self.acts = self.definition.activations(self.config, B, T, self.recompute, lambda size: buffer)
         self.tokens = tokens
         params, acts = self.params, self.acts
 

@@ -39,7 +39,7 @@ class Llama(GPT2):
         if T > self.config.max_seq_len:
             raise ValueError(f"tokens are {T} long, expected at most {self.config.max_seq_len}")
         buffer = self.acts.flat
-        self.acts = llama.activations(self.config, B, T, self.recompute, lambda size: buffer)
+        self.acts = self.definition.activations(self.config, B, T, self.recompute, lambda size: buffer)
         self.tokens = tokens
         params, acts = self.params, self.acts
 

@@ -3,9 +3,9 @@
     mkdir node && (cd node && npm install node-llama-cpp@3.21.1)      # a prebuilt llama.cpp
     python dev/compare_llama_cpp.py --model out --text TEXT.txt --node node
 
-The file is written in every type. In float32, the ids and the 32 greedy ids must be equal; in every type, the perplexities must
-agree to 0.5 %. They cannot be equal: llama.cpp's GELU and its KV cache have float16, and it rounds activations to 8 bits where
-the weights have 4 or 8. The exit status is 1 if they differ.
+The model is a GPT-2 or a Llama. Its file is written in every type. In float32, the ids and the 32 greedy ids must be equal; in
+every type, the perplexities must agree to 0.5 %. They cannot be equal: llama.cpp's GELU and its KV cache have float16, and it
+rounds activations to 8 bits where the weights have 4 or 8. The exit status is 1 if they differ.
 """
 import json
 import subprocess
@@ -20,12 +20,18 @@ from cli import OneLineParser, UserError, bounded, run_program
 
 import numpy as np
 
+import generate_gpt2
+import generate_llama
+import gpt2
 import kernels_cpu as kernels
+import llama
 from files import open_file
-from generate_gpt2 import Decoder, mean_loss
+from generate_gpt2 import mean_loss
 from gguf_files import FILE_TYPES, write_gguf
+from llama import definition_of
 from model_files import load_model, load_model_tokenizer
 
+DECODERS = {gpt2: generate_gpt2.Decoder, llama: generate_llama.Decoder}
 NEW_IDS = 32        # as many as compare_llama_cpp.mjs generates
 PROMPT_IDS = 8
 BOUND = 0.005       # of the perplexities' relative difference
@@ -34,17 +40,18 @@ TEXTS = ["don't   I'LL\n\n<|endoftext|> naïve café\t\n ", "漢字 🙂 12345 $
 
 def main():
     parser = OneLineParser(description="Compare our GGUF files in llama.cpp and here.")
-    parser.add_flag("--model", required=True, help="a model as generate_gpt2.py takes it")
+    parser.add_flag("--model", required=True, help="a model as generate_gpt2.py or generate_llama.py takes it")
     parser.add_flag("--text", required=True, type=Path, metavar="FILE", help="a text to score")
     parser.add_flag("--node", required=True, type=Path, metavar="FOLDER", help="where node-llama-cpp is installed")
-    parser.add_flag("--windows", default=8, type=bounded(int, 1), help="parts of the text to score, each of one context")
+    parser.add_flag("--windows", default=8, type=bounded(int, 1),
+                    help=f"parts of the text to score, each of one context or {gpt2.CONTEXT:,} tokens")
     options = parser.parse_args()
     kernels.use_threads(None)
     model = load_model(options.model)
     tokenizer = load_model_tokenizer(options.model, model[0].vocab_size)
     with open_file(options.text, "name a text") as file:
         ids = tokenizer.encode(file.read().decode())
-    context = model[0].max_seq_len
+    context = min(model[0].max_seq_len, gpt2.CONTEXT)
     if len(ids) <= options.windows * context:
         raise UserError(f"{options.text} has {len(ids):,} tokens, expected more than {options.windows * context:,} for "
                         f"--windows {options.windows}; choose fewer")
@@ -65,9 +72,10 @@ def compare(type, model, tokenizer, task, node):
         llama_cpp = subprocess.run(["node", HERE.with_suffix(".mjs"), path], input=json.dumps(task).encode(), cwd=node,
                                    stdout=subprocess.PIPE, check=True)
     theirs = json.loads(llama_cpp.stdout)
-    decoder = Decoder(config, params, num_texts=1, threads=1)
+    decoder = DECODERS[definition_of(config)](config, params, num_texts=1, threads=1)
     loss = np.mean([mean_loss(decoder, window) for window in task["windows"]])
-    decoder, ids = Decoder(config, params, num_texts=1, threads=1), list(task["prompt"])
+    decoder.rewind(0)
+    ids = list(task["prompt"])
     for _ in range(NEW_IDS):
         ids.append(int(decoder.next_logits([ids])[0].argmax()))
     equal = sum(ours == id for ours, id in zip(ids[PROMPT_IDS:], theirs["greedy"]))
