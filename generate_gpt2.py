@@ -512,7 +512,7 @@ def score(decoder: Decoder, tokenizer: Tokenizer, path: str, model_name: str) ->
 
 def complete(decoder: Decoder, tokenizer: Tokenizer, prompt: str, options, generators: list, speed: Speed) -> None:
     """Print the prompt and its continuation. With several samples, the first is streamed and the others follow."""
-    tokens = tokenizer.prefix + encode(tokenizer, prompt, decoder.config) or tokenizer.begin
+    tokens = tokenizer.prefix + encode(tokenizer, prompt, decoder.config) or tokenizer.begin or tokenizer.end_tokens[-1:]
     if not tokens:
         raise UserError("--prompt is empty, expected a text, because the model has no token that begins one", status=2)
     texts = [list(tokens) for _ in generators]

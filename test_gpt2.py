@@ -290,9 +290,9 @@ def write_reference(python, model, path):
     try:
         has_torch = subprocess.run([python, "-c", "import torch"], capture_output=True).returncode == 0
     except OSError as error:
-        sys.exit(f"test_gpt2.py: --python {python}: {error.strerror}")
+        sys.exit(f"{Path(sys.argv[0]).name}: --python {python}: {error.strerror}")
     if not has_torch:
-        sys.exit(f"test_gpt2.py: {python} cannot import torch: name a Python that can with --python PATH")
+        sys.exit(f"{Path(sys.argv[0]).name}: {python} cannot import torch: name a Python that can with --python PATH")
     subprocess.run([python, REFERENCE_SCRIPT, "--model", model, "--output", path], check=True)
 
 

@@ -1,13 +1,15 @@
 """Hold Llama to float64 with the checks of test_gpt2.py: activations, gradients, and ten steps of training.
 
-    python test_llama.py    two tiny models, every tensor, seconds
-    pytest test_llama.py    the same checks as tests
+    python test_llama.py                                            two tiny models, every tensor, seconds
+    python test_llama.py --model smollm2 --python OTHER/bin/python  SmolLM2-135M's shape, minutes; OTHER has PyTorch
+    pytest test_llama.py                                            the checks of the tiny models as tests
 
 The truth is dev/reference_llama_tiny.npz and dev/reference_llama_tied.npz, which dev/reference_pytorch.py wrote.
 """
 
 import argparse
 import sys
+import tempfile
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 
 import llama
 from gpt2 import Tensors
-from test_gpt2 import BOUNDS, CHECKS, PADDED, Reference, build, report, run
+from test_gpt2 import BOUNDS, CHECKS, PADDED, Reference, build, report, run, write_reference
 from train_llama import Llama
 
 DEV = Path(__file__).parent / "dev"
@@ -80,7 +82,17 @@ def test_first_weights(tied):
 
 
 def main():
-    argparse.ArgumentParser(description="Compare Llama with PyTorch in float64.").parse_args()
+    parser = argparse.ArgumentParser(description="Compare Llama with PyTorch in float64.")
+    parser.add_argument("--model", choices=["tiny", "smollm2"], default="tiny", help="default: %(default)s")
+    parser.add_argument("--python", default=sys.executable, metavar="PATH",
+                        help="for --model smollm2, a Python that has PyTorch (default: this one)")
+    args = parser.parse_args()
+
+    if args.model == "smollm2":
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "reference.npz")
+            write_reference(args.python, "llama-smollm2", path)
+            sys.exit(not report(CHECKS["d12"], Llama, Reference(path, BOUNDS["d12"], llama)))
     for name in REFERENCES:
         if not report(LLAMA_CHECKS, Llama, read_reference(name)):
             sys.exit(1)

@@ -280,8 +280,9 @@ class LibraryTokenizer(Tokenizer):
 
     @property
     def begin(self):
-        first, separator = self.special_ids.get("bos_token_id"), self.library.token_to_id(SEPARATOR)
-        return super().begin if self.prefix or separator is None or first in self.end_tokens else [separator]
+        """As Tokenizer.begin. Of a chat model, whose end token ends a message, nothing: its texts begin with their first word."""
+        separator = self.library.token_to_id(SEPARATOR)
+        return super().begin if self.prefix or separator is None or separator in super().end_tokens else []
 
     def is_special(self, token):
         added = self.library.get_added_tokens_decoder().get(token)
