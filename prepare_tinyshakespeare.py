@@ -33,7 +33,7 @@ CANONICAL_LAST_LINE = "Whiles thou art waking."  # it ends here, in the second a
 def main():
     parser = OneLineParser(description="Write the token files for training on Tiny Shakespeare.")
     parser.add_argument("--input", type=Path, metavar="FILE", help="a copy of the canonical text to use instead of a download")
-    parser.add_flag("--model", metavar="MODEL", help="write the tokens of this model, as prepare_text.py does (default: GPT-2's)")
+    parser.add_flag("--model", metavar="MODEL", help="write the tokens of this model, as prepare_text.py does (default: GPT-2)")
     parser.add_flag("--output-dir", default=DATA_DIR, type=Path, metavar="FOLDER", help="folder for the two token files")
     arguments = parser.parse_args()
     prepare(arguments.input, arguments.output_dir, arguments.model)

@@ -280,7 +280,7 @@ class LibraryTokenizer(Tokenizer):
 
     @property
     def begin(self):
-        """As Tokenizer.begin. Of a chat model, whose end token ends a message, nothing: its texts begin with their first word."""
+        """As Tokenizer.begin. Nothing for a chat model, whose end token ends a message: a text begins with its first word."""
         separator = self.library.token_to_id(SEPARATOR)
         return super().begin if self.prefix or separator is None or separator in super().end_tokens else []
 

@@ -17,12 +17,15 @@ import numpy as np
 
 import generate_gpt2
 import generate_gpt2_gpu
+import generate_llama
+import llama
 from cli import OneLineParser, bounded, run_program
 from device import open_device
 from files import DATA_DIR
 from gpt2 import chunks
 from hellaswag import TokenLosses, count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, use_threads
+from llama import definition_of
 from model_files import load_model, load_model_tokenizer
 
 OUT_OF_MEMORY_HINT = "choose a smaller --model or --batch-size"
@@ -56,7 +59,8 @@ def main():
         decoder = generate_gpt2_gpu.Decoder(config, params, options.batch_size, device)
     else:
         generate_gpt2.compile_kernels(config)
-        decoder = generate_gpt2.Decoder(config, params, options.batch_size, threads)
+        program = generate_llama if definition_of(config) is llama else generate_gpt2
+        decoder = program.Decoder(config, params, options.batch_size, threads)
 
     started = time.perf_counter()
     correct = count_correct(make_token_losses(decoder), examples, options.batch_size, config.max_seq_len)

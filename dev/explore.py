@@ -14,7 +14,6 @@ import math
 import sys
 import warnings
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,20 +23,25 @@ import numpy as np
 
 import gpt2
 import kernels_cpu as kernels
+import llama
 from cli import OneLineParser, UserError, bounded, run_program
 from dataloader import DataLoader
 from dev.recorder import as_batch, record_step, time_step
 from files import atomic_file
 from generate_gpt2 import DAMAGED_WEIGHTS_HINT, encode
-from gpt2 import NEW_MODELS, activation_shapes, chunks, memory_needed, model_config, parameter_shapes, scratch_shapes
+from gpt2 import chunks, memory_needed
+from llama import definition_of
 from machine import check_memory, main_memory
-from model_files import check_definition, load_model, load_model_tokenizer
+from model_files import load_model, load_model_tokenizer
 from prepare_tinyshakespeare import prepare
 from sampling import softmax
 from tokenizer import GPT2Tokenizer
 from train_gpt2 import CLASSIFIER_ROWS, GPT2, NO_BIAS, compile_kernels, load_weights
-from training import OUT_OF_MEMORY_HINT, TRAIN_TOKENS, memory_hint, model_name
+from train_llama import Llama
+from training import OUT_OF_MEMORY_HINT, TRAIN_TOKENS, memory_hint
 
+NEW_MODELS = {name: definition for definition in (gpt2, llama) for name in definition.NEW_MODELS}
+MODELS = {gpt2: GPT2, llama: Llama}
 MAX_LABELS = 64           # tokens along an axis of the picture; more would overlap
 ATTENDED = 4              # positions listed for each position of the prompt
 
@@ -164,11 +168,12 @@ def explore_step(config, params, threads, options):
         prepare()
     loader = DataLoader(options.input_bin or TRAIN_TOKENS, B, T)
     loader.check_vocabulary(config.vocab_size, 0, options.model)
-    shapes = activation_shapes(config, B, T, options.recompute), scratch_shapes(config, B, T, CLASSIFIER_ROWS)
-    needed = memory_needed(parameter_shapes(config), *shapes)
+    definition = definition_of(config)
+    needed = memory_needed(definition.parameter_shapes(config), definition.activation_shapes(config, B, T, options.recompute),
+                           definition.scratch_shapes(config, B, T, CLASSIFIER_ROWS))
     check_memory(f"{options.model} with a batch of {B} x {T}", needed, main_memory(), "this machine",
                  memory_hint(options.recompute))
-    model = GPT2(config, B, T, threads, recompute=options.recompute)
+    model = MODELS[definition](config, B, T, threads, recompute=options.recompute)
     load_weights(model, params, None, options.seed)
     batch = as_batch(*loader.next_batch())
 
@@ -193,16 +198,16 @@ def print_model(model, options, task):
 # ----------------------------------------------------------------------------------------------------------------------
 # A prompt
 
-def attention_weights(qkv, lse, head):
+def attention_weights(qkv, lse, head, num_key_heads):
     """The attention weights p (T, T) of one head: row i holds the weight of each position's value in output i.
 
-    The forward pass does not store p, only qkv (T, 3C) and lse (NH, T). Since lse[i] = log(sum_j exp(score[i, j])), the softmax
-    of a row is p[i, j] = exp(score[i, j] - lse[i]). attention_backward recomputes p in the same way.
+    The forward pass does not store p, only qkv (T, (NH + 2*KV)*HS) and lse (NH, T). Since
+    lse[i] = log(sum_j exp(score[i, j])), the softmax of a row is p[i, j] = exp(score[i, j] - lse[i]). attention_backward
+    recomputes p in the same way.
     """
     NH, T = lse.shape
-    C = qkv.shape[1] // 3
-    HS = C // NH
-    q, k = (qkv[:, first + head * HS:first + (head + 1) * HS] for first in (0, C))
+    HS = qkv.shape[1] // (NH + 2 * num_key_heads)
+    q, k = (qkv[:, index * HS:(index + 1) * HS] for index in (head, NH + head * num_key_heads // NH))
     score = np.where(np.tri(T, dtype=bool), q @ k.T / np.sqrt(np.float32(HS)), -np.inf)     # causal mask
     return np.exp(score - lse[head, :, None])
 
@@ -217,7 +222,7 @@ def next_tokens(model, count):
     likeliest, probabilities = np.empty((N, count), dtype=int), np.empty((N, V), dtype=np.float32)
     for rows in chunks(N, CLASSIFIER_ROWS):
         logits = model.scratch.logits[:rows.stop - rows.start]
-        kernels.matmul_forward(logits, model.acts.lnf[rows], model.params.wte, NO_BIAS, model.workspace)
+        kernels.matmul_forward(logits, model.acts.lnf[rows], model.classifier(model.params), NO_BIAS, model.workspace)
         if not np.isfinite(logits).all():
             raise UserError(f"the logits of the prompt are not finite: {DAMAGED_WEIGHTS_HINT}")
         for n, row in enumerate(logits[:, :V], rows.start):
@@ -284,7 +289,7 @@ def explore_prompt(config, params, threads, options):
     if len(tokens) > config.max_seq_len:
         raise UserError(f"--prompt is {len(tokens):,} tokens long, expected at most {config.max_seq_len:,}, the model's "
                         "context; shorten it")
-    model = GPT2(config, 1, len(tokens), threads)
+    model = MODELS[definition_of(config)](config, 1, len(tokens), threads)
     load_weights(model, params, None, options.seed)
     print_model(model, options, f"a prompt of {len(tokens):,} tokens")
     model.forward(np.array([tokens], dtype=np.int32))
@@ -294,7 +299,7 @@ def explore_prompt(config, params, threads, options):
 
     print_next_tokens(tokens, *next_tokens(model, options.top), name_of)
     qkv, lse = model.acts.qkv[options.layer], model.acts.att_lse[options.layer][0]
-    weights = attention_weights(qkv, lse, options.head)
+    weights = attention_weights(qkv, lse, options.head, config.num_key_heads)
     title = f"layer {options.layer}, head {options.head}"
     print_attention(tokens, weights, f"attends to, in {title}", name_of)
     draw_attention(tokens, weights, f"{options.model}: attention in {title}", name_of, options.output)
@@ -307,7 +312,7 @@ def main():
     parser = OneLineParser(description="See what every kernel does in one training step, or how a model reads a prompt.")
     add = parser.add_flag
     positive, count = bounded(int, 1), bounded(int, 0)
-    add("--model", default="d4", type=partial(model_name, gpt2),
+    add("--model", default="d4",
         help=f"a new model: one of {', '.join(NEW_MODELS)}; or a pretrained one: a Hugging Face folder or hub name, a "
              ".safetensors file, an llm.c .bin file")
     add("--input-bin", help="tokens of the step's batch: a file, or a glob in quotes (default: Tiny Shakespeare, prepared "
@@ -325,8 +330,8 @@ def main():
     options = parser.parse_args()
 
     threads = kernels.use_threads(options.threads)
-    config, params = (model_config(options.model), None) if options.model in NEW_MODELS else load_model(options.model)
-    check_definition(gpt2, config, options.model, "train")
+    config, params = ((NEW_MODELS[options.model].model_config(options.model), None) if options.model in NEW_MODELS
+                      else load_model(options.model))
     compile_kernels(config)
     if options.prompt is None:
         explore_step(config, params, threads, options)

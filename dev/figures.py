@@ -194,7 +194,7 @@ def draw_attention(pyplot, model):
     model = GPT2(config, 1, len(tokens), threads=1)
     model.set_params(params)
     model.forward(np.array([tokens], dtype=np.int32))
-    weights = {(l, h): attention_weights(model.acts.qkv[l], model.acts.att_lse[l][0], h)
+    weights = {(l, h): attention_weights(model.acts.qkv[l], model.acts.att_lse[l][0], h, model.config.num_heads)
                for l in range(config.num_layers) for h in range(config.num_heads)}
     ranking = sorted(weights, key=lambda head: evenness(weights[head]))
     labels = [encoding.decode([token]).replace("\n", "\\n") for token in tokens]

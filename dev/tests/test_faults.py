@@ -25,7 +25,6 @@ import hugging_face
 import kernels_cpu
 import machine
 import matmul_cpu
-import model_files
 import prepare_text
 import tokenizer
 import train_gpt2

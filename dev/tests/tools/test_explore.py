@@ -108,7 +108,7 @@ def test_attention():
     model.forward(np.random.default_rng(0).integers(config.vocab_size, size=(1, T), dtype=np.int32))
     for l in range(config.num_layers):
         for head in range(config.num_heads):
-            p = attention_weights(model.acts.qkv[l], model.acts.att_lse[l][0], head)
+            p = attention_weights(model.acts.qkv[l], model.acts.att_lse[l][0], head, model.config.num_key_heads)
             assert p.shape == (T, T) and np.all(p >= 0) and not np.triu(p, 1).any()
             np.testing.assert_allclose(p.sum(axis=1), 1, rtol=1e-4)
             v = model.acts.qkv[l][:, 2 * config.channels + head * HS:][:, :HS]
@@ -157,7 +157,7 @@ def test_prompt(run_main, model_folder, tmp_path):
     model = train_gpt2.GPT2(SMALL, 1, len(tokens), threads=1)
     model.set_params(random_params(SMALL))
     model.forward(np.array([tokens], dtype=np.int32))
-    weights = attention_weights(model.acts.qkv[2], model.acts.att_lse[2][0], 1)
+    weights = attention_weights(model.acts.qkv[2], model.acts.att_lse[2][0], 1, model.config.num_key_heads)
 
     attention = finished.out.split("\n\n")[2]
     assert "attends to, in layer 2, head 1" in attention

@@ -147,7 +147,7 @@ def test_attention(drawn, model, encoding):
     network = train_gpt2.GPT2(model.config, 1, len(tokens), threads=1)
     network.set_params(model.params)
     network.forward(np.array([tokens], dtype=np.int32))
-    weights = {(l, h): attention_weights(network.acts.qkv[l], network.acts.att_lse[l][0], h)
+    weights = {(l, h): attention_weights(network.acts.qkv[l], network.acts.att_lse[l][0], h, network.config.num_heads)
                for l in range(model.config.num_layers) for h in range(model.config.num_heads)}
     ranking = sorted(weights, key=lambda head: figures.evenness(weights[head]))
     for axes, (l, h), kind in zip(drawn("attention.png")[0].axes, (ranking[-1], ranking[0]), ("even", "concentrated")):
