@@ -41,7 +41,7 @@ def main():
                             ".gguf file")
         save_llmc(output, config, params, LLMC_VERSIONS[options.type])
     elif suffix == ".gguf":
-        if config.exact_gelu:
+        if "gelu_exact" in config.layers:
             note("the model's activation is GELU itself; llama.cpp and llm.c compute the tanh form, so results differ a little")
         write_gguf(output, config, params, tokenizer, options.type)
     else:

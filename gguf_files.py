@@ -438,41 +438,37 @@ def read_all(arguments):
 
 def read_as_stored(data, tensors, kinds):
     """The parameters of a model for `read_gguf`. kinds: kind in the file -> dtype of the array."""
-    def is_stored(tensor, ours):
-        """Whether the numbers are used as they lie in the file. Numba would compile other kernels for unaligned ones."""
+    definition = definition_of(data.config)
+
+    def is_kept(tensor, ours):
+        """Whether the numbers stay as they lie in the file. Numba would compile other kernels for unaligned ones."""
         return (tensor.kind in kinds and ours in definition.MATRICES and ours != "wpe"
                 and (data.start + tensor.offset) % np.dtype(kinds[tensor.kind]).itemsize == 0)
 
-    definition, config = definition_of(data.config), data.config
-    params, parts, floats = {}, {}, []
-    for name, shape, ours, index in gguf_tensors(config):
-        layer = index if type(index) is int else index[0] if isinstance(index, tuple) else None
-        parts.setdefault((ours, layer), []).append((name, tensors[name], shape))
-    for (ours, layer), pieces in parts.items():
-        if all(is_stored(tensor, ours) and tensor.kind == pieces[0][1].kind for _, tensor, _ in pieces):
-            arrays = [data.stored(name, tensor, kinds[tensor.kind]) for name, tensor, _ in pieces]
-            array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    parts = {}      # (our name, layer or None) -> names of the tensors that it consists of
+    for name, _, ours, index in gguf_tensors(data.config):
+        layer = None if isinstance(index, slice) else index[0] if isinstance(index, tuple) else index
+        parts.setdefault((ours, layer), []).append(name)
+    params, conversions = {name: [] for name, layer in parts if layer is not None}, []
+    for (ours, layer), names in parts.items():
+        stored = [tensors[name] for name in names]
+        if all(is_kept(tensor, ours) and tensor.kind == stored[0].kind for tensor in stored):
+            arrays = [data.stored(name, tensors[name], kinds[stored[0].kind]) for name in names]
+            array = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
         else:
-            rows = sum(shape[0] for *_, shape in pieces)
-            array = np.empty((rows, *pieces[0][2][1:]), np.float32)
-            floats += [(array, pieces)]
+            rows = [tensor.shape[0] for tensor in stored]
+            array = np.empty((sum(rows), *stored[0].shape[1:]), np.float32)
+            views = np.split(array, np.cumsum(rows)[:-1])
+            conversions += [(data, view, name, tensors[name]) for view, name in zip(views, names)]
         if layer is None:
             params[ours] = array
         else:
-            params.setdefault(ours, []).append(array)
-    check_memory(f"the model in {data.path}", sum(array.nbytes for array, _ in floats), main_memory(), "this machine",
+            params[ours].append(array)
+    check_memory(f"the model in {data.path}", sum(view.nbytes for _, view, *_ in conversions), main_memory(), "this machine",
                  "choose a smaller model")
-    arguments = []
-    for array, pieces in floats:
-        start = 0
-        for name, tensor, shape in pieces:
-            arguments.append((data, array[start:start + shape[0]], name, tensor))
-            start += shape[0]
-    read_all(arguments)
-    for name, shape in definition.parameter_shapes(config).items():     # such as the biases of a model without
-        if 0 in shape:
-            params[name] = np.empty(shape, np.float32)
-    return SimpleNamespace(**params)
+    read_all(conversions)
+    shapes = definition.parameter_shapes(data.config)
+    return SimpleNamespace(**params, **{name: np.empty(shape, np.float32) for name, shape in shapes.items() if 0 in shape})
 
 
 def read_gguf_tokenizer(path: str | Path) -> Tokenizer:
