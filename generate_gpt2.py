@@ -383,16 +383,17 @@ def note(text) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-def parse_options(description: str, arguments: list | None = None, **own_flags):
+def parse_options(definition: ModuleType, processor: str, arguments: list | None = None, **own_flags):
     """The flags, as a named tuple. own_flags are those of one program only: threads=dict(type=..., help=...).
+
+    definition: the module that defines the program's models, gpt2 or llama
 
     Raises UserError with status 2 for a wrong flag or combination.
     """
-    parser = OneLineParser(description=description)
+    parser = OneLineParser(description=f"Generate text with {definition.NAME} on the {processor}.")
     add, switch = parser.add_flag, parser.add_argument
     positive, count = bounded(int, 1), bounded(int, 0)
-    add("--model", required=True, help="a Hugging Face folder, such as train_gpt2.py writes; a .safetensors, .gguf or llm.c "
-        ".bin file; or a name on the Hugging Face hub: gpt2, gpt2-medium, distilgpt2, ...")
+    add("--model", required=True, help=definition.PRETRAINED_HELP)
     add("--prompt", type=utf8, help="the text to continue; if empty, generation starts from the token that begins a new text "
         "(default: standard input without its last newline, if it is a file or a pipe)")
     add("--max-new-tokens", default=256, type=positive, help="tokens to generate")
@@ -640,7 +641,7 @@ def check_cache_memory(config: Config, num_texts: int, more: int, memory: tuple 
 
 def main(definition: ModuleType = gpt2, decoder_class: type = Decoder):
     options = parse_options(
-        f"Generate text with {definition.NAME} on the CPU.",
+        definition, "CPU",
         quantize=dict(choices=["int8", "int4"], help="store weights in 8 or 4 bits, as GGUF's Q8_0 and Q4_0 do: smaller and "
                       "faster, and less exact; those that a .gguf file holds in as few bits are used as they are"),
         dtype=dict(choices=kernels.DTYPES, help="of weights that are not quantized, and of the factors in products of long "

@@ -114,7 +114,7 @@ class Decoder(generate_gpt2.Decoder):
 
 def main():
     options = parse_options(
-        "Generate text with GPT-2 on a GPU.",
+        gpt2, "GPU",
         device=dict(default="cuda", help="cuda, cuda:1 for the second GPU, or cpu: the same kernels on the CPU (slow)"),
         dtype=dict(default="float32", choices=["float32", "bfloat16"], help="of weights, activations and the KV "
                    "cache; bfloat16 takes half the memory"))

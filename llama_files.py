@@ -104,6 +104,7 @@ def config_from_settings(source, settings):
     config = make_config(source, {name: settings.get(name) for name in SIZES}, settings["tie_word_embeddings"] is True,
                          settings["model_type"] == "qwen2" or settings.get("attention_bias") is True,
                          rope.get("rope_theta", settings["rope_theta"]), settings["rms_norm_eps"], scaling_of(source, rope))
+
     def reaches(name, number):
         return type(settings.get(name)) is int and settings[name] >= number
 

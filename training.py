@@ -75,8 +75,8 @@ def make_parser(definition: ModuleType, processor: str, own_flags: dict) -> OneL
     add, switch = parser.add_flag, parser.add_argument
     positive, count = bounded(int, 1), bounded(int, 0)
     add("--model", default=definition.NEW_MODELS[0], type=partial(model_name, definition),
-        help=f"{', '.join(definition.NEW_MODELS)}: a new model of that depth{definition.KNOWN_MODELS}; or a pretrained model "
-             "to fine-tune: a Hugging Face folder, its name on the hub, a .safetensors, .gguf or llm.c .bin file")
+        help=f"{', '.join(definition.NEW_MODELS)}: {definition.NEW_MODELS_HELP}; or a pretrained model to fine-tune: "
+             f"{definition.PRETRAINED_HELP}")
     add("--input-bin", help="training tokens: a file, or a glob in quotes (default: Tiny Shakespeare, prepared on first use)")
     add("--input-val-bin", help="validation tokens (default: Tiny Shakespeare's if --input-bin is not given, else none)")
     add("--output-dir", default="out", type=folder_name, help="folder for log.csv, loss.png and the trained model; overwritten")

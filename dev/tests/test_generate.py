@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 import generate_gpt2
+import gpt2
 from cli import UserError, run_program
 from conftest import Finished
 from dataloader import write_tokens
@@ -668,7 +669,8 @@ def test_help_states_the_real_defaults(run, monkeypatch):
     finished = run("--help")
     assert finished.status == 0 and finished.err == ""
     texts = dict(re.findall(r"^  --([a-z0-9-]+)(.*(?:\n {10,}.*)*)", finished.out, re.MULTILINE))
-    flags = generate_gpt2.parse_options("", ["--model", "m"], quantize={}, dtype={}, context_length={}, threads={})._asdict()
+    own_flags = dict.fromkeys(("quantize", "dtype", "context_length", "threads"), {})
+    flags = generate_gpt2.parse_options(gpt2, "CPU", ["--model", "m"], **own_flags)._asdict()
     assert {flag.replace("-", "_") for flag in texts} == set(flags)
     for flag, text in texts.items():
         stated = re.findall(r"\(default: ([^)]*)\)", text)
