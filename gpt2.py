@@ -47,8 +47,8 @@ class Config:
 
 NEW_MODELS = [f"d{depth}" for depth in HEADS_BY_DEPTH]
 NEW_MODELS_HELP = "a new model of that depth (d12 is GPT-2 124M)"
-PRETRAINED_HELP = ("a Hugging Face folder, such as train_gpt2.py writes; a .safetensors, .gguf or llm.c .bin file; or a name on "
-                   "the Hugging Face hub: gpt2, gpt2-medium, distilgpt2, ...")
+PRETRAINED_HELP = ("a Hugging Face folder, such as train_gpt2.py writes; a .safetensors, .gguf or llm.c .bin file; or a name "
+                   "on the Hugging Face hub: gpt2, gpt2-medium, distilgpt2, ...")
 
 
 def model_config(name: str) -> Config:

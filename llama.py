@@ -68,8 +68,8 @@ class Config:
 
 NEW_MODELS = [f"l{depth}" for depth in HEADS_BY_DEPTH]
 NEW_MODELS_HELP = "a new model of that depth"
-PRETRAINED_HELP = ("smollm2, which is fetched on first use; a Hugging Face folder, such as train_llama.py writes; a .safetensors "
-                   "or .gguf file; or a name on the Hugging Face hub")
+PRETRAINED_HELP = ("smollm2, which is fetched on first use; a Hugging Face folder, such as train_llama.py writes; a "
+                   ".safetensors or .gguf file; or a name on the Hugging Face hub")
 
 
 def model_config(name: str) -> Config:
