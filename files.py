@@ -406,13 +406,12 @@ def wait_for_download(pip, folder, bar):
             pip.wait(timeout=0.1)
             return
         except subprocess.TimeoutExpired as error:
-            sizes = []
-            for path in folder.rglob("*.whl"):
-                with contextlib.suppress(OSError):      # it was moved meanwhile
-                    sizes.append(path.stat().st_size)
-            if max(sizes, default=0) > received:
-                bar.update(max(sizes) - received)
-                received, latest = max(sizes), time.monotonic()
+            size = 0
+            with contextlib.suppress(OSError):      # pip moves files meanwhile
+                size = max((path.stat().st_size for path in folder.rglob("*.whl")), default=0)
+            if size > received:
+                bar.update(size - received)
+                received, latest = size, time.monotonic()
             elif time.monotonic() - latest > PIP_SECONDS:
                 raise TimeoutError from error
 

@@ -35,7 +35,7 @@ from text_files import as_text, clean
 from tokenizer import Tokenizer
 
 TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.0        # of a text, and of an answer
-LONGEST_CONTEXT = 8192      # unless the user says more: the cache of the 131,072 positions of some models has gigabytes
+LONGEST_CONTEXT = 8192      # unless the user asks for more: a cache of 131,072 positions, some models' context, takes gigabytes
 MEMORY_BOUND_ROWS = 24    # up to this many rows, a matrix product is limited by reading its weight
 OUT_OF_MEMORY_HINT = "choose a smaller --model, fewer --num-samples or --quantize int8"
 REPLACEMENT = "\ufffd"            # for bytes that are not UTF-8
@@ -462,8 +462,8 @@ def run_every_kernel(prompt_first: bool, sizes: dict, kinds: list, dtype: str, d
     for kind in kinds:
         weights = SimpleNamespace(**dict(params.items()))
         for name in ("wte", *LINEAR_WEIGHTS):
-            *sizes, C = params.shapes[name]
-            setattr(weights, name, np.zeros((*sizes, row_length(C, kind)), WEIGHT_DTYPES[kind]))
+            *rows, C = params.shapes[name]
+            setattr(weights, name, np.zeros((*rows, row_length(C, kind)), WEIGHT_DTYPES[kind]))
         decoder = decoder_class(config, weights, num_texts=1, threads=1, dtype=dtype)
         if prompt_first:
             decoder.losses(decoder.forward(np.zeros((1, T), dtype=np.int32)), np.zeros(T, dtype=np.int32))
@@ -573,6 +573,10 @@ def chat(decoder: Decoder, tokenizer: Tokenizer, options, prompt: str, generator
     template, messages, text = ChatTemplate(tokenizer), [], []
     context = decoder.config.max_seq_len
     longest = context - min(options.max_new_tokens, context // 2)
+    shortest = len(tokenizer.encode(template.text([{"role": "user", "content": ""}])))
+    if shortest >= longest:
+        raise UserError(f"the context of {context:,} tokens is too short for the chat template, which takes {shortest:,}; "
+                        "raise --context-length or use another --model")
     for line in read_lines(prompt):
         turns = [*messages, {"role": "user", "content": line}]
         try:
@@ -624,12 +628,14 @@ def load(definition: ModuleType, options, as_stored: Iterable = ()) -> tuple[Con
 
     as_stored: keys of BITS: weights of these kinds are not converted to float32, see load_model
     """
+    check_definition(definition, options.model, "run")
     path = find_model(options.model)
     config, params = load_model(path, as_stored)
-    check_definition(definition, config, options.model, "generate")
     tokenizer = load_model_tokenizer(path, config.vocab_size)
     if not options.perplexity:
         tokenizer.encode("text")
+    if options.chat:
+        ChatTemplate(tokenizer)
     return config, params, tokenizer
 
 

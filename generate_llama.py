@@ -12,8 +12,8 @@ import kernels_cpu as kernels
 import llama
 from generate_gpt2 import MEMORY_BOUND_ROWS, OUT_OF_MEMORY_HINT, encoder_forward, linear_forward
 from gpt2 import Tensors
-from kernels_cpu import NO_BIAS
-from train_llama import NO_POSITIONS
+from kernels_cpu import NO_BIAS, NO_POSITIONS
+from train_llama import ROTATE
 
 
 class Decoder(generate_gpt2.Decoder):
@@ -21,7 +21,7 @@ class Decoder(generate_gpt2.Decoder):
 
     def __init__(self, config, params, num_texts, threads, dtype="float32"):
         super().__init__(config, params, num_texts, threads, dtype)
-        self.cos, self.sin = llama.rotations(config)
+        self.cos, self.sin = llama.rotations(config, config.max_seq_len)
         self.rotated_heads = config.num_heads + config.num_key_heads
 
     def classifier(self):
@@ -49,8 +49,8 @@ class Decoder(generate_gpt2.Decoder):
         encoder_forward(residual, tokens, params.wte, NO_POSITIONS)                                              # (N, C)
         for l in range(self.config.num_layers):
             rmsnorm_forward(acts.ln, acts.rstd, residual, params.ln1w[l], epsilon)                               # (N, C)
-            linear_forward(acts.qkv, acts.ln, params.qkvw[l], params.qkvb[l], workspace)                         # (N, qkv)
-            rope(acts.qkv, self.cos, self.sin, self.rotated_heads, T, position, 1)                               # in place
+            linear_forward(acts.qkv, acts.ln, params.qkvw[l], params.qkvb[l], workspace)                         # (N, QKV)
+            rope(acts.qkv, self.cos, self.sin, self.rotated_heads, T, position, ROTATE)                          # (N, QKV)
             attention_forward(acts.att, self.keys[l, :B], self.values[l, :B], acts.qkv, position, workspace)     # (N, NH*HS)
             linear_forward(acts.proj, acts.att, params.attprojw[l], NO_BIAS, workspace)                          # (N, C)
             residual_forward(residual, residual, acts.proj)                                                      # (N, C)

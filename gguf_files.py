@@ -27,6 +27,7 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from cli import UserError, note, progress_bar
 from files import REPAIR_HINT, atomic_file, open_file, short_repr
 import gpt2
+import llama
 import llama_files
 from gpt2 import Config, Tensors, ceil_div, chunks
 from hugging_face import join_names, make_config, stored_tensors
@@ -73,7 +74,7 @@ STORED_KINDS = {    # kinds that kernels_cpu.py multiplies as they are -> kind i
     "int8": (GGMLQuantizationType.Q8_0, np.int8),
     "int4": (GGMLQuantizationType.Q4_0, np.uint8),
 }
-CLASSIFIER = "output.weight"    # a second copy of wte that some files of a GPT-2 have
+CLASSIFIER_NAME = "output.weight"    # a second copy of wte that some files of a GPT-2 have
 
 SPECIAL_KEYS = {name: f"tokenizer.ggml.{name}" for name in ("bos_token_id", "eos_token_id")} | {
     "pad_token_id": "tokenizer.ggml.padding_token_id"}
@@ -124,13 +125,9 @@ SCALARS = {
 }
 
 
-def is_llama(config):
-    return definition_of(config) is not gpt2
-
-
 def gguf_tensors(config):
     """stored_tensors in a GGUF file. The rows of a Llama's queries and keys are in another order there: llama_files.ROTATED."""
-    return stored_tensors(config, llama_files.GGUF_NAMES if is_llama(config) else NAMES)
+    return stored_tensors(config, llama_files.GGUF_NAMES if definition_of(config) is llama else NAMES)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,14 +142,16 @@ def write_gguf(path: str | Path, config: Config, params: Tensors, tokenizer: Tok
     Raises UserError if llama.cpp has no such tokenizer, if the type cannot hold a number, or if writing fails.
     """
     tokens, types, merges, splitter = vocabulary(tokenizer, config.vocab_size)
+    if definition_of(config) is llama and config.rope_scaling:
+        llama_files.with_rope_factors(path, config, llama_files.rope_factors(config))       # or else nobody could read it back
     architecture = ARCHITECTURE
-    if is_llama(config):
+    if definition_of(config) is llama:
         architecture = "qwen2" if config.qkv_bias else "llama"
     kinds = {name: kind_of(ours, shape, GGMLQuantizationType[type.upper()]) for name, shape, ours, _ in gguf_tensors(config)}
     with atomic_file(path) as file, contextlib.closing(GGUFWriter(file.name, architecture)) as writer:
         writer.add_file_type(FILE_TYPES[type])
         writer.add_quantization_version(2)
-        for key, value in (llama_files.fields_of(config) if is_llama(config) else fields_of(config)).items():
+        for key, value in (llama_files.llama_fields(config) if definition_of(config) is llama else gpt2_fields(config)).items():
             add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
             add(f"{architecture}.{key}", value)
         writer.add_tokenizer_model(TOKENIZER)
@@ -168,7 +167,7 @@ def write_gguf(path: str | Path, config: Config, params: Tensors, tokenizer: Tok
         for name, shape, *_ in gguf_tensors(config):
             num_bytes = prod(quant_shape_to_byte_shape(shape, kinds[name]))
             writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes, kinds[name])
-        if is_llama(config) and config.rope_scaling:
+        if definition_of(config) is llama and config.rope_scaling:
             writer.add_tensor(llama_files.ROPE_FACTORS, llama_files.rope_factors(config))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -180,11 +179,11 @@ def write_gguf(path: str | Path, config: Config, params: Tensors, tokenizer: Tok
                     numbers = llama_files.to_neighbors(numbers, config.head_size)
                 writer.write_tensor_data(converted(name, numbers, kinds[name]))
                 bar.update(numbers.nbytes)
-            if is_llama(config) and config.rope_scaling:
+            if definition_of(config) is llama and config.rope_scaling:
                 writer.write_tensor_data(llama_files.rope_factors(config))
 
 
-def fields_of(config):
+def gpt2_fields(config):
     """The metadata of a GPT-2, without the architecture's name before each key: key -> value."""
     return {"context_length": config.max_seq_len, "embedding_length": config.channels, "block_count": config.num_layers,
             "feed_forward_length": 4 * config.channels, "attention.head_count": config.num_heads,
@@ -275,7 +274,7 @@ def special_tokens(tokenizer):
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
-class StoredTensor(NamedTuple):
+class GGUFTensor(NamedTuple):
     """A tensor as the header has it, still unchecked: its kind, its shape and the position of its bytes in the data."""
     kind: int
     shape: tuple
@@ -313,7 +312,7 @@ class Data(NamedTuple):
                     yield rows, dequantize(contents.reshape(shape), GGMLQuantizationType(tensor.kind))
 
     def read(self, view, name, tensor):
-        """Convert a StoredTensor to float32 and write it to `view`."""
+        """Convert a GGUFTensor to float32 and write it to `view`."""
         for rows, numbers in self.strips(tensor):
             view.reshape(-1, view.shape[-1])[rows] = numbers
         if self.is_permuted(name):
@@ -393,7 +392,7 @@ class Header:
 
     def tensor(self):
         *dims, = self.numbers("<u8", self.number("<u4"))
-        return StoredTensor(kind=self.number("<u4"), shape=tuple(reversed(dims)), offset=self.number("<u8"))
+        return GGUFTensor(kind=self.number("<u4"), shape=tuple(reversed(dims)), offset=self.number("<u8"))
 
 
 def read_gguf(path: str | Path, as_stored: Iterable = ()) -> tuple[Config, Tensors | SimpleNamespace]:
@@ -414,7 +413,7 @@ def read_gguf(path: str | Path, as_stored: Iterable = ()) -> tuple[Config, Tenso
         factors = np.empty(config.head_size // 2, np.float32)
         data.read(factors, llama_files.ROPE_FACTORS, tensors[llama_files.ROPE_FACTORS])
         config = llama_files.with_rope_factors(path, config, factors)
-    own_classifier = (CLASSIFIER,) if definition_of(config) is gpt2 else ()
+    own_classifier = (CLASSIFIER_NAME,) if definition_of(config) is gpt2 else ()
     copies = sorted((tensors[name] for name in (NAMES["wte"], *own_classifier) if name in tensors), key=bits)
     tensors = tensors | {NAMES["wte"]: copies[-1]}
     kinds = {STORED_KINDS[name][0]: STORED_KINDS[name][1] for name in as_stored}
@@ -449,10 +448,15 @@ def read_as_stored(data, tensors, kinds):
     for name, _, ours, index in gguf_tensors(data.config):
         layer = None if isinstance(index, slice) else index[0] if isinstance(index, tuple) else index
         parts.setdefault((ours, layer), []).append(name)
+    kept = {part: all(is_kept(tensors[name], part[0]) and tensors[name].kind == tensors[names[0]].kind for name in names)
+            for part, names in parts.items()}
+    needed = sum(tensors[name].num_bytes if kept[part] else 4 * prod(tensors[name].shape)
+                 for part, names in parts.items() if len(names) > 1 or not kept[part] for name in names)
+    check_memory(f"the model in {data.path}", needed, main_memory(), "this machine", "choose a smaller model")
     params, conversions = {name: [] for name, layer in parts if layer is not None}, []
     for (ours, layer), names in parts.items():
         stored = [tensors[name] for name in names]
-        if all(is_kept(tensor, ours) and tensor.kind == stored[0].kind for tensor in stored):
+        if kept[ours, layer]:
             arrays = [data.stored(name, tensors[name], kinds[stored[0].kind]) for name in names]
             array = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
         else:
@@ -464,8 +468,6 @@ def read_as_stored(data, tensors, kinds):
             params[ours] = array
         else:
             params[ours].append(array)
-    check_memory(f"the model in {data.path}", sum(view.nbytes for _, view, *_ in conversions), main_memory(), "this machine",
-                 "choose a smaller model")
     read_all(conversions)
     shapes = definition.parameter_shapes(data.config)
     return SimpleNamespace(**params, **{name: np.empty(shape, np.float32) for name, shape in shapes.items() if 0 in shape})
@@ -485,7 +487,7 @@ def read_gguf_tokenizer(path: str | Path) -> Tokenizer:
     kind, splitter = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
     if splitter == "default":   # which older files have for GPT-2's
         splitter = "gpt-2"
-    if kind == TOKENIZER and splitter in SPLITTERS:
+    if kind == TOKENIZER and isinstance(splitter, str) and splitter in SPLITTERS:
         return tokenizer_from_files(tokenizer_files(path, fields, ids, rows, splitter), ids, path, rows)
     note(f"{path} has the tokenizer {short_repr((kind, splitter))}, expected {TOKENIZER} with {', '.join(SPLITTERS)}; it is "
          "left out")
@@ -499,7 +501,7 @@ def read_architecture(path: Path) -> str | None:
 
 
 def read_header(file, path):
-    """Return the metadata (key -> value), name -> StoredTensor, and the position of the data.
+    """Return the metadata (key -> value), name -> GGUFTensor, and the position of the data.
 
     The latest is kept, since a model and its tokenizer are read one after the other.
     """
@@ -562,15 +564,15 @@ def read_config(path, fields, tensors):
 
 
 def check_tensors(path, config, tensors, data_bytes):
-    """Raise UserError unless `tensors` (name -> StoredTensor) are the model's, of kinds that we can read, inside the data."""
+    """Raise UserError unless `tensors` (name -> GGUFTensor) are the model's, of kinds that we can read, inside the data."""
     if config.num_layers > len(tensors):    # checked first, or stored_tensors() might list billions of layers
         raise UserError(f"{path} has {len(tensors):,} tensors, too few for its {config.num_layers:,} layers; {REPAIR_HINT}")
     shapes = {name: shape for name, shape, *_ in gguf_tensors(config)}
     missing = [name for name in shapes if name not in tensors]
-    if is_llama(config):
+    if definition_of(config) is llama:
         shapes[llama_files.ROPE_FACTORS] = (config.head_size // 2,)
     else:
-        shapes[CLASSIFIER] = (config.vocab_size, config.channels)
+        shapes[CLASSIFIER_NAME] = (config.vocab_size, config.channels)
     unknown = [short_repr(name) for name in tensors if name not in shapes]
     if missing or unknown:
         faults = f"lacks {join_names(missing)}" * bool(missing), f"holds {join_names(unknown)}" * bool(unknown)
@@ -600,7 +602,7 @@ def check_kind(path, name, tensor):
 
 
 def bits(tensor):
-    """The bits of a number in a StoredTensor."""
+    """The bits of a number in a GGUFTensor."""
     block, block_bytes = GGML_QUANT_SIZES[tensor.kind]
     return 8 * block_bytes / block
 
@@ -623,8 +625,8 @@ def check_copies(path, wte, copies, coarser_strips):
     # Rounding to b bits changes a matrix by less than 2**(2-b) of its norm, and to bfloat16 as if it had 9 bits.
     allowed = min(0.5, math.hypot(*(2 ** (2 - min(bits(tensor), 9)) for tensor in copies)))
     if not difference <= allowed**2 * norm:
-        raise UserError(f"{path} holds an {CLASSIFIER} that differs from {NAMES['wte']}, expected one matrix for both; choose "
-                        "a model whose classifier is tied to its embedding, as GPT-2's is")
+        raise UserError(f"{path} holds an {CLASSIFIER_NAME} that differs from {NAMES['wte']}, expected one matrix for both; "
+                        "choose a model whose classifier is tied to its embedding, as GPT-2's is")
     if difference > 0:
         coarser, finer = (KIND_NAMES[tensor.kind] for tensor in copies)
         note(f"{path} holds the token embedding twice, as {coarser} and {finer}; the latter is used")

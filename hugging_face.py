@@ -69,13 +69,13 @@ DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 
 MAX_NAMES = 8                   # in an error
 CONFIG_HINT = "put the model's own config.json there"
-OTHER_HINT = "choose a model that computes what GPT-2 does"
+OTHER_HINT = "choose a model that computes what {} does"
 ADAPTER = ("an adapter's weights (such as LoRA's), which are no model without their base model; merge them into it with "
            "merge_and_unload of PEFT, and save that with save_pretrained")
 # Names of tensors that change what a model computes -> what they are
 FOREIGN = {
     r"lora_|ia3_|adapter|base_layer|prefix_encoder|prompt_e": ADAPTER,
-    r"crossattention|ln_cross_attn": f"cross-attention, of a decoder that needs an encoder; {OTHER_HINT}",
+    r"crossattention|ln_cross_attn": "cross-attention, of a decoder that needs an encoder; {}",
     r"\.(qweight|qzeros|absmax|quant_map|SCB)$": "quantized weights; choose the model that they were made from",
 }
 
@@ -88,15 +88,20 @@ def make_config(source, sizes, exact_gelu=False):
 
     Raises UserError for sizes that no model can have. The caller must still check that the file holds that much.
     """
-    for name, size in sizes.items():
-        if type(size) is not int or not 1 <= size < 2**31:
-            raise UserError(f"{source}: {name} is {short_repr(size)}, expected a whole number from 1 to {2**31 - 1:,}; "
-                            f"{REPAIR_HINT}")
+    check_whole(source, sizes)
     T, V, L, NH, C = sizes.values()
     if C % NH != 0:
         *_, heads, channels = sizes
         raise UserError(f"{source}: {channels} is {C:,}, expected a multiple of {heads}, {NH:,}; correct the one that is wrong")
     return Config(T, V, padded_vocab_size=padded(V), num_layers=L, num_heads=NH, channels=C, exact_gelu=exact_gelu)
+
+
+def check_whole(source, sizes):
+    """Raise UserError unless all sizes (name -> value) are whole numbers that a model can have."""
+    for name, size in sizes.items():
+        if type(size) is not int or not 1 <= size < 2**31:
+            raise UserError(f"{source}: {name} is {short_repr(size)}, expected a whole number from 1 to {2**31 - 1:,}; "
+                            f"{REPAIR_HINT}")
 
 
 def config_from_settings(source, settings):
@@ -114,7 +119,7 @@ def config_from_settings(source, settings):
         value = settings.get(name, choices[0])
         if value not in choices:
             raise UserError(f"{source}: {name} is {short_repr(value)}, expected {' or '.join(map(short_repr, choices))}; "
-                            f"{OTHER_HINT}")
+                            f"{OTHER_HINT.format('GPT-2')}")
     return config, (settings["scale_attn_weights"], settings["scale_attn_by_inverse_layer_idx"])
 
 
@@ -241,12 +246,12 @@ def read(source, stored, settings, config_path):
     return StoredModel(config, tensors, notes, lambda params: scale_queries(config, params, *scales))
 
 
-def check_foreign(source, stored):
-    """Raise UserError if there are tensors that change what a model computes."""
+def check_foreign(source, model, stored):
+    """Raise UserError if there are tensors that change what a model computes. model: its name."""
     for name in stored:
         for pattern, what in FOREIGN.items():
             if re.search(pattern, name):
-                raise UserError(f"{source} holds {short_repr(name)}: {what}")
+                raise UserError(f"{source} holds {short_repr(name)}: {what.format(OTHER_HINT.format(model))}")
 
 
 def gpt2_tensors(source, stored):
@@ -255,11 +260,11 @@ def gpt2_tensors(source, stored):
     A classifier stands in for a missing wte. Any matrix of wte's shape is taken for one.
     Raises UserError for tensors that change what a model computes, for more than one model, and for none.
     """
-    check_foreign(source, stored)
+    check_foreign(source, "GPT-2", stored)
     prefixes = sorted({match[1] for match in map(PREFIX.fullmatch, stored) if match})
     if not prefixes:
         raise UserError(f"{source} holds {join_names(stored) or 'no tensors'}, expected GPT-2's wte.weight, wpe.weight, "
-                        f"h.0.ln_1.weight, ...; {OTHER_HINT}")
+                        f"h.0.ln_1.weight, ...; {OTHER_HINT.format('GPT-2')}")
     if len(prefixes) > 1:
         raise UserError(f"{source} holds {len(prefixes)} models, with names that begin with {join_names(prefixes)}, expected "
                         "one; save the one that you want alone")
@@ -323,10 +328,10 @@ def check_tensors(source, model, shapes, tensors):
             hint = REPAIR_HINT
         elif any(tensors[name].dtype not in DTYPES for name in wrong):
             hint = "choose a model that is not quantized, or save it in one of these types"
-        elif not unknown and all(tensors[name].shape == shapes[name][::-1] for name in wrong):
+        elif model == "GPT-2" and not unknown and all(tensors[name].shape == shapes[name][::-1] for name in wrong):
             hint = "it is transposed, as in nanoGPT; turn nanoGPT's own checkpoint into a folder with dev/from_pytorch.py"
         else:
-            hint = OTHER_HINT
+            hint = OTHER_HINT.format(model)
         raise UserError(f"{source} is not the {model} of its config.json or of its shapes: {'; '.join(faults)}"
                         f"{' ...' if len(wrong) > MAX_NAMES else ''}; {hint}")
     for name, shape in shapes.items():

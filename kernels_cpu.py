@@ -62,6 +62,7 @@ from matvec_cpu import QUANT_GROUP, factor, multiply_few_rows, round_group, wide
 kernel = jit(parallel=True, fastmath=FASTMATH)
 
 NO_BIAS = np.empty(0, dtype=np.float32)     # for a matrix product without bias
+NO_POSITIONS = np.empty((0, 0), dtype=np.float32)       # wpe of a Llama, whose rotations take its place
 CLASSIFIER_ROWS = 512                       # rows of logits that exist at any one time: 512 * 50304 * 4 bytes = 103 MB
 LAYERNORM_EPSILON = np.float32(1e-5)
 GELU_SCALE = np.float32(np.sqrt(2 / np.pi))

@@ -12,17 +12,18 @@ from typing import NamedTuple
 import numpy as np
 
 import gpt2
-from gpt2 import ALIGNMENT, CONTEXT, VOCABULARY, Tensors, ceil_div, padded, share_memory
+from gpt2 import ALIGNMENT, CONTEXT, VOCABULARY, Tensors, ceil_div, padded, share_memory     # new models have GPT-2's tokens
 
 NAME = "Llama"
 HEADS_BY_DEPTH = {2: (2, 1), 4: (4, 2), 6: (6, 2), 8: (8, 2), 12: (12, 4)}     # of queries; of keys and values
 HEAD_SIZE = 64
-MATRICES = ("wte", "qkvw", "attprojw", "fcw", "fcprojw", "headw")
-WEIGHT_DECAYED = MATRICES                   # no decay for biases and norm weights
 
 
 class RopeScaling(NamedTuple):
-    """How Llama 3.1 stretches its rotations from a context of `original_context` to a longer one, see `frequencies`."""
+    """How Llama 3.1 stretches its rotations from a context of `original_context` to a longer one, see `frequencies`.
+
+    Pairs that make fewer than low_freq_factor turns there turn `factor` times as slowly; those above high_freq_factor do not.
+    """
     factor: float
     low_freq_factor: float
     high_freq_factor: float
@@ -113,6 +114,18 @@ def parameter_shapes(config: Config) -> dict[str, tuple]:
     }
 
 
+def row_parts(config: Config) -> dict[str, list[slice]]:
+    """Name -> the rows of a layer's weight that other programs store apart: queries, keys, values; gates and values."""
+    queries, keys = config.att_channels, config.num_key_heads * config.head_size
+    qkv = [slice(0, queries), slice(queries, queries + keys), slice(queries + keys, config.qkv_channels)]
+    return {"qkvw": qkv, "qkvb": qkv,
+            "fcw": [slice(0, config.hidden), slice(config.hidden, 2 * config.hidden)]}
+
+
+MATRICES = ("wte", "qkvw", "attprojw", "fcw", "fcprojw", "headw")
+WEIGHT_DECAYED = MATRICES                   # no decay for biases and norm weights
+
+
 def activation_shapes(config: Config, B: int, T: int, recompute: bool = False) -> dict[str, tuple]:
     """Name -> shape of every activation; most are kept for the backward pass. N = B*T rows, one per token.
 
@@ -137,14 +150,6 @@ def activation_shapes(config: Config, B: int, T: int, recompute: bool = False) -
         "lnf_rstd": (N,),
         "losses": (N,),                           # one per target
     }
-
-
-def row_parts(config: Config) -> dict[str, list[slice]]:
-    """Name -> the rows of a layer's weight that other programs store apart: queries, keys, values; gates and values."""
-    queries, keys = config.att_channels, config.num_key_heads * config.head_size
-    qkv = [slice(0, queries), slice(queries, queries + keys), slice(queries + keys, config.qkv_channels)]
-    return {"qkvw": qkv, "qkvb": qkv,
-            "fcw": [slice(0, config.hidden), slice(config.hidden, 2 * config.hidden)]}
 
 
 RECOMPUTED = ("ln1", "ln1_rstd", "qkv", "att", "att_lse", "residual2", "ln2", "ln2_rstd", "fch", "fch_swiglu")
@@ -173,17 +178,17 @@ def scratch_shapes(config: Config, B: int, T: int, classifier_rows: int) -> dict
     }
 
 
-def rotations(config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin (maxT, HS/2) of the angle of each position and pair of channels, for kernels_cpu.rope.
+def rotations(config: Config, positions: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin (positions, HS/2) of the angle of each position and pair of channels, for kernels_cpu.rope.
 
     Derived in dev/derivations/rope.md.
     """
-    angles = np.arange(config.max_seq_len)[:, None] * frequencies(config)
+    angles = np.arange(positions)[:, None] * frequencies(config)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def frequencies(config: Config) -> np.ndarray:
-    """By how many radians per position each of the HS/2 pairs turns: the first by 1, later ones ever more slowly.
+    """By how many radians per position each pair turns, (HS/2,) float64: the first by 1, later ones ever more slowly.
 
     rope_scaling divides the slowest ones by its factor, keeps the fast ones, and takes a mean of both in between (Llama 3.1;
     Grattafiori et al. 2024). See "A longer context" in dev/derivations/rope.md.

@@ -1,7 +1,7 @@
 """What the files of Llama models mean, Hugging Face's and GGUF's: their settings, and the names and order of their tensors.
 
-Read are LlamaForCausalLM and Qwen2ForCausalLM, which is Llama with biases on queries, keys and values. What they cannot
-express as llama.py computes it is refused, by saying what it is.
+Read are LlamaForCausalLM and Qwen2ForCausalLM, which is Llama with biases on queries, keys and values. Anything that llama.py
+does not compute is refused, with a line that says what.
 """
 import math
 import re
@@ -9,15 +9,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from cli import UserError
+from cli import LARGEST, UserError
 from files import REPAIR_HINT, short_repr
 from gpt2 import padded
-from hugging_face import (CONFIG_HINT, StoredModel, check_foreign, check_tensors, join_names, stored_tensors, without_nulls)
+from hugging_face import (CONFIG_HINT, OTHER_HINT, StoredModel, check_foreign, check_tensors, check_whole, join_names,
+                          stored_tensors, without_nulls)
 from llama import Config, RopeScaling, frequencies
 from tokenizer import SPECIAL_IDS
 
 MODEL_TYPES = "llama", "qwen2"      # of a config.json, and architectures of a GGUF file
-OTHER_HINT = "choose a model that computes what Llama does"
+LLAMA_HINT = OTHER_HINT.format("Llama")
 DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": False}
 SIZES = ("max_position_embeddings", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
          "hidden_size", "intermediate_size")
@@ -48,7 +49,8 @@ GGUF_NAMES = {
     "headw": "output.weight",
 }
 PREFIX = re.compile(r"((?:.*\.)?)(?:embed_tokens|layers\.0\.input_layernorm)\.weight")     # what stands before all names
-CLASSIFIER = HUGGING_FACE_NAMES["headw"]        # has no prefix
+TRANSPOSED = ()         # no weight, unlike GPT-2's
+CLASSIFIER_NAME = HUGGING_FACE_NAMES["headw"]        # has no prefix
 CONSTANTS = re.compile(r".*rotary_emb\.inv_freq")
 UNUSED = re.compile(r"(.*\.)?(score|classifier|qa_outputs|v_head)\b.*")     # heads for other purposes
 ROTATED = re.compile(r".*\.attn_[qk]\.(weight|bias)")                       # in a GGUF file
@@ -61,27 +63,28 @@ def make_config(source, sizes, tied, qkv_bias, rope_base, epsilon, rope_scaling=
 
     Raises UserError for sizes that no model can have. The caller must still check that the file holds that much.
     """
-    for name, size in sizes.items():
-        if type(size) is not int or not 1 <= size < 2**31:
-            raise UserError(f"{source}: {name} is {short_repr(size)}, expected a whole number from 1 to {2**31 - 1:,}; "
-                            f"{REPAIR_HINT}")
+    check_whole(source, sizes)
     T, V, L, NH, KV, HS, C, H = sizes.values()
     _, _, _, heads, key_heads, head_size, *_ = sizes
     if NH % KV != 0:
         raise UserError(f"{source}: {heads} is {NH:,}, expected a multiple of {key_heads}, {KV:,}; correct the wrong one")
     if HS % 2 != 0:
         raise UserError(f"{source}: {head_size} is {HS:,}, expected an even number, because pairs of channels are rotated; "
-                        f"{OTHER_HINT}")
-    for name, number in {"the base of the rotations": rope_base, "the norms' epsilon": epsilon}.items():
-        if type(number) not in (int, float) or not 0 < number < math.inf:
-            raise UserError(f"{source}: {name} is {short_repr(number)}, expected a number above 0; {REPAIR_HINT}")
+                        f"{LLAMA_HINT}")
+    for name, number in {"the base of the rotations": rope_base, "epsilon of the norms": epsilon}.items():
+        if not is_positive(number):
+            raise UserError(f"{source}: {name} is {number!r:.50}, expected a number above 0; {REPAIR_HINT}")
     return Config(T, V, padded(V), L, NH, KV, HS, C, H, float(rope_base), float(epsilon), tied, qkv_bias, rope_scaling)
+
+
+def is_positive(number):
+    return type(number) in (int, float) and 0 < number <= LARGEST[float]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Hugging Face
 
-def is_llama(settings, stored):
+def holds_llama(settings, stored):
     """Whether a file's settings (a config.json's, or None) are those of a model that this module reads."""
     if settings is not None:
         return settings.get("model_type") in MODEL_TYPES
@@ -92,27 +95,32 @@ def config_from_settings(source, settings):
     """Return the Config in the settings of a config.json. Raises UserError for what llama.py does not compute."""
     settings = DEFAULTS | without_nulls(settings)
     heads, channels = settings.get("num_attention_heads"), settings.get("hidden_size")
-    settings.setdefault("num_key_value_heads", heads)
-    if type(heads) is int and type(channels) is int and heads > 0:
-        settings.setdefault("head_dim", channels // heads)
+    check_whole(source, {"num_attention_heads": heads, "hidden_size": channels})
+    settings = {"num_key_value_heads": heads, "head_dim": channels // heads} | settings
+    for name in ("tie_word_embeddings", "attention_bias", "use_sliding_window"):
+        if type(settings.get(name, False)) is not bool:
+            raise UserError(f"{source}: {name} is {short_repr(settings[name])}, expected true or false; {CONFIG_HINT}")
     for name, expected in {"hidden_act": "silu", "mlp_bias": False}.items():
         if settings.get(name, expected) != expected:
-            raise UserError(f"{source}: {name} is {short_repr(settings[name])}, expected {short_repr(expected)}; {OTHER_HINT}")
+            raise UserError(f"{source}: {name} is {short_repr(settings[name])}, expected {short_repr(expected)}; {LLAMA_HINT}")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{source}: the rotations' settings are {short_repr(rope)}, expected an object; {CONFIG_HINT}")
-    config = make_config(source, {name: settings.get(name) for name in SIZES}, settings["tie_word_embeddings"] is True,
-                         settings["model_type"] == "qwen2" or settings.get("attention_bias") is True,
+    config = make_config(source, {name: settings.get(name) for name in SIZES}, settings["tie_word_embeddings"],
+                         settings["model_type"] == "qwen2" or settings.get("attention_bias", False),
                          rope.get("rope_theta", settings["rope_theta"]), settings["rms_norm_eps"], scaling_of(source, rope))
 
     def reaches(name, number):
         return type(settings.get(name)) is int and settings[name] >= number
 
-    slides = settings["model_type"] == "qwen2" and settings.get("use_sliding_window") is True and "sliding_window" in settings
-    if slides and not (reaches("sliding_window", config.max_seq_len) or reaches("max_window_layers", config.num_layers)):
-        raise UserError(f"{source}: sliding_window is {short_repr(settings['sliding_window'])}, less than the context of "
-                        f"{config.max_seq_len:,}, and attention here sees the whole context; choose a model without a sliding "
-                        "window")
+    layers = settings.get("layer_types")
+    if isinstance(layers, list):
+        slides = "sliding_attention" in layers
+    else:
+        slides = settings.get("use_sliding_window", False) and not reaches("max_window_layers", config.num_layers)
+    if slides and not reaches("sliding_window", config.max_seq_len):
+        raise UserError(f"{source}: attention has a sliding window of {short_repr(settings.get('sliding_window'))} positions, "
+                        f"expected at least the context of {config.max_seq_len:,}; choose a model without a sliding window")
     return config
 
 
@@ -123,10 +131,10 @@ def scaling_of(source, rope):
         return None
     if kind != "llama3":
         raise UserError(f"{source}: the rotations' rope_type is {short_repr(kind)}, expected 'default' or 'llama3'; "
-                        f"{OTHER_HINT}")
+                        f"{LLAMA_HINT}")
     names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     values = [rope.get(name) for name in names]
-    if not all(type(value) in (int, float) and 0 < value < math.inf for value in values) or values[1] >= values[2]:
+    if not all(map(is_positive, values)) or values[1] >= values[2]:
         raise UserError(f"{source}: the rotations' {', '.join(names)} are {short_repr(values)}, expected numbers above 0, the "
                         f"second below the third; {CONFIG_HINT}")
     return RopeScaling(*values)
@@ -167,7 +175,7 @@ def hugging_face_tensors(config):
 
 def with_prefix(name):
     """The name in a file, as LlamaForCausalLM saves it."""
-    return name if name == CLASSIFIER else f"model.{name}"
+    return name if name == CLASSIFIER_NAME else f"model.{name}"
 
 
 def read(source, stored, settings, config_path):
@@ -179,16 +187,20 @@ def read(source, stored, settings, config_path):
         raise UserError(f"{source} holds the tensors of a Llama and has no config.json beside it, which tells its number of "
                         f"heads; {CONFIG_HINT}")
     config = config_from_settings(config_path, settings)
-    check_foreign(source, stored)
+    check_foreign(source, "Llama", stored)
     prefixes = sorted({match[1] for match in map(PREFIX.fullmatch, stored) if match})
     if len(prefixes) != 1:
         raise UserError(f"{source} holds {join_names(stored) or 'no tensors'}, expected those of one Llama: "
-                        f"model.embed_tokens.weight, ...; {OTHER_HINT}")
-    tensors, zeros, others = {}, [], []
+                        f"model.embed_tokens.weight, ...; {LLAMA_HINT}")
+    [prefix], tensors, zeros, others = prefixes, {}, [], []
+    classifier = prefix.removesuffix("model.") + CLASSIFIER_NAME
     shapes_known = config.num_layers <= len(stored)     # checked first, or stored_tensors might list billions of layers
     known = {name for name, *_ in hugging_face_tensors(config)} if shapes_known else set()
     for name, tensor in stored.items():
-        own = CLASSIFIER if name.endswith(CLASSIFIER) else name.removeprefix(prefixes[0])
+        if name == classifier:
+            own = CLASSIFIER_NAME
+        else:
+            own = name.removeprefix(prefix) if name.startswith(prefix) else f"{name} (without {prefix})"
         if own.endswith(".bias") and own not in known and not any(part.any() for part in tensor.parts()):
             zeros.append(name)      # as transformers initializes the biases that Llama has with attention_bias
         elif UNUSED.fullmatch(own):
@@ -198,11 +210,11 @@ def read(source, stored, settings, config_path):
     if not shapes_known:
         raise UserError(f"{config_path}: num_hidden_layers is {config.num_layers:,}, and {source} has {len(stored):,} tensors; "
                         f"{CONFIG_HINT}")
-    if config.tied and CLASSIFIER in tensors:   # once more, or in place of the embedding
-        classifier = tensors.pop(CLASSIFIER)
+    if config.tied and CLASSIFIER_NAME in tensors:   # once more, or in place of the embedding
+        classifier = tensors.pop(CLASSIFIER_NAME)
         if not classifier.equals(tensors.setdefault(HUGGING_FACE_NAMES["wte"], classifier)):
-            raise UserError(f"{config_path}: tie_word_embeddings is true, and {source} holds an {CLASSIFIER} that differs from "
-                            f"{HUGGING_FACE_NAMES['wte']}; {CONFIG_HINT}")
+            raise UserError(f"{config_path}: tie_word_embeddings is true, and {source} holds an {CLASSIFIER_NAME} that differs "
+                            f"from {HUGGING_FACE_NAMES['wte']}; {CONFIG_HINT}")
     check_tensors(source, "Llama", {name: shape for name, shape, *_ in hugging_face_tensors(config)}, tensors)
     notes = [f"{source}: left out {join_names(others)}, which Llama's language model does not use"] * bool(others)
     notes += [f"{source}: left out {join_names(zeros)}: {len(zeros)} biases that are zero"] * bool(zeros)
@@ -215,7 +227,7 @@ def read(source, stored, settings, config_path):
 def config_from_fields(path, fields, tensors, rows):
     """Return the Config in the metadata of a GGUF file (key -> value). rows: of its token embedding.
 
-    tensors: name -> StoredTensor. rope_scaling is still missing: read_scaling finds it in the tensor ROPE_FACTORS.
+    tensors: name -> GGUFTensor. rope_scaling is still missing: with_rope_factors finds it in the tensor ROPE_FACTORS.
 
     Raises UserError for what llama.py does not compute.
     """
@@ -234,10 +246,10 @@ def config_from_fields(path, fields, tensors, rows):
     config = make_config(path, sizes, GGUF_NAMES["headw"] not in tensors, "blk.0.attn_q.bias" in tensors,
                          field("rope.freq_base", 10000.0), rounded(field("attention.layer_norm_rms_epsilon")))
     expected = {"attention.value_length": config.head_size, "rope.dimension_count": config.head_size, "expert_count": 0,
-                "rope.scaling.type": "none"}
+                "rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0}
     for key, value in expected.items():
         if field(key, value) != value:
-            raise UserError(f"{path}: {architecture}.{key} is {short_repr(field(key))}, expected {value}; {OTHER_HINT}")
+            raise UserError(f"{path}: {architecture}.{key} is {short_repr(field(key))}, expected {value}; {LLAMA_HINT}")
     return config
 
 
@@ -246,7 +258,7 @@ def rounded(epsilon):
     return float(str(np.float32(epsilon))) if isinstance(epsilon, float) and abs(epsilon) < 1 else epsilon
 
 
-def fields_of(config):
+def llama_fields(config):
     """The metadata of a GGUF file, without the architecture's name before each key: key -> value."""
     return {
         "context_length": config.max_seq_len, "embedding_length": config.channels, "block_count": config.num_layers,
@@ -265,12 +277,12 @@ def rope_factors(config):
 def with_rope_factors(path, config, factors):
     """The Config with the rope_scaling that these rope_factors come from. Raises UserError unless they are Llama 3's."""
     largest = float(factors.max(initial=0))
-    if largest >= 1 and len(factors) == config.head_size // 2:
+    if 1 <= largest < math.inf and len(factors) == config.head_size // 2:
         scaled = replace(config, rope_scaling=RopeScaling(round(largest, 3), 1.0, 4.0, LLAMA_3_CONTEXT))
         if np.allclose(rope_factors(scaled), factors, rtol=1e-5):
             return scaled
     raise UserError(f"{path}: {ROPE_FACTORS} holds {short_repr(factors.tolist())}, expected Llama 3's scaling from a context "
-                    f"of {LLAMA_3_CONTEXT:,}; {OTHER_HINT}")
+                    f"of {LLAMA_3_CONTEXT:,}; {LLAMA_HINT}")
 
 
 def from_neighbors(rows, head_size):

@@ -32,7 +32,7 @@ import hugging_face
 import llama
 import llama_files
 from gpt2 import VOCABULARY, Config, Tensors, chunks
-from hugging_face import ADAPTER, CONFIG_HINT, DTYPES, GPT2_SCALES, TRANSPOSED, WRAPPERS, join_names, make_config
+from hugging_face import ADAPTER, CONFIG_HINT, DTYPES, GPT2_SCALES, WRAPPERS, join_names, make_config
 from llama import definition_of
 from machine import check_memory, main_memory, usable_cores
 from tokenizer import NO_TOKENIZER, SPECIAL_IDS, TOKENIZER_FILES, GPT2Tokenizer, Tokenizer, load_tokenizer
@@ -132,11 +132,12 @@ def load_model_tokenizer(name: str | Path, rows: int | None = None) -> Tokenizer
     return tokenizer
 
 
-def check_definition(definition: ModuleType, config, source, verb: str) -> None:
-    """Raise UserError unless a model is defined by this module, which is what its program can `verb`."""
-    found = definition_of(config)
+def check_definition(definition: ModuleType, name: str | Path, verb: str) -> None:
+    """Raise UserError unless a model is defined by this module, as that of a program which can `verb` it."""
+    found = stored_definition(name)
     if found is not definition:
-        raise UserError(f"{source} is a {found.NAME}, expected a {definition.NAME}; {verb} it with {verb}_{found.__name__}.py")
+        program = f"{'train' if verb == 'train' else 'generate'}_{found.__name__}.py"
+        raise UserError(f"{name} is a {found.NAME}, expected a {definition.NAME}; {verb} it with {program}")
 
 
 def stored_definition(name: str | Path) -> ModuleType:
@@ -146,7 +147,7 @@ def stored_definition(name: str | Path) -> ModuleType:
         from gguf_files import read_architecture
         return llama if read_architecture(path) in llama_files.MODEL_TYPES else gpt2
     config_path = (path if path.is_dir() else path.parent) / "config.json"
-    return llama if config_path.is_file() and llama_files.is_llama(read_json(config_path), ()) else gpt2
+    return llama if config_path.is_file() and llama_files.holds_llama(read_json(config_path), ()) else gpt2
 
 
 def is_gguf(path):
@@ -232,15 +233,14 @@ class StoredTensor(NamedTuple):
 
 def format_of(config):
     """The module that knows Hugging Face's format of a model: hugging_face or llama_files."""
-    return llama_files if isinstance(config, llama.Config) else hugging_face
+    return llama_files if definition_of(config) is llama else hugging_face
 
 
 def stored_views(config, params):
     """Yield (name, view) of the parameters, each view shaped as Hugging Face stores it."""
-    transposed = () if isinstance(config, llama.Config) else TRANSPOSED
     for name, _, ours, index in format_of(config).hugging_face_tensors(config):
         view = getattr(params, ours)[index]
-        yield name, view.T if ours in transposed else view
+        yield name, view.T if ours in format_of(config).TRANSPOSED else view
 
 
 def load_hugging_face(source, paths, config_path):
@@ -258,7 +258,7 @@ def load_hugging_face(source, paths, config_path):
             stored[name] = tensor
     if settings is None and config_path:
         settings = read_json(config_path, CONFIG_HINT)
-    file_format = llama_files if llama_files.is_llama(settings, stored) else hugging_face
+    file_format = llama_files if llama_files.holds_llama(settings, stored) else hugging_face
     config, tensors, notes, finish = file_format.read(source, stored, settings, config_path)
     shapes = definition_of(config).parameter_shapes(config)
     check_memory(f"the model in {source}", 4 * sum(map(prod, shapes.values())), main_memory(), "this machine",
@@ -413,7 +413,7 @@ def holds_other_model(config_path, config):
         if not config_path.exists():
             return config_path.with_name("model.safetensors").exists()
         settings = read_json(config_path)
-        if llama_files.is_llama(settings, ()):
+        if llama_files.holds_llama(settings, ()):
             return llama_files.config_from_settings(config_path, settings) != config
         return hugging_face.config_from_settings(config_path, settings) != (config, GPT2_SCALES)
     except UserError:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError, note
+from cli import UserError, note, one_line
 from files import DATA_DIR, atomic_file, download_wheel, open_file, parse_json, sha256
 from gpt2 import VOCABULARY
 
@@ -398,7 +398,7 @@ def tokenizer_from_files(files: dict[str, bytes], special_ids: dict, folder: Pat
     except BaseException as error:      # of whatever kind: a panic of the package, which is written in Rust, is no Exception
         if isinstance(error, KeyboardInterrupt):
             raise
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        reason = one_line(textwrap.shorten(f"{type(error).__name__}: {error}", 200))
         raise UserError(f"the tokenizer in {folder} cannot be read ({reason}); {REPAIR_HINT}") from error
 
 

@@ -40,10 +40,9 @@ class GPT2:
     threads: number of blocks that a matrix product is split into, at most Numba's number of threads
     recompute: activation checkpointing: keep all block outputs; recompute the other activations block by block
     dtype: of the factors in matrix products, float32 or bfloat16; all that is kept is float32
+    definition: the module that defines the model, here gpt2; train_llama.Llama has another
 
     All parameters are zero until `initialize` or `set_params` fills them.
-
-    definition: the module that defines the model, here gpt2; train_llama.Llama has another
     """
     definition = gpt2
 
@@ -156,12 +155,12 @@ class GPT2:
 
         for rows in chunks(N, CLASSIFIER_ROWS):
             logits = self.scratch.logits[:rows.stop - rows.start]
-            kernels.matmul_forward(logits, acts.lnf[rows], params.wte, NO_BIAS, workspace)                       # (rows, Vp)
+            kernels.matmul_forward(logits, acts.lnf[rows], self.classifier(params), NO_BIAS, workspace)          # (rows, Vp)
             kernels.fused_classifier(acts.losses[rows], logits, targets[rows],
                                      1 / (N * accumulation_steps), self.config.vocab_size)                       # (rows, Vp)
             # wte's gradient from the classifier. encoder_backward, the last call, adds the embedding's.
-            kernels.matmul_backward(dln[rows], grads.wte, NO_BIAS,
-                                    logits, acts.lnf[rows], params.wte, workspace)                               # (rows, C)
+            kernels.matmul_backward(dln[rows], self.classifier(grads), NO_BIAS,
+                                    logits, acts.lnf[rows], self.classifier(params), workspace)                  # (rows, C)
         dresidual[...] = 0
         kernels.layernorm_backward(dresidual, grads.lnfw, grads.lnfb,
                                    dln, acts.lnf_mean, acts.lnf_rstd, acts.residual3[-1], params.lnfw)           # (N, C)

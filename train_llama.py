@@ -1,7 +1,8 @@
 """Train Llama on the CPU: `python train_llama.py`. `python train_llama.py --help` lists all options.
 
 Here are its forward and backward pass. train_gpt2.py has all the rest: the update, the training loop, the command line. Lay the
-two files side by side: every line that differs is one of the five changes in dev/derivations/from_gpt2_to_llama.md.
+two files side by side: every line that differs is one of the five changes in dev/derivations/from_gpt2_to_llama.md, or what
+they bring along: the norms' epsilon, a gradient of the MLP's width, a classifier that may have a weight of its own.
 """
 from functools import partial
 
@@ -12,25 +13,29 @@ import numpy as np
 import kernels_cpu as kernels
 import llama
 import train_gpt2
-from gpt2 import chunks
-from kernels_cpu import CLASSIFIER_ROWS, NO_BIAS
+from gpt2 import Tensors, chunks
+from kernels_cpu import CLASSIFIER_ROWS, NO_BIAS, NO_POSITIONS
 from train_gpt2 import GPT2
 from training import OUT_OF_MEMORY_HINT
 
-NO_POSITIONS = np.empty((0, 0), dtype=np.float32)       # of the encoder: rotations take their place
+ROTATE, ROTATE_BACK = 1, -1
 
 
 class Llama(GPT2):
-    """Llama with the methods of train_gpt2.GPT2. config: a llama.Config."""
+    """Llama with the methods of train_gpt2.GPT2. config: a llama.Config.
+
+    In the comments, QKV is (NH + 2*KV)*HS, the columns of queries, keys and values.
+    """
     definition = llama
 
     def __init__(self, config: llama.Config, batch_size: int, sequence_length: int, threads: int, recompute: bool = False,
                  dtype: str = "float32"):
         super().__init__(config, batch_size, sequence_length, threads, recompute, dtype)
-        self.cos, self.sin = llama.rotations(config)
+        self.cos, self.sin = llama.rotations(config, min(config.max_seq_len, batch_size * sequence_length))
         self.rotated_heads = config.num_heads + config.num_key_heads
 
-    def classifier(self, tensors):
+    def classifier(self, tensors: Tensors) -> np.ndarray:
+        """As GPT2.classifier."""
         return tensors.wte if self.config.tied else tensors.headw
 
     def forward(self, tokens: np.ndarray) -> None:
@@ -57,8 +62,8 @@ class Llama(GPT2):
         proj = self.scratch.proj[:self.tokens.size]
         residual = acts.residual3[l - 1] if l > 0 else acts.encoded
         kernels.rmsnorm_forward(acts.ln1[l], acts.ln1_rstd[l], residual, params.ln1w[l], epsilon)                # (N, C)
-        kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l], workspace)              # (N, qkv)
-        kernels.rope(acts.qkv[l], self.cos, self.sin, self.rotated_heads, self.tokens.shape[1], 0, 1)            # in place
+        kernels.matmul_forward(acts.qkv[l], acts.ln1[l], params.qkvw[l], params.qkvb[l], workspace)              # (N, QKV)
+        kernels.rope(acts.qkv[l], self.cos, self.sin, self.rotated_heads, self.tokens.shape[1], 0, ROTATE)       # (N, QKV)
         kernels.attention_forward(acts.att[l], acts.att_lse[l], acts.qkv[l], workspace)                          # (N, NH*HS)
         kernels.matmul_forward(proj, acts.att[l], params.attprojw[l], NO_BIAS, workspace)                        # (N, C)
         kernels.residual_forward(acts.residual2[l], residual, proj)                                              # (N, C)
@@ -97,14 +102,15 @@ class Llama(GPT2):
             kernels.matmul_backward(dfch_swiglu, grads.fcprojw[l], NO_BIAS,
                                     dresidual, acts.fch_swiglu[l], params.fcprojw[l], workspace)                 # (N, H)
             kernels.swiglu_backward(dfch, dfch_swiglu, acts.fch[l])                                              # (N, 2H)
-            kernels.matmul_backward(dln, grads.fcw[l], NO_BIAS, dfch, acts.ln2[l], params.fcw[l], workspace)     # (N, C)
+            kernels.matmul_backward(dln, grads.fcw[l], NO_BIAS,
+                                    dfch, acts.ln2[l], params.fcw[l], workspace)                                 # (N, C)
             kernels.rmsnorm_backward(dresidual, grads.ln2w[l],
                                      dln, acts.ln2_rstd[l], acts.residual2[l], params.ln2w[l])                   # (N, C)
             # residual2 = residual + proj: dresidual is the gradient of both.
             kernels.matmul_backward(datt, grads.attprojw[l], NO_BIAS,
                                     dresidual, acts.att[l], params.attprojw[l], workspace)                       # (N, NH*HS)
-            kernels.attention_backward(dqkv, datt, acts.att[l], acts.att_lse[l], acts.qkv[l], workspace)         # (N, qkv)
-            kernels.rope(dqkv, self.cos, self.sin, self.rotated_heads, self.tokens.shape[1], 0, -1)              # in place
+            kernels.attention_backward(dqkv, datt, acts.att[l], acts.att_lse[l], acts.qkv[l], workspace)         # (N, QKV)
+            kernels.rope(dqkv, self.cos, self.sin, self.rotated_heads, self.tokens.shape[1], 0, ROTATE_BACK)     # (N, QKV)
             kernels.matmul_backward(dln, grads.qkvw[l], grads.qkvb[l],
                                     dqkv, acts.ln1[l], params.qkvw[l], workspace)                                # (N, C)
             kernels.rmsnorm_backward(dresidual, grads.ln1w[l],

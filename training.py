@@ -54,7 +54,7 @@ TEMPERATURE = 0.8
 def model_name(definition: ModuleType, text: str) -> str:
     """An argparse type: the name of a new model, or anything that model_files.load_model may find."""
     names = definition.NEW_MODELS
-    if re.fullmatch(names[0][0] + r"\d+", text) and text not in names and not Path(text).exists():
+    if re.fullmatch(r"[dl]\d+", text) and text not in names and not Path(text).exists():
         raise argparse.ArgumentTypeError(f"found {text!r}, expected one of {', '.join(map(repr, names))}, or a checkpoint")
     return text
 
@@ -261,6 +261,8 @@ def load_or_create_model(definition: ModuleType, options, train_loader: DataLoad
     Raises UserError if there is no such model, its context is shorter than the sequences, or its tokens are not the data's.
     """
     params = moments = None
+    if options.checkpoint or options.model not in definition.NEW_MODELS:
+        check_definition(definition, options.checkpoint or options.model, "train")
     if options.checkpoint:
         config, params, moments = load_checkpoint(options.checkpoint)
         tokenizer = load_model_tokenizer(options.checkpoint, config.vocab_size)
@@ -272,7 +274,6 @@ def load_or_create_model(definition: ModuleType, options, train_loader: DataLoad
         path = find_model(options.model)
         config, params = load_model(path)
         tokenizer = load_model_tokenizer(path, config.vocab_size)
-    check_definition(definition, config, options.checkpoint or options.model, "train")
     if options.sequence_length > config.max_seq_len:
         raise UserError(f"--sequence-length is {options.sequence_length}, expected at most {config.max_seq_len}, the context "
                         f"of --model {options.model}", status=2)
@@ -529,8 +530,9 @@ def print_configuration(options, model, train_loader, val_loader, examples=(), *
     decay = f", then {options.schedule} to {options.learning_rate_decay_frac:g} of it" if options.schedule != "constant" else ""
     clipping = f"gradients clipped at norm {options.grad_clip:g}" if options.grad_clip else "no gradient clipping"
     rows = {
-        "model": f"{options.model}: {config.num_layers} layers, {config.num_heads} heads, {config.channels} channels, "
-                 f"{model.params.size / 1e6:.1f} M parameters",
+        "model": f"{options.model}: {config.num_layers} layers, {config.num_heads} heads"
+                 + (f" on {config.num_key_heads} of keys" if config.num_key_heads < config.num_heads else "")
+                 + f", {config.channels} channels, {model.params.size / 1e6:.1f} M parameters",
         "batch": f"{B} x {T} tokens" + (f", {batches} per step: {options.total_batch_size:,} tokens" if batches > 1 else ""),
         "training": f"{train_loader.num_tokens:,} tokens in {options.input_bin}",
         "validation": f"{val_loader.num_tokens:,} tokens in {options.input_val_bin}" if val_loader else "none",

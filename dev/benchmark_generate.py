@@ -57,8 +57,8 @@ PROMPT = "The first citizen spoke:"     # for the time to the first token
 FIRST_TOKEN = "--first-token"           # runs this file as a peer's program for that, with a task in JSON
 LOGITS_STRIDE = 100                     # every 100th logit is compared
 
-# Largest relative error of logits from ours in float32; of unrelated ones it is about 1.4. llama.cpp has a float16 table of GELU
-# and a float16 KV cache. The error of rounded weights grows with the depth of a model.
+# Largest relative error of logits from ours in float32. llama.cpp has a float16 table of GELU and a float16 KV cache. Errors of
+# rounded weights grow with the depth of a model; unrelated logits would differ by 1.4.
 LOGITS_BOUND = {OURS: 2e-3, OURS_BF16: 5e-2, OURS_INT8: 0.1, OURS_INT4: 0.9}
 
 

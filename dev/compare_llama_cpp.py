@@ -34,6 +34,7 @@ from model_files import load_model, load_model_tokenizer
 DECODERS = {gpt2: generate_gpt2.Decoder, llama: generate_llama.Decoder}
 NEW_IDS = 32        # as many as compare_llama_cpp.mjs generates
 PROMPT_IDS = 8
+LONGEST_WINDOW = 128        # node-llama-cpp keeps the probabilities of all tokens at every place
 BOUND = 0.005       # of the perplexities' relative difference
 TEXTS = ["don't   I'LL\n\n<|endoftext|> naïve café\t\n ", "漢字 🙂 12345 $%&/\r\n", "\u00a0\u3000 q\x01\x7f", "<|endo> [PAD]"]
 
@@ -44,14 +45,14 @@ def main():
     parser.add_flag("--text", required=True, type=Path, metavar="FILE", help="a text to score")
     parser.add_flag("--node", required=True, type=Path, metavar="FOLDER", help="where node-llama-cpp is installed")
     parser.add_flag("--windows", default=8, type=bounded(int, 1),
-                    help=f"parts of the text to score, each of one context or {gpt2.CONTEXT:,} tokens")
+                    help=f"parts of the text to score, each of at most {LONGEST_WINDOW} tokens")
     options = parser.parse_args()
     kernels.use_threads(None)
     model = load_model(options.model)
     tokenizer = load_model_tokenizer(options.model, model[0].vocab_size)
     with open_file(options.text, "name a text") as file:
         ids = tokenizer.encode(file.read().decode())
-    context = min(model[0].max_seq_len, gpt2.CONTEXT)
+    context = min(model[0].max_seq_len, LONGEST_WINDOW)
     if len(ids) <= options.windows * context:
         raise UserError(f"{options.text} has {len(ids):,} tokens, expected more than {options.windows * context:,} for "
                         f"--windows {options.windows}; choose fewer")

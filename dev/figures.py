@@ -119,7 +119,7 @@ def draw_rope(pyplot, model):
     for base, color in ((10_000, BLUE), (100_000, ORANGE)):
         config = llama.Config(positions, 128, 128, num_layers=1, num_heads=1, num_key_heads=1, head_size=HS, channels=HS,
                               hidden=HS, rope_base=base)
-        cos, sin = llama.rotations(config)
+        cos, sin = llama.rotations(config, config.max_seq_len)
         rows = np.ones((positions, HS), dtype=np.float32)
         kernels_cpu.rope(rows, cos, sin, 1, positions, 0, 1)
         scores.plot(rows @ rows[0] / HS, color=color, linewidth=1.5, label=f"base {base:,}")

