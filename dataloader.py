@@ -128,8 +128,8 @@ class TokenFile:
                             "with prepare_text.py and its --model or --tokenizer")
         if self.largest >= vocab_size:
             raise UserError(f"{self.path} holds token {self.largest:,} at position {self.largest_at:,}, expected tokens below "
-                            f"the model's vocabulary of {vocab_size:,}; prepare the text with prepare_text.py (or "
-                            "prepare_tinyshakespeare.py) and its --model")
+                            f"the model's vocabulary of {vocab_size:,}; use the model's tokenizer, by the --model of "
+                            "prepare_text.py or prepare_tinyshakespeare.py")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens from start to stop, (stop - start,) integers. Raises UserError if the file has become shorter."""

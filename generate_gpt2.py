@@ -628,8 +628,8 @@ def load(definition: ModuleType, options, as_stored: Iterable = ()) -> tuple[Con
 
     as_stored: keys of BITS: weights of these kinds are not converted to float32, see load_model
     """
-    check_definition(definition, options.model, "run")
     path = find_model(options.model)
+    check_definition(definition, path, "run")
     config, params = load_model(path, as_stored)
     tokenizer = load_model_tokenizer(path, config.vocab_size)
     if not options.perplexity:

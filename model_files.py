@@ -132,17 +132,16 @@ def load_model_tokenizer(name: str | Path, rows: int | None = None) -> Tokenizer
     return tokenizer
 
 
-def check_definition(definition: ModuleType, name: str | Path, verb: str) -> None:
-    """Raise UserError unless a model is defined by this module, as that of a program which can `verb` it."""
-    found = stored_definition(name)
+def check_definition(definition: ModuleType, path: Path, verb: str) -> None:
+    """Raise UserError unless the model at `path` is defined by this module, as that of a program which can `verb` it."""
+    found = stored_definition(path)
     if found is not definition:
         program = f"{'train' if verb == 'train' else 'generate'}_{found.__name__}.py"
-        raise UserError(f"{name} is a {found.NAME}, expected a {definition.NAME}; {verb} it with {program}")
+        raise UserError(f"{path} is a {found.NAME}, expected a {definition.NAME}; {verb} it with {program}")
 
 
-def stored_definition(name: str | Path) -> ModuleType:
-    """The module that defines a model, see load_model, as its header says: gpt2 or llama."""
-    path = find_model(name)
+def stored_definition(path: Path) -> ModuleType:
+    """The module that defines a model, as its header or its config.json says: gpt2 or llama."""
     if path.is_file() and is_gguf(path):
         from gguf_files import read_architecture
         return llama if read_architecture(path) in llama_files.MODEL_TYPES else gpt2

@@ -33,7 +33,7 @@ import gpt2
 from dataloader import NEW_SUFFIX, lock_data, replace_token_files, write_token_stream
 from files import cannot_write, delete_unfinished, made_folder, temporary_folder
 from machine import usable_cores
-from model_files import load_model_tokenizer, stored_definition
+from model_files import find_model, load_model_tokenizer, stored_definition
 from text_files import STANDARD_INPUT, TextReader, find_files, total_size
 from tokenizer import SEPARATOR, GPT2Tokenizer, Tokenizer, save_tokenizer, tokenizer_folder, train_tokenizer
 
@@ -104,7 +104,7 @@ def prepare(options: argparse.Namespace) -> None:
               f"{SMALL_TEXT_TOKENS:,} or more, or fine-tune a pretrained model (--model)")
     print("to train on it:")
     is_model = options.model and not (os.path.isdir(options.model) and not Path(options.model, "config.json").is_file())
-    program = f"train_{(stored_definition(options.model) if is_model else gpt2).__name__}.py"
+    program = f"train_{(stored_definition(find_model(options.model)) if is_model else gpt2).__name__}.py"
     command = ["python", str(Path(sys.argv[0]).with_name(program)), *(["--model", options.model] if is_model else []),
                "--input-bin", f"{glob.escape(name)}_train_*.bin", "--input-val-bin", str(val_path)]
     print(subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command))

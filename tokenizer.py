@@ -280,7 +280,7 @@ class LibraryTokenizer(Tokenizer):
 
     @property
     def begin(self):
-        """As Tokenizer.begin. Nothing for a chat model, whose end token ends a message: a text begins with its first word."""
+        """As Tokenizer.begin. Empty for chat models: their end token ends a message, so it must not stand before a text."""
         separator = self.library.token_to_id(SEPARATOR)
         return super().begin if self.prefix or separator is None or separator in super().end_tokens else []
 

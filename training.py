@@ -261,9 +261,8 @@ def load_or_create_model(definition: ModuleType, options, train_loader: DataLoad
     Raises UserError if there is no such model, its context is shorter than the sequences, or its tokens are not the data's.
     """
     params = moments = None
-    if options.checkpoint or options.model not in definition.NEW_MODELS:
-        check_definition(definition, options.checkpoint or options.model, "train")
     if options.checkpoint:
+        check_definition(definition, options.checkpoint, "train")
         config, params, moments = load_checkpoint(options.checkpoint)
         tokenizer = load_model_tokenizer(options.checkpoint, config.vocab_size)
     elif options.model in definition.NEW_MODELS:
@@ -272,6 +271,7 @@ def load_or_create_model(definition: ModuleType, options, train_loader: DataLoad
                          padded_vocab_size=padded(vocab_size))
     else:
         path = find_model(options.model)
+        check_definition(definition, path, "train")
         config, params = load_model(path)
         tokenizer = load_model_tokenizer(path, config.vocab_size)
     if options.sequence_length > config.max_seq_len:

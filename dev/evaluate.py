@@ -27,7 +27,7 @@ from gpt2 import chunks
 from hellaswag import TokenLosses, count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, use_threads
 from llama import definition_of
-from model_files import check_definition, load_model, load_model_tokenizer
+from model_files import check_definition, find_model, load_model, load_model_tokenizer
 
 OUT_OF_MEMORY_HINT = "choose a smaller --model or --batch-size"
 
@@ -55,7 +55,7 @@ def main():
     threads = use_threads(options.threads)
     device = None if options.device == "cpu" else open_device(options.device, "float32")
     if device:
-        check_definition(gpt2, options.model, "evaluate")
+        check_definition(gpt2, find_model(options.model), "evaluate")
     config, params = load_model(options.model)
     examples = read_examples(options.hellaswag, config.vocab_size, load_model_tokenizer(options.model, config.vocab_size))
     if device:
