@@ -10,8 +10,8 @@ import sys
 import time
 from argparse import ArgumentTypeError
 from collections import namedtuple
-from dataclasses import asdict, replace
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from math import prod
 from types import ModuleType, SimpleNamespace
 
@@ -360,9 +360,10 @@ def write_texts(decoder: Decoder, tokenizer: Tokenizer, texts: list, generators:
                 speed.new_tokens += len(texts)
             for i, token in enumerate(tokens):
                 if not ended[i]:
-                    if not is_end(token):
+                    ended[i] = is_end(token)
+                    if not ended[i]:
                         write(i, streams[i].add(token))
-                    ended[i] = is_end(token) or streams[i].stopped
+                        ended[i] = streams[i].stopped
             if decoder.start > 0 and not truncated:
                 truncated = True
                 context = decoder.config.max_seq_len

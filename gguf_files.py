@@ -24,11 +24,11 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, TokenType
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
-from cli import UserError, note, progress_bar
-from files import REPAIR_HINT, atomic_file, open_file, short_repr
 import gpt2
 import llama
 import llama_files
+from cli import UserError, note, progress_bar
+from files import REPAIR_HINT, atomic_file, open_file, short_repr
 from gpt2 import Config, Tensors, ceil_div, chunks
 from hugging_face import join_names, make_config, stored_tensors
 from llama import definition_of
@@ -142,16 +142,17 @@ def write_gguf(path: str | Path, config: Config, params: Tensors, tokenizer: Tok
     Raises UserError if llama.cpp has no such tokenizer, if the type cannot hold a number, or if writing fails.
     """
     tokens, types, merges, splitter = vocabulary(tokenizer, config.vocab_size)
-    if definition_of(config) is llama and config.rope_scaling:
-        llama_files.with_rope_factors(path, config, llama_files.rope_factors(config))       # or else nobody could read it back
-    architecture = ARCHITECTURE
+    architecture, fields, factors = ARCHITECTURE, gpt2_fields, None
     if definition_of(config) is llama:
-        architecture = "qwen2" if config.qkv_bias else "llama"
+        architecture, fields = "qwen2" if config.qkv_bias else "llama", llama_files.llama_fields
+        if config.rope_scaling:
+            factors = llama_files.rope_factors(config)
+            llama_files.with_rope_factors(path, config, factors)    # or else nobody could read it back
     kinds = {name: kind_of(ours, shape, GGMLQuantizationType[type.upper()]) for name, shape, ours, _ in gguf_tensors(config)}
     with atomic_file(path) as file, contextlib.closing(GGUFWriter(file.name, architecture)) as writer:
         writer.add_file_type(FILE_TYPES[type])
         writer.add_quantization_version(2)
-        for key, value in (llama_files.llama_fields(config) if definition_of(config) is llama else gpt2_fields(config)).items():
+        for key, value in fields(config).items():
             add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
             add(f"{architecture}.{key}", value)
         writer.add_tokenizer_model(TOKENIZER)
@@ -167,8 +168,8 @@ def write_gguf(path: str | Path, config: Config, params: Tensors, tokenizer: Tok
         for name, shape, *_ in gguf_tensors(config):
             num_bytes = prod(quant_shape_to_byte_shape(shape, kinds[name]))
             writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes, kinds[name])
-        if definition_of(config) is llama and config.rope_scaling:
-            writer.add_tensor(llama_files.ROPE_FACTORS, llama_files.rope_factors(config))
+        if factors is not None:
+            writer.add_tensor_info(llama_files.ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -179,8 +180,8 @@ def write_gguf(path: str | Path, config: Config, params: Tensors, tokenizer: Tok
                     numbers = llama_files.to_neighbors(numbers, config.head_size)
                 writer.write_tensor_data(converted(name, numbers, kinds[name]))
                 bar.update(numbers.nbytes)
-            if definition_of(config) is llama and config.rope_scaling:
-                writer.write_tensor_data(llama_files.rope_factors(config))
+            if factors is not None:
+                writer.write_tensor_data(factors)
 
 
 def gpt2_fields(config):

@@ -194,28 +194,27 @@ def read(source, stored, settings, config_path):
                         f"model.embed_tokens.weight, ...; {LLAMA_HINT}")
     [prefix], tensors, zeros, others = prefixes, {}, [], []
     classifier = prefix.removesuffix("model.") + CLASSIFIER_NAME
-    shapes_known = config.num_layers <= len(stored)     # checked first, or stored_tensors might list billions of layers
-    known = {name for name, *_ in hugging_face_tensors(config)} if shapes_known else set()
+    if config.num_layers > len(stored):     # checked first, or stored_tensors might list billions of layers
+        raise UserError(f"{config_path}: num_hidden_layers is {config.num_layers:,}, and {source} has {len(stored):,} tensors; "
+                        f"{CONFIG_HINT}")
+    shapes = {name: shape for name, shape, *_ in hugging_face_tensors(config)}
     for name, tensor in stored.items():
         if name == classifier:
             own = CLASSIFIER_NAME
         else:
             own = name.removeprefix(prefix) if name.startswith(prefix) else f"{name} (without {prefix})"
-        if own.endswith(".bias") and own not in known and not any(part.any() for part in tensor.parts()):
+        if own.endswith(".bias") and own not in shapes and not any(part.any() for part in tensor.parts()):
             zeros.append(name)      # as transformers initializes the biases that Llama has with attention_bias
         elif UNUSED.fullmatch(own):
             others.append(name)
         elif not CONSTANTS.fullmatch(own):
             tensors[own] = tensor
-    if not shapes_known:
-        raise UserError(f"{config_path}: num_hidden_layers is {config.num_layers:,}, and {source} has {len(stored):,} tensors; "
-                        f"{CONFIG_HINT}")
     if config.tied and CLASSIFIER_NAME in tensors:   # once more, or in place of the embedding
         classifier = tensors.pop(CLASSIFIER_NAME)
         if not classifier.equals(tensors.setdefault(HUGGING_FACE_NAMES["wte"], classifier)):
             raise UserError(f"{config_path}: tie_word_embeddings is true, and {source} holds an {CLASSIFIER_NAME} that differs "
                             f"from {HUGGING_FACE_NAMES['wte']}; {CONFIG_HINT}")
-    check_tensors(source, "Llama", {name: shape for name, shape, *_ in hugging_face_tensors(config)}, tensors)
+    check_tensors(source, "Llama", shapes, tensors)
     notes = [f"{source}: left out {join_names(others)}, which Llama's language model does not use"] * bool(others)
     notes += [f"{source}: left out {join_names(zeros)}: {len(zeros)} biases that are zero"] * bool(zeros)
     return StoredModel(config, tensors, notes)

@@ -237,9 +237,10 @@ def format_of(config):
 
 def stored_views(config, params):
     """Yield (name, view) of the parameters, each view shaped as Hugging Face stores it."""
-    for name, _, ours, index in format_of(config).hugging_face_tensors(config):
+    file_format = format_of(config)
+    for name, _, ours, index in file_format.hugging_face_tensors(config):
         view = getattr(params, ours)[index]
-        yield name, view.T if ours in format_of(config).TRANSPOSED else view
+        yield name, view.T if ours in file_format.TRANSPOSED else view
 
 
 def load_hugging_face(source, paths, config_path):

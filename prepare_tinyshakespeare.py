@@ -49,8 +49,9 @@ def prepare(input_file: Path | None = None, output_dir: str | Path = DATA_DIR, m
     """
     tokenizer = load_model_tokenizer(model) if model else GPT2Tokenizer()
     text = tiny_shakespeare() if input_file is None else read_canonical(input_file)
-    model_name = re.sub(r"\.(gguf|safetensors|bin)$", "", Path(model).resolve().name) if model else ""
-    name = f"tiny_shakespeare_{model_name}" if model else "tiny_shakespeare"
+    name = "tiny_shakespeare"
+    if model:
+        name += "_" + re.sub(r"\.(gguf|safetensors|bin)$", "", Path(model).resolve().name)
     train_path, val_path = (Path(output_dir, f"{name}_{split}.bin") for split in ("train", "val"))
     tokens = encode(speeches(text), usable_cores(), tokenizer)
     print_written(write_token_files(tokens, iter([train_path]), val_path, tokenizer=tokenizer))

@@ -284,9 +284,12 @@ class LibraryTokenizer(Tokenizer):
         separator = self.library.token_to_id(SEPARATOR)
         return super().begin if self.prefix or separator is None or separator in super().end_tokens else []
 
+    @functools.cached_property
+    def special_tokens(self):
+        return {id for id, token in self.library.get_added_tokens_decoder().items() if token.special}
+
     def is_special(self, token):
-        added = self.library.get_added_tokens_decoder().get(token)
-        return added is not None and added.special
+        return token in self.special_tokens
 
     def encode_pieces(self, texts):
         try:

@@ -57,9 +57,10 @@ PROMPT = "The first citizen spoke:"     # for the time to the first token
 FIRST_TOKEN = "--first-token"           # runs this file as a peer's program for that, with a task in JSON
 LOGITS_STRIDE = 100                     # every 100th logit is compared
 
-# Largest relative error of logits from ours in float32. llama.cpp has a float16 table of GELU and a float16 KV cache. Errors of
-# rounded weights grow with the depth of a model; unrelated logits would differ by 1.4.
-LOGITS_BOUND = {OURS: 2e-3, OURS_BF16: 5e-2, OURS_INT8: 0.1, OURS_INT4: 0.9}
+# Largest relative error of logits from ours in float32. llama.cpp has a float16 table of GELU and a float16 KV cache.
+LOGITS_BOUND = {OURS: 2e-3, OURS_BF16: 5e-2, OURS_INT8: 5e-2, OURS_INT4: 0.5}
+# The error of rounded weights grows with depth, here 30 layers; that of unrelated logits is 1.4.
+LOGITS_BOUND_SMOLLM2 = LOGITS_BOUND | {OURS_INT8: 0.1, OURS_INT4: 0.9}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ OUR_FILES = {OURS: MODEL, OURS_BF16: GGUF.format("bf16"), OURS_INT8: GGUF.format
 def write_model(task):
     """Write a new model plus noise, so that no bias is 0 and no norm's weight is 1: a folder, and GGUF files.
 
-    Its context is GPT-2's: a longer one would only make the KV cache larger.
+    Its context is at most GPT-2's: a longer one would only make the KV cache larger.
     """
     import numpy as np
 
@@ -81,7 +82,8 @@ def write_model(task):
     from llama import definition_of
     from model_files import save_model
 
-    config = replace(benchmark.config_of(task["model"]), max_seq_len=CONTEXT)
+    config = benchmark.config_of(task["model"])
+    config = replace(config, max_seq_len=min(config.max_seq_len, CONTEXT))
     definition, tokenizer = definition_of(config), tokenizer_of(config.vocab_size)
     params = Tensors(definition.parameter_shapes(config))
     definition.initialize(params, config, benchmark.SEED)
@@ -318,7 +320,8 @@ def measure_all(programs, peers, options, folder):
         result = run_task(python, task, HERE)
         truth[:] = truth or result["logits"]    # ours in float32 comes first
         result["error"] = relative_error(result["logits"], truth)
-        bound = LOGITS_BOUND[benchmark.ours_beside(name)]
+        bounds = LOGITS_BOUND_SMOLLM2 if options.model == SMOLLM2 else LOGITS_BOUND
+        bound = bounds[benchmark.ours_beside(name)]
         if not result["error"] <= bound:
             raise UserError(f"{title}: its logits differ from ours by {result['error']:.1e}, expected at most {bound:.0e}: "
                             "it does not compute the same thing")

@@ -65,7 +65,7 @@ MEANINGS = {
 # What is drawn
 
 class Model(NamedTuple):
-    """A model of which a step is drawn."""
+    """A model and the texts of its page."""
     config: gpt2.Config | llama.Config      # whose sizes are drawn
     name: str
     suffix: str                             # of the picture's name

@@ -20,14 +20,14 @@ import generate_gpt2_gpu
 import generate_llama
 import gpt2
 import llama
-from cli import OneLineParser, bounded, run_program
+from cli import OneLineParser, UserError, bounded, run_program
 from device import open_device
 from files import DATA_DIR
 from gpt2 import chunks
 from hellaswag import TokenLosses, count_correct, read_examples
 from kernels_cpu import CLASSIFIER_ROWS, use_threads
 from llama import definition_of
-from model_files import check_definition, find_model, load_model, load_model_tokenizer
+from model_files import find_model, load_model, load_model_tokenizer, stored_definition
 
 OUT_OF_MEMORY_HINT = "choose a smaller --model or --batch-size"
 
@@ -54,8 +54,8 @@ def main():
 
     threads = use_threads(options.threads)
     device = None if options.device == "cpu" else open_device(options.device, "float32")
-    if device:
-        check_definition(gpt2, find_model(options.model), "evaluate")
+    if device and stored_definition(find_model(options.model)) is not gpt2:
+        raise UserError(f"--model {options.model} is no GPT-2, and only a GPT-2 runs on a GPU; leave out --device")
     config, params = load_model(options.model)
     examples = read_examples(options.hellaswag, config.vocab_size, load_model_tokenizer(options.model, config.vocab_size))
     if device:

@@ -370,7 +370,7 @@ def test_a_conversation(conversation):
 
 
 def test_what_texts_have_in_common_is_read_once(conversation):
-    """The cache keeps a turn and its reply, of which the last token was never read."""
+    """The KV cache holds the first message and the reply, except its last token, which the model did not read."""
     reply = "the sea and the dog"
     finished = conversation.say(["the wind", "and"], [reply + "<|end|>", "<|end|>"])
     first, second = conversation.prompts()
@@ -402,7 +402,7 @@ def test_the_same_conversation_again(conversation):
 
 @pytest.mark.parametrize("where", ["sampling", "before the forward pass", "after it"])
 def test_ctrl_c_ends_a_reply(conversation, monkeypatch, where):
-    """The conversation goes on with what was said of it."""
+    """The partial reply stays in the history."""
     reply = "the sea and"
     count = len(conversation.tokenizer.encode(reply))
     if where == "sampling":
@@ -455,7 +455,7 @@ def test_a_line_that_is_too_long_is_left_out(conversation):
 
 
 def test_a_reply_longer_than_the_context(conversation):
-    """The model goes on with the end of it; the next turn is read from its beginning."""
+    """The model continues from the most recent half of the context; the next message is prefilled from the start."""
     flags = "--context-length", 60, "--max-new-tokens", 100
     finished = conversation.say(["the sea", "why"], [100 * "x", "cat<|end|>"], *flags)
     assert "context full: from here on" in finished.err
@@ -470,7 +470,7 @@ def test_a_refusal_is_one_line():
 
 
 def test_a_template_that_refuses_a_line(conversation):
-    """The line is left out, and the conversation goes on."""
+    """Only that message is skipped."""
     refusing = "{% if messages[-1].content == 'no' %}{{ raise_exception('not so') }}{% endif %}" + TEMPLATE
     save_model(conversation.folder, CHAT_CONFIG, conversation.params, make_tokenizer(refusing))
     finished = conversation.say(["the wind", "no", "why"], ["sea<|end|>", "cat<|end|>"])

@@ -131,7 +131,7 @@ def test_sizes_on_the_page_are_those_of_the_model(pages, model, total, sizes):
 
 @pytest.mark.parametrize("model, writer_of_qkv", [(GPT2, "matmul_forward"), (LLAMA, "rope")], ids=["gpt2", "llama"])
 def test_activations_are_beside_the_call_that_leaves_them(pages, model, writer_of_qkv):
-    """All are kept, but for the losses. rope changes qkv after matmul_forward."""
+    """All except the losses are kept for the backward pass. Llama's qkv is complete only after rope."""
     page, kept, kernel = pages[model.name], {}, None
     names, kernels = model.definition.activation_shapes(model.config, 1, 1), {card.call.kernel for card in page.cards}
     for words, following in zip(page.texts, page.texts[1:]):
